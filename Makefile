@@ -1,0 +1,34 @@
+# Two commands do all of their own set-up on a machine with Python 3.11+ and make: `make demo` and `make test`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format bench clean
+
+demo: .venv/installed
+	$(BIN)/peel-agent demo
+
+test: .venv/installed
+	$(BIN)/pytest -m "not bench" tests
+
+lint: .venv/installed
+	$(BIN)/ruff check peel_agent plugins tests
+	$(BIN)/ruff format --check peel_agent plugins tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed
+	$(BIN)/ruff check --fix peel_agent plugins tests
+	$(BIN)/ruff format peel_agent plugins tests
+
+bench: .venv/installed
+	$(BIN)/python -m tests.bench
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peel-agent needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

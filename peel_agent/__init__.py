@@ -1,0 +1,31 @@
+"""Peel a training run checkpoint by checkpoint: layer-wise reference bounds and margins."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peel_agent.records import PeelReport
+
+__all__ = ["scan"]
+
+
+def scan(path: str | Path, *, probe: str | Path, device: str = "cpu", **options: Any) -> PeelReport:
+    """Peels one checkpoint in this process, as `peel-agent scan` does, and returns its report.
+
+    `options` are keys of the configuration's `[probe]` (`sequence_length`, `fit_tokens`, ...) and `[peel]` sections
+    (`effort`, `quantities`, `maps`, `solver`). Raises the errors of `peel_agent.errors`.
+    """
+    import dataclasses
+
+    from peel_agent.config import ProbeSettings, load_settings
+    from peel_agent.pipeline import scan as scan_one
+
+    of_probe = {field.name for field in dataclasses.fields(ProbeSettings)}
+    flags = {f"{'probe' if key in of_probe else 'peel'}.{key}": value for key, value in options.items()}
+    settings = load_settings(None, flags | {"probe.path": str(probe), "device.select": device})
+    return scan_one(
+        path, probe=settings.probe, peeling=settings.peel, device=settings.device.select, clock=time.perf_counter
+    )

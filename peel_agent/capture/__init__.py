@@ -1,0 +1,5 @@
+"""capture: Snapshot and Probe -> Trace, the model ready to be run block by block."""
+
+from peel_agent.capture.trace import open_trace
+
+__all__ = ["open_trace"]

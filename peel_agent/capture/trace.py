@@ -1,0 +1,110 @@
+"""Runs a checkpoint block by block, with the weights of at most two blocks resident.
+
+The model's own forward is run once with every block replaced by a tap: that gives the embeddings and the exact
+arguments (positions, masks) which the model hands to each block, for any architecture and with no copy of its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peel_agent.capture.block import ResidentBlock, projection_of
+from peel_agent.records import Block, Probe, Snapshot, TokenIds
+
+RESIDENT_BLOCKS = 2
+CHUNK_TOKENS = 4096
+
+
+def open_trace(snapshot: Snapshot, probe: Probe, *, device: str = "cpu") -> BlockwiseTrace:
+    """The snapshot as a Trace (records.Trace) on `device`, computing in float32 with TF32 off."""
+    torch.set_float32_matmul_precision("highest")
+    return BlockwiseTrace(snapshot, probe, torch.device(device))
+
+
+class _Tap(nn.Module):
+    """Stands in for a block: keeps what the model hands to it and returns the stream unchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream: Tensor | None = None
+        self.arguments: tuple[Any, ...] = ()
+        self.keywords: dict[str, Any] = {}
+
+    def forward(self, stream: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        self.stream, self.arguments, self.keywords = stream, arguments, keywords
+        return stream
+
+
+class BlockwiseTrace:
+    """See records.Trace."""
+
+    def __init__(self, snapshot: Snapshot, probe: Probe, device: torch.device) -> None:
+        self.probe = probe
+        self.device = device
+        self.tied_head = snapshot.tied_head
+        self._snapshot = snapshot
+        self._model = snapshot.model
+        self._body: Any = snapshot.model.base_model
+        self.chunk = max(1, CHUNK_TOKENS // probe.sequence_length)
+        container = self._model.get_submodule(snapshot.anatomy.blocks)
+        assert isinstance(container, nn.ModuleList)
+        self._blocks = list(container)
+        self._taps = [_Tap() for _ in self._blocks]
+        for index, tap in enumerate(self._taps):
+            container[index] = tap
+        self.block_names = tuple(f"{snapshot.anatomy.blocks}.{index}" for index in range(len(self._blocks)))
+        self._materialise(self._model, "")
+        self.head = projection_of(self._model.get_submodule(snapshot.anatomy.head), "out_in")
+        self._rehearse(probe.fit[:1])
+        self.width = int(self.embed(probe.fit[:1]).shape[-1])
+
+    def _materialise(self, module: nn.Module, prefix: str) -> None:
+        """Reads the module's parameters and stored buffers from the checkpoint, as float32 on the device."""
+        state = {}
+        for name, tensor in module.state_dict().items():
+            values = self._snapshot.weights.read(prefix + name)
+            state[name] = values.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        module.load_state_dict(state, strict=True, assign=True)
+        module.to(self.device)
+        module.requires_grad_(requires_grad=False)
+
+    def _rehearse(self, ids: TokenIds) -> Tensor:
+        """Runs the model without its blocks; the taps then hold each block's arguments. Returns h_0."""
+        with torch.no_grad():
+            self._body(torch.from_numpy(ids).to(self.device), use_cache=False)
+        stream = self._taps[0].stream
+        assert stream is not None
+        return stream
+
+    def embed(self, ids: TokenIds) -> Tensor:
+        parts = [self._rehearse(ids[start : start + self.chunk]) for start in range(0, len(ids), self.chunk)]
+        self._rehearse(ids[:1])
+        return torch.cat(parts)
+
+    def blocks(self, stop: int | None = None) -> Iterator[Block]:
+        resident: list[nn.Module] = []
+        for index, module in enumerate(self._blocks[:stop]):
+            self._materialise(module, self.block_names[index] + ".")
+            resident.append(module)
+            if len(resident) > RESIDENT_BLOCKS:
+                resident.pop(0).to("meta")
+            tap = self._taps[index]
+            yield ResidentBlock(
+                index=index,
+                name=self.block_names[index],
+                module=module,
+                anatomy=self._snapshot.anatomy,
+                arguments=tap.arguments,
+                keywords=tap.keywords,
+            )
+        for module in resident:
+            module.to("meta")
+
+    def normalise(self, h: Tensor) -> Tensor:
+        norm: Callable[[Tensor], Tensor] = self._model.get_submodule(self._snapshot.anatomy.final_norm)
+        with torch.no_grad():
+            return norm(h)

@@ -1,0 +1,232 @@
+"""The command line: parsing, output and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peel_agent.config import Settings, default_state_dir, load_settings
+from peel_agent.errors import ConfigurationError, PeelError, ProbeError
+from peel_agent.records import PeelReport
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is the contract's."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except PeelError as error:
+        say(f"peel-agent: {error}")
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    return status
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="peel-agent",
+        description="Peels the checkpoints of a transformer training: which block earns less than a cheap stand-in, "
+        "and is the run still worse than something cheap built from its own layers?",
+    )
+    parser.add_argument("--version", action="version", version=f"peel-agent {version('peel-agent')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_watch(commands.add_parser("watch", help="the sidecar: peel every checkpoint that a run writes"))
+    _add_scan(commands.add_parser("scan", help="peel checkpoints once, without a tracker"))
+    _add_demo(commands.add_parser("demo", help="a real small training with a block held back, and the sidecar on it"))
+    plugins = commands.add_parser("plugins", help="every plug-in by kind, and whether it can be used")
+    plugins.set_defaults(run=_plugins)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="peel.toml")
+    parser.add_argument(
+        "--probe", metavar="FILE", help="held-out token ids (.npy .bin .safetensors) or text (.txt ...)"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.json for a text probe (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, metavar="N", help="tokens a sequence (default: min(context, 1024))"
+    )
+    parser.add_argument(
+        "--effort", choices=("quick", "standard", "full"), help="how much to compute (default: standard)"
+    )
+    parser.add_argument("--quantities", metavar="LIST", help="margin,bounds (default: by effort)")
+    parser.add_argument("--maps", metavar="SUITE", help="direct, ends, or lists such as [[1,4],[2,4]] (default: ends)")
+    parser.add_argument("--solver", metavar="NAME", help="closed_form")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda:N or a GPU uuid that the training does not use")
+
+
+def _common_flags(options: argparse.Namespace) -> dict[str, Any]:
+    maps = options.maps
+    if maps is not None and maps.startswith("["):
+        try:
+            maps = json.loads(maps)
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"--maps is {maps!r}: {error}", remedy="write it like [[1,4],[2,4]]") from error
+    return {
+        "probe.path": options.probe,
+        "probe.tokenizer": options.tokenizer,
+        "probe.sequence_length": options.sequence_length,
+        "peel.effort": options.effort,
+        "peel.quantities": options.quantities,
+        "peel.maps": maps,
+        "peel.solver": options.solver,
+        "device.select": options.device,
+    }
+
+
+# ---------------------------------------------------------------- watch
+
+
+def _add_watch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="?", metavar="PATH", help="the directory that the training writes checkpoints to")
+    _add_common(parser)
+    parser.add_argument("--run-id", metavar="ID", help="MLflow run to write into (default: found, else a new one)")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow tracking server")
+    parser.add_argument("--state", metavar="DIR", help="where findings are kept (default: beneath ~/.local/state)")
+    parser.add_argument("--once", action="store_true", help="peel everything complete that is there now, then exit")
+    parser.add_argument("--json", action="store_true", help="each report as one line of JSON on stdout")
+    parser.set_defaults(run=_watch)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from peel_agent.daemon import Daemon
+    from peel_agent.ledger import Ledger
+
+    flags = _common_flags(options) | {
+        "watch.path": options.path,
+        "tracker.mlflow.run_id": options.run_id,
+        "tracker.mlflow.tracking_uri": options.tracking_uri,
+        "state.path": options.state,
+    }
+    settings = load_settings(options.config, flags)
+    root = _watched(settings)
+    _check_probe(settings)
+    ledger = Ledger(settings.state.path or default_state_dir(root))
+    emit = (lambda line: print(line, flush=True)) if options.json else None
+    try:
+        return Daemon(root, settings, ledger, say=say, emit=emit).run(once=options.once)
+    finally:
+        ledger.close()
+
+
+def _watched(settings: Settings) -> Path:
+    path = settings.watch.path
+    if path is None:
+        raise ConfigurationError(
+            "there is no directory to watch", remedy="give it: peel-agent watch PATH, or [watch] path in peel.toml"
+        )
+    if not path.is_dir():
+        raise ConfigurationError(
+            f"{path} is no directory", remedy="give the directory that the training writes its checkpoints to"
+        )
+    return path.resolve()
+
+
+def _check_probe(settings: Settings) -> None:
+    """Told at once, not when the first checkpoint has come."""
+    path = settings.probe.path
+    remedy = "give --probe FILE with held-out token ids (.npy, .bin, .safetensors) or text of the training distribution"
+    if path is None:
+        raise ProbeError("no probe is named", remedy=remedy)
+    if not path.is_file():
+        raise ProbeError(f"no probe at {path}", remedy=remedy)
+
+
+# ---------------------------------------------------------------- scan
+
+
+def _add_scan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="a checkpoint folder or .safetensors")
+    _add_common(parser)
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="json: one report a line")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
+    parser.add_argument("--fail-on", choices=("below", "caution"), help="exit 1 when a report says so")
+    parser.set_defaults(run=_scan)
+
+
+def _scan(options: argparse.Namespace) -> int:
+    settings = load_settings(options.config, _common_flags(options))
+    _check_probe(settings)
+    from peel_agent.pipeline import scan
+    from peel_agent.publish import report_line, table
+    from peel_agent.worker import quieten_libraries
+
+    quieten_libraries()
+    reports, texts, refused = [], [], 0
+    for path in options.checkpoints:
+        try:
+            report = scan(
+                path, probe=settings.probe, peeling=settings.peel, device=_device(settings), clock=time.perf_counter
+            )
+        except ConfigurationError:
+            raise
+        except PeelError as error:
+            say(f"peel-agent: {error}")
+            refused = error.exit_code
+            continue
+        reports.append(report)
+        texts.append(report_line(report) if options.format == "json" else table(report))
+    text = "".join(f"{one}\n" for one in texts)
+    if options.out is not None:
+        options.out.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+    return refused or int(any(_fails(report, options.fail_on) for report in reports))
+
+
+def _device(settings: Settings) -> str:
+    return "cpu" if settings.device.select == "auto" else settings.device.select
+
+
+def _fails(report: PeelReport, what: str | None) -> bool:
+    if what == "below":
+        return any(layer.status == "below" for layer in report.layers)
+    return what is not None and report.zone == what
+
+
+# ---------------------------------------------------------------- demo, plugins
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="where everything is kept (default: a new folder in /tmp)"
+    )
+    parser.add_argument("--healthy", action="store_true", help="hold no block back")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from peel_agent.demo import run_demo
+
+    return run_demo(options.keep, healthy=options.healthy)
+
+
+def _plugins(_options: argparse.Namespace) -> int:
+    from peel_agent.registry import listings
+    from peel_agent.spi import KINDS
+
+    found = listings()
+    for kind in KINDS:
+        print(kind)
+        own = [listing for listing in found if listing.kind == kind]
+        for listing in own:
+            state = "usable" if listing.problem is None else f"not usable: {listing.problem}"
+            print(f"  {listing.name:<14} {listing.source:<60} {state}")
+        if not own:
+            print("  (none installed)")
+    return 0

@@ -1,0 +1,219 @@
+"""The sidecar: clock, signals and loop. Watches one directory, has each checkpoint peeled in a child, sends findings.
+
+The only module with a broad `except`: whatever goes wrong with one checkpoint, the next one is still peeled.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from peel_agent import errors, registry
+from peel_agent.config import Settings, worker_environment
+from peel_agent.errors import ConfigurationError, PeelError, TornCheckpoint, WorkerError
+from peel_agent.ledger import Ledger
+from peel_agent.pipeline import conclude
+from peel_agent.publish import Delivery, alert_line, headline, report_from_json, report_line
+from peel_agent.records import CheckpointRef, PeelReport
+from peel_agent.spi import Tracker
+from peel_agent.watch import Hints, Settling, scan
+from peel_agent.worker import Request
+
+ATTEMPTS = 3
+"""How often a checkpoint is tried whose worker dies, before it is given up."""
+
+
+SCAN_PAUSE_SECONDS = 0.5
+"""A save in progress raises a hint for every write; scans keep at least this far apart."""
+
+
+@dataclass
+class Daemon:
+    """One watched directory. `say` gets lines for people (stderr), `emit` gets each report's line (stdout)."""
+
+    root: Path
+    settings: Settings
+    ledger: Ledger
+    say: Callable[[str], None]
+    emit: Callable[[str], None] | None = None
+    _stopping: bool = False
+    _child: subprocess.Popen[str] | None = None
+    _attempts: dict[str, int] = field(default_factory=dict)
+    _told: set[tuple[Path, str]] = field(default_factory=set)
+
+    def run(self, *, once: bool) -> int:
+        """Watches until a signal, or with `once` until everything that is there now is done.
+
+        Returns 0, or 3 when `once` found nothing readable. Raises ConfigurationError.
+        """
+        watch = self.settings.watch
+        formats = registry.formats(watch.format)
+        settling = Settling(watch.settle_seconds, watch.settle_seconds) if once else Settling(watch.settle_seconds)
+        delivery = Delivery(self.ledger, self._trackers(), now=time.monotonic, say=self.say)
+        with Hints(self.root) as hints, self._signals(hints):
+            self.say(f"watching {self.root} ({hints.status}); findings are kept in {self.ledger.state_dir}")
+            while not self._stopping:
+                observed = settling.observe(scan(self.root, formats), now=time.time())
+                todo = [ref for ref in observed.ready if not self.ledger.knows(ref.fingerprint)]
+                for ref in todo:
+                    if not self._stopping:
+                        self._peel(ref)
+                        delivery.deliver()
+                self._tell(observed.unreadable)
+                delivery.deliver()
+                retrying = any(not self.ledger.knows(ref.fingerprint) for ref in todo)
+                if once and not observed.waiting and not retrying:
+                    break
+                hints.wait(min(watch.poll_seconds, watch.settle_seconds) if observed.waiting else watch.poll_seconds)
+                time.sleep(SCAN_PAUSE_SECONDS)
+        delivery.close()
+        return self._outcome(once=once)
+
+    def _peel(self, ref: CheckpointRef) -> None:
+        try:
+            self._conclude(ref, self._measure(ref))
+        except ConfigurationError:
+            raise
+        except TornCheckpoint as error:
+            self.say(error.what + "; it will be read again")
+        except WorkerError as error:
+            self._attempts[ref.fingerprint] = self._attempts.get(ref.fingerprint, 0) + 1
+            if self._stopping:
+                return
+            if self._attempts[ref.fingerprint] >= ATTEMPTS:
+                self._give_up(ref, error)
+            else:
+                self.say(f"{ref.path}: {error.what}; trying again")
+        except PeelError as error:
+            self._give_up(ref, error)
+        except Exception as error:  # one checkpoint must not end the watch over the run
+            self._give_up(ref, error)
+
+    def _give_up(self, ref: CheckpointRef, error: Exception) -> None:
+        self.ledger.refuse(ref, str(error))
+        self.say(f"cannot use {ref.path}: {error}")
+
+    def _measure(self, ref: CheckpointRef) -> PeelReport:
+        """The checkpoint peeled in a child process of its own."""
+        environment, device = worker_environment(self.settings.device.select)
+        request = Request(ref, self.settings.probe, self.settings.peel, device, self.settings.device.nice)
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "peel_agent.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        try:
+            answer, _ = self._child.communicate(request.to_json())
+        finally:
+            self._child.kill()
+            status = self._child.wait()
+            self._child = None
+        if status != 0:
+            cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            raise WorkerError(
+                f"the worker that peeled it ended with {cause}",
+                remedy="its output stands above; SIGKILL usually means that memory ran out",
+            )
+        return _report_of(json.loads(answer))
+
+    def _conclude(self, ref: CheckpointRef, report: PeelReport) -> None:
+        """Judged, made final in the ledger, and told; what the trackers get is in the outbox by then."""
+        report, verdict, sent = conclude(
+            report,
+            ref,
+            rules=self.settings.rules,
+            states=self.ledger.rule_states(),
+            alerts_log=self.ledger.alerts_log(),
+            max_series=self.settings.tracker.max_series,
+        )
+        line = report_line(report)
+        self.ledger.record(
+            ref,
+            report=line,
+            verdict=verdict,
+            alert_lines={notice.id: alert_line(notice) for notice in verdict.notices},
+            publications=dict.fromkeys(self.settings.tracker.use, sent),
+        )
+        self.say(headline(report))
+        for notice in verdict.notices:
+            self.say(f"ALERT {notice.state}: {notice.text}")
+        if self.emit is not None:
+            self.emit(line)
+
+    def _trackers(self) -> dict[str, Tracker]:
+        """The trackers in use, connected; raises ConfigurationError for a table or a key that nothing reads."""
+        tracking = self.settings.tracker
+        unused = set(tracking.options) - set(tracking.use)
+        if unused:
+            raise ConfigurationError(
+                f"[tracker.{min(unused)}] is configured, and not in use",
+                remedy=f'add "{min(unused)}" to [tracker] use, or take the table out',
+            )
+        trackers = {}
+        for name in tracking.use:
+            plugin, options = registry.tracker(name), tracking.options.get(name, {})
+            for key in set(options) - plugin.options:
+                raise ConfigurationError(
+                    f"unknown key `tracker.{name}.{key}` in the configuration",
+                    remedy=f"known here: {', '.join(sorted(plugin.options))}",
+                )
+            trackers[name] = plugin.connect(options, checkpoint_dir=self.root, state_dir=self.ledger.state_dir)
+        return trackers
+
+    def _tell(self, unreadable: tuple[tuple[Path, str], ...]) -> None:
+        for path, reason in unreadable:
+            if (path, reason) not in self._told:
+                self._told.add((path, reason))
+                self.say(f"cannot read {path}: {reason}")
+
+    def _outcome(self, *, once: bool) -> int:
+        if once and not self.ledger.peeled():
+            self.say(
+                f"nothing readable in {self.root}: expected checkpoint-N folders, save_pretrained folders or "
+                ".safetensors files with their config.json"
+            )
+            return 3
+        return 0
+
+    def _signals(self, hints: Hints) -> _Handlers:
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            self._stopping = True
+            if self._child is not None:
+                self._child.kill()
+            hints.wake()
+
+        return _Handlers(stop)
+
+
+class _Handlers:
+    """Installs one handler for SIGTERM and SIGINT while open."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        self._handler = handler
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _report_of(answer: dict[str, Any]) -> PeelReport:
+    if "error" in answer:
+        error = answer["error"]
+        kind: type[PeelError] = getattr(errors, error["kind"])
+        raise kind(error["what"], remedy=error["remedy"])
+    return report_from_json(answer["report"])

@@ -1,0 +1,118 @@
+"""A real training by transformers' Trainer: a small decoder, byte by byte on the standard library's sources.
+
+Run as `python -m peel_agent.demo.train OUTPUT`; writes OUTPUT/checkpoint-N as any Trainer run does. With
+`--hold-back I`, block I never learns: its parameters are frozen at their initial values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Trainer, TrainingArguments, set_seed
+
+from peel_agent.demo.text import VOCABULARY, corpus
+
+SEQUENCE_LENGTH = 128
+SEED = 1
+
+
+class _Windows(Dataset[dict[str, torch.Tensor]]):
+    """Non-overlapping windows of the corpus."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        count = len(ids) // SEQUENCE_LENGTH
+        self._windows = ids[: count * SEQUENCE_LENGTH].view(count, SEQUENCE_LENGTH)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._windows[index], "labels": self._windows[index]}
+
+
+def build_model(kind: str, *, width: int, blocks: int) -> nn.Module:
+    """A randomly initialised byte-level decoder: `llama` or `gpt2`."""
+    if kind == "llama":
+        config: Any = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=8 * width // 3,
+            num_hidden_layers=blocks,
+            num_attention_heads=4,
+            max_position_embeddings=SEQUENCE_LENGTH,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    else:
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=width,
+            n_layer=blocks,
+            n_head=4,
+            n_positions=SEQUENCE_LENGTH,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def hold_back(model: nn.Module, index: int) -> None:
+    """Freezes one block at its initial values."""
+    (blocks,) = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks[index].requires_grad_(requires_grad=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--kind", choices=("llama", "gpt2"), default="llama")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--hold-back", type=int, default=None, metavar="I")
+    parser.add_argument("--report-to", choices=("none", "mlflow"), default="none")
+    options = parser.parse_args(arguments)
+
+    set_seed(SEED)
+    model = build_model(options.kind, width=options.width, blocks=options.blocks)
+    if options.hold_back is not None:
+        hold_back(model, options.hold_back)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(options.output),
+            max_steps=options.steps,
+            per_device_train_batch_size=16,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=20,
+            weight_decay=0.0,
+            save_steps=options.save_every,
+            logging_steps=20,
+            report_to=options.report_to,
+            use_cpu=True,
+            seed=SEED,
+            dataloader_num_workers=0,
+            disable_tqdm=True,
+        ),
+        train_dataset=_Windows(torch.from_numpy(corpus()[0])),
+    )
+    trainer.train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What can go wrong, as one tree.
+
+PeelError
+├── ConfigurationError     the configuration or a flag is wrong                       (exit 2)
+│   └── ProbeError         the probe cannot be used with this model                   (exit 2)
+├── CheckpointError        a checkpoint cannot be used                                (exit 3)
+│   ├── IncompleteCheckpoint   still being written, or truncated
+│   ├── TornCheckpoint         changed or vanished while it was read                  retryable
+│   ├── UnknownFamily          no family plug-in knows this architecture
+│   └── WeightsMismatch        missing, unexpected or misshapen weights
+├── WorkerError            the child process that peels a checkpoint died             retryable
+├── TrackerError           a tracker refused what was sent
+│   └── TrackerUnavailable     a tracker cannot be reached now                        retryable
+└── PluginError            a named plug-in is missing or broken                       (exit 2)
+
+Every error says what happened, names the value, and says what to do.
+"""
+
+from __future__ import annotations
+
+
+class PeelError(Exception):
+    """An error meant for the user: `what` happened and the `remedy`.
+
+    `retryable` says whether the same call may succeed later; `exit_code` is the command's exit status.
+    """
+
+    exit_code: int = 1
+    retryable: bool = False
+
+    def __init__(self, what: str, *, remedy: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  -> {self.remedy}"
+
+
+class ConfigurationError(PeelError):
+    exit_code = 2
+
+
+class ProbeError(ConfigurationError):
+    pass
+
+
+class PluginError(PeelError):
+    exit_code = 2
+
+
+class CheckpointError(PeelError):
+    exit_code = 3
+
+
+class IncompleteCheckpoint(CheckpointError):
+    pass
+
+
+class TornCheckpoint(CheckpointError):
+    retryable = True
+
+
+class UnknownFamily(CheckpointError):
+    pass
+
+
+class WeightsMismatch(CheckpointError):
+    pass
+
+
+class WorkerError(PeelError):
+    retryable = True
+
+
+class TrackerError(PeelError):
+    pass
+
+
+class TrackerUnavailable(TrackerError):
+    retryable = True

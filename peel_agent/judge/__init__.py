@@ -1,0 +1,5 @@
+"""PeelReport and what was known before in, Verdict out: which alerts begin and which end. No clock, no I/O."""
+
+from peel_agent.judge.verdict import judge
+
+__all__ = ["judge"]

@@ -1,0 +1,165 @@
+"""What must survive a restart, in one SQLite file: checkpoints done, rule states, alerts, and the outbox.
+
+A checkpoint's report, the states it left, its alerts and everything to be sent are committed in one transaction before
+the checkpoint counts as done. Sent items leave the outbox only after the tracker took them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from peel_agent.errors import ConfigurationError
+from peel_agent.records import CheckpointRef, Publication, RuleState, Verdict
+
+SCHEMA_VERSION = 1
+
+_TABLES = """
+CREATE TABLE checkpoints (
+    fingerprint TEXT PRIMARY KEY, path TEXT NOT NULL, step INTEGER, outcome TEXT NOT NULL, detail TEXT NOT NULL
+);
+CREATE TABLE rule_states (
+    rule TEXT, layer TEXT, phase TEXT NOT NULL, streak INTEGER NOT NULL, since_step INTEGER, PRIMARY KEY (rule, layer)
+);
+CREATE TABLE alerts (position INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, line TEXT NOT NULL);
+CREATE TABLE outbox (position INTEGER PRIMARY KEY, tracker TEXT NOT NULL, publication TEXT NOT NULL);
+"""
+
+
+class Ledger:
+    """The ledger of one watched directory, in `state_dir`/ledger.sqlite; reports lie beside it as JSON files."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self.reports_dir = state_dir / "reports"
+        try:
+            self.reports_dir.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(state_dir / "ledger.sqlite", isolation_level=None)
+            self._prepare()
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigurationError(
+                f"the state folder {state_dir} cannot be used: {error}",
+                remedy="give [state] path (or --state) a folder that this user can write to",
+            ) from error
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA synchronous = FULL")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            raise ConfigurationError(
+                f"{self.state_dir} was written by another version of peel-agent (ledger {version})",
+                remedy="use that version, or give [state] path a new folder",
+            )
+
+    def close(self) -> None:
+        self._db.close()
+
+    def knows(self, fingerprint: str) -> bool:
+        """Whether this checkpoint is done, one way or the other."""
+        query = "SELECT 1 FROM checkpoints WHERE fingerprint = ?"
+        return self._db.execute(query, (fingerprint,)).fetchone() is not None
+
+    def peeled(self) -> int:
+        """How many checkpoints have a report."""
+        (count,) = self._db.execute("SELECT count(*) FROM checkpoints WHERE outcome = 'peeled'").fetchone()
+        return int(count)
+
+    def rule_states(self) -> tuple[RuleState, ...]:
+        rows = self._db.execute("SELECT rule, layer, phase, streak, since_step FROM rule_states ORDER BY rule, layer")
+        return tuple(RuleState(*row) for row in rows)
+
+    def alerts_log(self) -> str:
+        """Every alert so far, one JSON object a line."""
+        return "".join(f"{line}\n" for (line,) in self._db.execute("SELECT line FROM alerts ORDER BY position"))
+
+    def record(
+        self,
+        ref: CheckpointRef,
+        *,
+        report: str,
+        verdict: Verdict,
+        alert_lines: Mapping[str, str],
+        publications: Mapping[str, Publication],
+    ) -> Path:
+        """Makes one peeled checkpoint final, and returns the path of its report.
+
+        `alert_lines` maps notice ids to lines, `publications` trackers to what they are to get.
+        """
+        path = self.reports_dir / (f"step-{ref.step:09d}.json" if ref.step is not None else f"{ref.fingerprint}.json")
+        write_durably(path, report + "\n")
+        with _transaction(self._db):
+            self._finish(ref, "peeled", path.name)
+            self._db.execute("DELETE FROM rule_states")
+            self._db.executemany(
+                "INSERT INTO rule_states VALUES (?, ?, ?, ?, ?)",
+                [(s.rule, s.layer, s.phase, s.streak, s.since_step) for s in verdict.states],
+            )
+            self._db.executemany("INSERT OR IGNORE INTO alerts (id, line) VALUES (?, ?)", alert_lines.items())
+            self._db.executemany(
+                "INSERT INTO outbox (tracker, publication) VALUES (?, ?)",
+                [(name, _dumped(publication)) for name, publication in publications.items()],
+            )
+        return path
+
+    def refuse(self, ref: CheckpointRef, reason: str) -> None:
+        """Remembers that this checkpoint cannot be used, so that it is told once."""
+        with _transaction(self._db):
+            self._finish(ref, "refused", reason)
+
+    def _finish(self, ref: CheckpointRef, outcome: Literal["peeled", "refused"], detail: str) -> None:
+        row = (ref.fingerprint, str(ref.path), ref.step, outcome, detail)
+        self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)", row)
+
+    def waiting(self, tracker: str) -> tuple[tuple[int, Publication], ...]:
+        """What this tracker has not taken yet, oldest first, each with its receipt."""
+        query = "SELECT position, publication FROM outbox WHERE tracker = ? ORDER BY position"
+        return tuple((position, _loaded(text)) for position, text in self._db.execute(query, (tracker,)))
+
+    def sent(self, receipt: int) -> None:
+        """The tracker took it: it leaves the outbox."""
+        with _transaction(self._db):
+            self._db.execute("DELETE FROM outbox WHERE position = ?", (receipt,))
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """One transaction: all of it is kept, or none."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+def write_durably(path: Path, text: str) -> None:
+    """The file has all of the text or its old content, whatever happens: temporary file, fsync, rename, fsync."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _dumped(publication: Publication) -> str:
+    return json.dumps(dataclasses.asdict(publication), allow_nan=False)
+
+
+def _loaded(text: str) -> Publication:
+    fields: dict[str, Any] = json.loads(text)
+    return Publication(**fields)

@@ -1,0 +1,53 @@
+"""peel: Trace -> Findings, the reference solutions and what they say. Pure: no files, no clock, no configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from peel_agent.errors import CheckpointError
+from peel_agent.peel.bounds import Bounds, measure_bounds
+from peel_agent.peel.chains import hidden_states_of
+from peel_agent.peel.intervals import estimate
+from peel_agent.peel.least_squares import tokens_needed
+from peel_agent.peel.maps import suite
+from peel_agent.peel.margins import layer_reports
+from peel_agent.peel.stopwatch import Stopwatch
+from peel_agent.peel.sweep import sweep
+from peel_agent.records import Findings, Plan, Trace
+
+__all__ = ["peel", "tokens_needed"]
+
+
+def peel(trace: Trace, plan: Plan, clock: Callable[[], float]) -> Findings:
+    """Peels one checkpoint as planned.
+
+    Raises ConfigurationError for maps that this model cannot have, CheckpointError when its loss is not a number.
+    """
+    stopwatch = Stopwatch(clock)
+    maps = suite(plan.maps, len(trace.block_names)) if "bounds" in plan.quantities else {}
+    references = plan.references if "margin" in plan.quantities else ()
+    swept = sweep(trace, references, hidden_states_of(maps.values()) if maps else frozenset(), stopwatch)
+    if not np.isfinite(swept.trained).all():
+        raise CheckpointError(
+            "the loss of this checkpoint is not a finite number",
+            remedy="its weights hold NaN or infinity, or the training diverged: take an earlier checkpoint",
+        )
+    selecting = len(trace.probe.select)
+    layers = layer_reports(swept, trace.block_names, references, selecting) if references else ()
+    bounds = (
+        measure_bounds(trace, maps, swept.hidden, swept.trained, stopwatch)
+        if maps
+        else Bounds((), None, None, "undecided", ())
+    )
+    return Findings(
+        loss=estimate(swept.trained[selecting:]),
+        bound=bounds.bound,
+        gap=bounds.gap,
+        zone=bounds.zone,
+        bounds=bounds.reports,
+        layers=layers,
+        skipped=swept.skipped + bounds.skipped,
+        timing=stopwatch.timing(),
+    )

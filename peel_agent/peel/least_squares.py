@@ -1,0 +1,93 @@
+"""Ridge regression from running normal equations (METHOD 2).
+
+The Gram matrix is accumulated chunk by chunk in float64 and factorised per ridge; one factor serves every target.
+Residuals are never taken from the normal equations: callers measure them in a second pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RIDGES = (1e-2, 1e-4, 1e-6, 1e-8)
+"""Ridges relative to the mean diagonal of the Gram matrix, strongest first; one is picked on `select`."""
+
+DEAD_COLUMN = 1e-12
+"""A feature whose energy is below this fraction of the largest one carries nothing; its weights are zero."""
+
+TOKENS_PER_COLUMN = 2
+"""With fewer fit tokens than this times the number of unknowns a row, a least-squares fit is meaningless."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """weight [p, q] (float64) minimising ||X W - Y||^2 + ridge * mean(diag(X'X)) * ||W||^2, and how it was found.
+
+    `condition` is the ratio of the extreme eigenvalues of the regularised Gram (from the Cholesky diagonal: a lower
+    bound; exact for `eigen`). `rank` counts the live columns that were solved for (for `eigen`: the numerical rank).
+    """
+
+    weight: Tensor
+    ridge: float
+    status: Literal["cholesky", "eigen"]
+    condition: float
+    rank: int
+
+
+def tokens_needed(columns: int) -> int:
+    """The fit tokens with which a fit of this many columns can be trusted."""
+    return TOKENS_PER_COLUMN * columns
+
+
+class Gram:
+    """Running X'X [p, p] and X'Y [p, q]: update, merge, solve. With `intercept`, X gets a column of ones at its end."""
+
+    def __init__(self, features: int, targets: int, *, intercept: bool, device: torch.device) -> None:
+        self.columns = features + int(intercept)
+        self._intercept = intercept
+        self._gram = torch.zeros(self.columns, self.columns, dtype=torch.float64, device=device)
+        self._cross = torch.zeros(self.columns, targets, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor, targets: Tensor) -> None:
+        """Adds rows: features [..., p] and targets [..., q] in float32."""
+        x = with_ones(features.flatten(0, -2).double()) if self._intercept else features.flatten(0, -2).double()
+        self._gram.addmm_(x.T, x)
+        self._cross.addmm_(x.T, targets.flatten(0, -2).double())
+
+    def merge(self, other: Gram) -> None:
+        """Adds the rows that another Gram of the same shape has seen."""
+        self._gram += other._gram
+        self._cross += other._cross
+
+    def solve(self, ridges: tuple[float, ...] = RIDGES) -> tuple[Solution, ...]:
+        """One solution for each relative ridge, in the order given."""
+        diagonal = self._gram.diagonal()
+        live = diagonal > DEAD_COLUMN * diagonal.max()
+        gram, cross = self._gram[live][:, live], self._cross[live]
+        scale = float(diagonal.mean())
+        return tuple(self._solve_one(gram, cross, live, ridge, ridge * scale) for ridge in ridges)
+
+    def _solve_one(self, gram: Tensor, cross: Tensor, live: Tensor, ridge: float, penalty: float) -> Solution:
+        weight = torch.zeros_like(self._cross)
+        regularised = gram.clone()
+        regularised.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(regularised)
+        if int(failed) == 0:
+            weight[live] = torch.cholesky_solve(cross, factor)
+            pivots = factor.diagonal()
+            condition = float((pivots.max() / pivots.min()) ** 2) if len(pivots) else 1.0
+            return Solution(weight, ridge, "cholesky", condition, len(pivots))
+        values, vectors = torch.linalg.eigh(regularised)
+        kept = values > values.max() * len(values) * torch.finfo(torch.float64).eps
+        inverse = torch.where(kept, 1.0 / torch.where(kept, values, 1.0), 0.0)
+        weight[live] = vectors @ (inverse[:, None] * (vectors.T @ cross))
+        condition = float(values.max() / values[kept].min())
+        return Solution(weight, ridge, "eigen", condition, int(kept.sum()))
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """[n, p] with a column of ones appended."""
+    return torch.cat([x, x.new_ones(len(x), 1)], dim=1)

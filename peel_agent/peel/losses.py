@@ -1,0 +1,44 @@
+"""Next-token cross-entropy of a stream, per sequence, in nats per token."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from peel_agent.records import Projection, TokenIds, Trace
+
+LOGIT_ROWS = 2048
+"""Positions whose logits are held at once."""
+
+
+def sequence_losses(trace: Trace, stream: Tensor, ids: TokenIds, head: Projection | None = None) -> NDArray[np.float64]:
+    """Mean loss of each sequence [N] for the last stream [N, S, d], token ids [N, S] and the trained head or `head`.
+
+    Position t predicts token t + 1, so S - 1 positions count.
+    """
+    losses = []
+    for start in range(0, len(ids), trace.chunk):
+        part = stream[start : start + trace.chunk]
+        features = trace.normalise(part)[:, :-1].flatten(0, 1)
+        targets = torch.from_numpy(ids[start : start + trace.chunk, 1:]).to(features.device).flatten()
+        losses.append(position_losses(features, targets, head or trace.head).view(len(part), -1).mean(dim=1))
+    return torch.cat(losses).cpu().numpy()
+
+
+@torch.no_grad()
+def position_losses(features: Tensor, targets: Tensor, head: Projection) -> Tensor:
+    """Cross-entropy [n] in float64 for head features [n, d] and token ids [n]."""
+    losses = [
+        functional.cross_entropy(logits(rows, head), wanted, reduction="none").double()
+        for rows, wanted in zip(features.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def logits(features: Tensor, head: Projection) -> Tensor:
+    """[n, V] for features [n, d]."""
+    product = features @ head.weight
+    return product if head.bias is None else product + head.bias

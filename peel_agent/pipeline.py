@@ -1,0 +1,180 @@
+"""One checkpoint through every room; the only module that knows the order.
+
+`measure` needs torch and runs where the numbers are computed. `locate` and `conclude` run in the parent, which needs
+neither torch nor a tracker's library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from peel_agent import registry
+from peel_agent.config import PeelSettings, ProbeSettings
+from peel_agent.errors import CheckpointError, ConfigurationError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.judge import judge
+from peel_agent.publish import alert_line, publication
+from peel_agent.records import (
+    CheckpointInfo,
+    CheckpointRef,
+    ModelInfo,
+    PeelReport,
+    Plan,
+    Probe,
+    ProbeInfo,
+    Publication,
+    Rule,
+    RuleState,
+    Snapshot,
+    Verdict,
+)
+from peel_agent.spi import Format
+from peel_agent.watch import checkpoint_ref, fingerprint
+
+QUICK_SELECT_TOKENS = 2048
+QUICK_CONFIRM_TOKENS = 4096
+
+
+def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
+    """The checkpoint at `path`, whole at this moment; CheckpointError says why not."""
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}", remedy="give the path of a checkpoint directory or file")
+    for form in registry.formats(format_name):
+        if form.recognise(path):
+            readiness = form.inspect(path)
+            if readiness.state == "complete":
+                return checkpoint_ref(path, form.name, readiness, form.step(path))
+            raise IncompleteCheckpoint(
+                f"{path} is {readiness.state}: {readiness.reason}",
+                remedy="wait until it is written, or take another checkpoint",
+            )
+    raise CheckpointError(
+        f"{path} is no checkpoint of a known format",
+        remedy="give one checkpoint (a checkpoint-N folder, a save_pretrained folder or a .safetensors file); "
+        "for a folder of checkpoints use `peel-agent watch --once`",
+    )
+
+
+def measure(
+    ref: CheckpointRef, *, probe: ProbeSettings, peeling: PeelSettings, device: str, clock: Callable[[], float]
+) -> PeelReport:
+    """Loads and peels one checkpoint on `device` ("cpu", "cuda:0").
+
+    Raises CheckpointError, ConfigurationError (a probe or a map that does not suit the model), and TornCheckpoint when
+    the files changed while they were read.
+    """
+    from peel_agent.capture import open_trace
+    from peel_agent.load import open_snapshot
+    from peel_agent.peel import peel
+
+    start = clock()
+    (form,) = registry.formats(ref.format)
+    try:
+        snapshot = open_snapshot(ref, form, registry.family)
+        tokens = _probe(snapshot, probe, quick=peeling.effort == "quick")
+        trace = open_trace(snapshot, tokens, device=device)
+        loaded = clock()
+        findings = peel(trace, plan_of(peeling), clock)
+    except FileNotFoundError as error:
+        raise _torn(ref, f"{error.filename} vanished while it was read") from error
+    _check_unchanged(ref, form)
+    return PeelReport(
+        checkpoint=CheckpointInfo(str(ref.path), ref.step, ref.format, ref.fingerprint),
+        model=ModelInfo(snapshot.family, len(trace.block_names), snapshot.parameters, snapshot.precision),
+        probe=ProbeInfo(
+            tokens.fingerprint, tokens.fit.size, tokens.select.size, tokens.confirm.size, tokens.sequence_length
+        ),
+        loss=findings.loss,
+        bound=findings.bound,
+        gap=findings.gap,
+        zone=findings.zone,
+        bounds=findings.bounds,
+        layers=findings.layers,
+        skipped=findings.skipped,
+        timing=dataclasses.replace(findings.timing, load=loaded - start),
+    )
+
+
+def plan_of(peeling: PeelSettings) -> Plan:
+    """What the settings ask for: `quick` is margins from `skip` and `affine`; `quantities` overrides."""
+    default = ("margin",) if peeling.effort == "quick" else ("margin", "bounds")
+    references = ("skip", "affine") if peeling.effort == "quick" else ("skip", "affine", "previous")
+    return Plan(frozenset(peeling.quantities or default), references, peeling.maps)
+
+
+def conclude(
+    report: PeelReport,
+    ref: CheckpointRef,
+    *,
+    rules: Sequence[Rule],
+    states: Sequence[RuleState],
+    alerts_log: str,
+    max_series: int,
+) -> tuple[PeelReport, Verdict, Publication]:
+    """Judges a report against the states so far and composes what the trackers get.
+
+    `alerts_log` holds the lines of alerts so far; the publication carries it with the new ones appended.
+    """
+    verdict = judge(report, rules, states)
+    judged = dataclasses.replace(report, alerts=verdict.notices)
+    log = alerts_log + "".join(alert_line(notice) + "\n" for notice in verdict.notices)
+    sent = publication(judged, verdict, committed_at=ref.committed_at, alerts_log=log, max_series=max_series)
+    return judged, verdict, sent
+
+
+def scan(
+    path: str | Path,
+    *,
+    probe: ProbeSettings,
+    peeling: PeelSettings,
+    device: str = "cpu",
+    format_name: str = "auto",
+    clock: Callable[[], float],
+) -> PeelReport:
+    """One checkpoint located and measured in this process."""
+    return measure(locate(Path(path), format_name), probe=probe, peeling=peeling, device=device, clock=clock)
+
+
+def _probe(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool) -> Probe:
+    from peel_agent.load import ProbeSizes, load_probe
+    from peel_agent.peel import tokens_needed
+
+    if settings.path is None:
+        raise ConfigurationError(
+            "no probe is named", remedy="give --probe FILE, or [probe] path, with held-out tokens of the training data"
+        )
+    sizes = ProbeSizes(settings.fit_tokens, settings.select_tokens, settings.confirm_tokens, settings.sequence_length)
+    if quick:
+        sizes = ProbeSizes(
+            min(sizes.fit, tokens_needed(snapshot.width + 1) + snapshot.context),
+            min(sizes.select, QUICK_SELECT_TOKENS),
+            min(sizes.confirm, QUICK_CONFIRM_TOKENS),
+            sizes.sequence_length,
+        )
+    folder = snapshot.ref.path if snapshot.ref.path.is_dir() else snapshot.ref.path.parent
+    return load_probe(
+        settings.path,
+        sizes,
+        vocabulary=snapshot.vocabulary,
+        context=snapshot.context,
+        tokenizer=settings.tokenizer or folder / "tokenizer.json",
+    )
+
+
+def _check_unchanged(ref: CheckpointRef, form: Format) -> None:
+    """A checkpoint that changed while it was read gave numbers of no checkpoint at all.
+
+    One that was rotated away meanwhile is fine: its files were held open before the first read.
+    """
+    if not ref.path.exists():
+        return
+    now = form.inspect(ref.path)
+    if now.state != "complete" or fingerprint(now.files) != ref.fingerprint:
+        raise _torn(ref, "its files changed while they were read")
+
+
+def _torn(ref: CheckpointRef, what: str) -> TornCheckpoint:
+    return TornCheckpoint(
+        f"{ref.path}: {what}", remedy="nothing was published; it is read again once it is whole and at rest"
+    )

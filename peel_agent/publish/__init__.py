@@ -1,0 +1,17 @@
+"""What a report becomes outside: its JSON form, and the Publication that trackers write. No network."""
+
+from peel_agent.publish.delivery import Delivery
+from peel_agent.publish.form import alert_line, report_from_json, report_json, report_line
+from peel_agent.publish.publication import publication
+from peel_agent.publish.words import headline, table
+
+__all__ = [
+    "Delivery",
+    "alert_line",
+    "headline",
+    "publication",
+    "report_from_json",
+    "report_json",
+    "report_line",
+    "table",
+]

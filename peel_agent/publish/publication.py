@@ -1,0 +1,92 @@
+"""One checkpoint's report and verdict as the metrics, tags and files that a tracker keeps."""
+
+from __future__ import annotations
+
+from itertools import islice
+from math import inf
+from typing import TYPE_CHECKING
+
+from peel_agent.publish.form import report_line
+from peel_agent.records import PeelReport, Publication, Status, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def publication(
+    report: PeelReport, verdict: Verdict, *, committed_at: float, alerts_log: str, max_series: int
+) -> Publication:
+    """What is sent for one checkpoint, with the names of the contract.
+
+    `committed_at` is the checkpoint's own time in Unix seconds, `alerts_log` the whole text of `alerts.jsonl` so far.
+    A checkpoint without a step is published at step 0. ValueError when the report holds a NaN or an infinity.
+    """
+    step = report.checkpoint.step or 0
+    files = {f"peel/checkpoints/step-{step:09d}.json": report_line(report)}
+    if alerts_log:
+        files["peel/alerts.jsonl"] = alerts_log
+    return Publication(
+        step=step,
+        timestamp_ms=round(committed_at * 1000),
+        metrics=_metrics(report, verdict, max_series),
+        tags=_tags(report, verdict),
+        files=files,
+    )
+
+
+def _metrics(report: PeelReport, verdict: Verdict, max_series: int) -> dict[str, float]:
+    """Summaries, then layers from the worst on, then maps: what does not fit is cut from the end, by whole kinds."""
+    metrics = _summaries(report, verdict)
+    layers = dict(_layer_series(report))
+    maps = {f"peel/yes/{bound.label}": bound.value.value for bound in report.bounds}
+    if len(metrics) + len(layers) + len(maps) <= max_series:
+        return {**metrics, **layers, **maps}
+    return dict(islice((metrics | layers).items(), max_series))
+
+
+def _summaries(report: PeelReport, verdict: Verdict) -> dict[str, float]:
+    timing = report.timing
+    statuses = [layer.status for layer in report.layers]
+    margins = [layer.margin.value for layer in report.layers if layer.margin is not None]
+    summaries = {
+        "peel/loss": report.loss.value,
+        "peel/bound": report.bound.value if report.bound is not None else None,
+        "peel/gap": report.gap.value if report.gap is not None else None,
+        "peel/layers_below": float(statuses.count("below")),
+        "peel/layers_undecided": float(statuses.count("undecided")),
+        "peel/worst_margin": min(margins, default=None),
+        "peel/alerts_firing": float(len(verdict.firing)),
+        "peel/seconds": timing.load + timing.capture + timing.solve + timing.score,
+    }
+    return {key: value for key, value in summaries.items() if value is not None}
+
+
+def _layer_series(report: PeelReport) -> Iterator[tuple[str, float]]:
+    """Margins and headrooms, the layer with the lowest margin first and those without one last."""
+    for layer in sorted(report.layers, key=lambda layer: layer.margin.value if layer.margin is not None else inf):
+        if layer.margin is not None:
+            yield f"peel/margin/{_label(layer.index)}", layer.margin.value
+        if layer.headroom is not None:
+            yield f"peel/headroom/{_label(layer.index)}", layer.headroom.value
+
+
+def _tags(report: PeelReport, verdict: Verdict) -> dict[str, str]:
+    labels = {layer.name: _label(layer.index) for layer in report.layers}
+    tags: dict[str, str] = {"peel.status": _status(report), "peel.zone": report.zone}
+    for rule in dict.fromkeys(state.rule for state in verdict.states):
+        # A layer that fires and is not in this report (it could not be measured) keeps its module name.
+        firing = [labels.get(state.layer, state.layer) for state in verdict.firing if state.rule == rule]
+        tags[f"peel.alert.{rule}"] = f"firing: {', '.join(firing)}" if firing else "inactive"
+    return tags
+
+
+def _status(report: PeelReport) -> Status:
+    statuses = {layer.status for layer in report.layers}
+    if "below" in statuses:
+        return "below"
+    # No layers measured is not the same as every layer in order.
+    return "undecided" if "undecided" in statuses or not statuses else "above"
+
+
+def _label(index: int) -> str:
+    return f"L{index:03d}"

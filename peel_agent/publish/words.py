@@ -1,0 +1,64 @@
+"""A report in words: one line for the log, a table for a terminal."""
+
+from __future__ import annotations
+
+from peel_agent.records import Estimate, LayerReport, PeelReport
+
+_COLUMNS = "{:<22} {:<10} {:<29} {:<14} {:<10} {:<10} {}"
+_HEADER = _COLUMNS.format("block", "status", "margin [95 % interval]", "best stand-in", "attention", "mlp", "share")
+
+
+def headline(report: PeelReport) -> str:
+    """The finding in one line: step, loss, gap and zone, and the blocks that are below."""
+    pieces = [f"step {report.checkpoint.step}" if report.checkpoint.step is not None else report.checkpoint.path]
+    pieces.append(f"loss {report.loss.value:.4f}")
+    if report.bound is not None and report.gap is not None:
+        pieces.append(f"bound {report.bound.value:.4f}, gap {report.gap.value:+.4f} ({report.zone})")
+    below = [layer for layer in report.layers if layer.status == "below"]
+    undecided = sum(layer.status == "undecided" for layer in report.layers)
+    if below:
+        pieces.append("below: " + ", ".join(_with_margin(layer) for layer in below))
+    elif report.layers:
+        pieces.append("no block below its reference")
+    if undecided:
+        pieces.append(f"{undecided} undecided")
+    return "; ".join(pieces)
+
+
+def _with_margin(layer: LayerReport) -> str:
+    return layer.name if layer.margin is None else f"{layer.name} (margin {estimate_text(layer.margin)})"
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """`0.0123 [0.0100, 0.0150]`."""
+    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+
+
+def table(report: PeelReport) -> str:
+    """The report for a terminal: what was measured, one line a block, one line a map, and what was left out."""
+    model, probe = report.model, report.probe
+    lines = [
+        headline(report),
+        f"{report.checkpoint.path}: {model.family}, {model.blocks} blocks, {model.parameters:,} parameters, "
+        f"{model.precision}; probe {probe.fingerprint}: {probe.fit_tokens:,} fit, {probe.select_tokens:,} select, "
+        f"{probe.confirm_tokens:,} confirm tokens in sequences of {probe.sequence_length}; nats per token",
+    ]
+    if report.layers:
+        lines += ["", _HEADER, *map(_layer_line, report.layers)]
+    if report.bounds:
+        lines += ["", "bounds of the run (suite, solver " + report.bounds[0].solver + ")"]
+        lines += [
+            f"  {bound.label:<16} {estimate_text(bound.value)}"
+            + ("" if bound.within_class else "  outside the model's own class")
+            for bound in report.bounds
+        ]
+    if report.skipped:
+        lines += ["", *(f"left out: {skipped.what}: {skipped.why}" for skipped in report.skipped)]
+    return "\n".join(lines)
+
+
+def _layer_line(layer: LayerReport) -> str:
+    margin = estimate_text(layer.margin) if layer.margin is not None else "-"
+    parts = (layer.parts["attention"].status, layer.parts["mlp"].status)
+    best, share = layer.best_reference or "-", f"{layer.stream_share:.3f}"
+    return _COLUMNS.format(layer.name, layer.status, margin, best, *parts, share)

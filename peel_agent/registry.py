@@ -1,0 +1,102 @@
+"""Plug-ins by kind and name, loaded from entry points only when they are asked for.
+
+A plug-in that is named and broken is an error; one that is only installed and broken is reported by `peel-agent
+plugins` and otherwise left alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import cast
+
+from peel_agent.errors import PluginError, UnknownFamily
+from peel_agent.spi import KINDS, Family, Format, TrackerPlugin
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One installed plug-in; `problem` is None when it loads."""
+
+    kind: str
+    name: str
+    source: str
+    problem: str | None
+
+
+def _installed(kind: str) -> tuple[EntryPoint, ...]:
+    unique = {(point.name, point.value): point for point in entry_points(group=f"peel_agent.{kind}")}
+    return tuple(sorted(unique.values(), key=lambda point: point.name))
+
+
+def _named(kind: str, name: str) -> object:
+    points = {point.name: point for point in _installed(kind)}
+    if name not in points:
+        near = difflib.get_close_matches(name, points, n=1)
+        guess = f"did you mean `{near[0]}`? " if near else ""
+        valid = ", ".join(points) or "none"
+        raise PluginError(
+            f"no plug-in `{name}` of kind {kind} is installed",
+            remedy=f"{guess}installed: {valid}; `peel-agent plugins` lists them all",
+        )
+    return _load(kind, points[name])
+
+
+def _load(kind: str, point: EntryPoint) -> object:
+    try:
+        plugin: object = point.load()
+    except Exception as error:
+        raise PluginError(
+            f"plug-in `{point.name}` of kind {kind} ({point.value}) does not load: {type(error).__name__}: {error}",
+            remedy="repair or uninstall the distribution it comes from, or take it out of the configuration",
+        ) from error
+    return plugin
+
+
+def _usable(kind: str) -> tuple[object, ...]:
+    plugins = []
+    for point in _installed(kind):
+        try:
+            plugins.append(_load(kind, point))
+        except PluginError:
+            continue  # unnamed and broken: `peel-agent plugins` says so
+    return tuple(plugins)
+
+
+def formats(name: str = "auto") -> tuple[Format, ...]:
+    """The format named, or every one that loads when `auto`."""
+    return cast("tuple[Format, ...]", _usable("formats") if name == "auto" else (_named("formats", name),))
+
+
+def tracker(name: str) -> TrackerPlugin:
+    """The tracker plug-in of this name."""
+    return cast(TrackerPlugin, _named("trackers", name))
+
+
+def family(model_type: str) -> Family:
+    """The family that covers `model_type` of config.json; UnknownFamily names those that are covered."""
+    families = cast("tuple[Family, ...]", _usable("families"))
+    for candidate in families:
+        if model_type in candidate.model_types:
+            return candidate
+    covered = sorted(name for candidate in families for name in candidate.model_types)
+    raise UnknownFamily(
+        f"no family plug-in covers model_type `{model_type}`",
+        remedy=f"covered: {', '.join(covered)}; a family is one small file, see `peel_agent.spi.Family`",
+    )
+
+
+def listings() -> tuple[Listing, ...]:
+    """Every installed plug-in of every kind, each loaded once to see whether it does."""
+    found = []
+    for kind in KINDS:
+        for point in _installed(kind):
+            distribution = point.dist.name if point.dist is not None else "unknown distribution"
+            try:
+                _load(kind, point)
+                problem = None
+            except PluginError as error:
+                problem = error.what
+            found.append(Listing(kind, point.name, f"{distribution}: {point.value}", problem))
+    return tuple(found)

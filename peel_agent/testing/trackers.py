@@ -1,0 +1,107 @@
+"""What every tracker plug-in must do, as checks that raise AssertionError. Needs no test framework.
+
+    @pytest.mark.parametrize("check", CHECKS)
+    def test_conforms(check, tmp_path):
+        check(lambda: PLUGIN.connect({...}, checkpoint_dir=..., state_dir=tmp_path), read_metrics)
+
+Each check wants a fresh place: a run or a file that holds no peel metrics yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from peel_agent.records import Publication
+from peel_agent.spi import Tracker
+
+Connect = Callable[[], Tracker]
+"""Opens the tracker, each time with the same options and folders."""
+
+ReadMetrics = Callable[[int], Mapping[str, Sequence[float]]]
+"""Reads back from the tracker's own store: every value kept under each key at one step, repetitions included."""
+
+
+def example_publication(step: int) -> Publication:
+    """A small publication whose values depend on the step."""
+    return Publication(
+        step=step,
+        timestamp_ms=1_700_000_000_000 + step,
+        metrics={"peel/loss": 3.0 - step / 1000, "peel/layers_below": 1.0, "peel/margin/L003": step / 1000},
+        tags={"peel.status": "below", "peel.alert.layer_below": f"firing at {step}"},
+        files={f"peel/checkpoints/step-{step:09d}.json": f'{{"step": {step}}}', "peel/alerts.jsonl": f"[{step}]\n"},
+    )
+
+
+def publication_lands(connect: Connect, read_metrics: ReadMetrics) -> None:
+    """What was published is in the store, each metric once at its step, and the tracker says where."""
+    tracker = connect()
+    tracker.publish(example_publication(100))
+    _expect_steps(read_metrics, 100)
+    _expect(bool(tracker.where().strip()), "where() says where the results can be seen", tracker.where())
+    tracker.close()
+
+
+def repetition_changes_nothing(connect: Connect, read_metrics: ReadMetrics) -> None:
+    """The same publication sent twice, and once more after a later one and a reconnection, leaves one point."""
+    tracker = connect()
+    for step in (100, 100, 200, 100):
+        tracker.publish(example_publication(step))
+    tracker.close()
+    again = connect()
+    again.publish(example_publication(100))
+    again.close()
+    _expect_steps(read_metrics, 100, 200)
+
+
+def steps_stay_apart(connect: Connect, read_metrics: ReadMetrics) -> None:
+    """Two checkpoints published in order keep their own values at their own steps, and no other step has any."""
+    tracker = connect()
+    tracker.publish(example_publication(100))
+    tracker.publish(example_publication(200))
+    tracker.close()
+    _expect_steps(read_metrics, 100, 200)
+    _expect(not read_metrics(300), "a step never published has no metrics", read_metrics(300))
+
+
+def reconnection_continues(connect: Connect, read_metrics: ReadMetrics) -> None:
+    """A tracker opened again with the same folders writes to the same place."""
+    for step in (100, 200):
+        tracker = connect()
+        tracker.publish(example_publication(step))
+        place = tracker.where()
+        tracker.close()
+    again = connect()
+    again.publish(example_publication(200))
+    _expect(again.where() == place, f"a reconnected tracker is still at {place}", again.where())
+    again.close()
+    _expect_steps(read_metrics, 100, 200)
+
+
+CHECKS: tuple[Callable[[Connect, ReadMetrics], None], ...] = (
+    publication_lands,
+    repetition_changes_nothing,
+    steps_stay_apart,
+    reconnection_continues,
+)
+
+
+def foreign_values_stay(connect: Connect, read_foreign: Callable[[], Mapping[str, object]]) -> None:
+    """What others keep in the same place is as it was: for trackers that share it, as a run with its trainer."""
+    before = dict(read_foreign())
+    _expect(bool(before), "the place holds something of others before the check", before)
+    tracker = connect()
+    tracker.publish(example_publication(100))
+    tracker.close()
+    _expect(dict(read_foreign()) == before, f"foreign values are still {before}", read_foreign())
+
+
+def _expect_steps(read_metrics: ReadMetrics, *steps: int) -> None:
+    for step in steps:
+        wanted = {key: [value] for key, value in example_publication(step).metrics.items()}
+        found = {key: list(values) for key, values in read_metrics(step).items()}
+        _expect(found == wanted, f"step {step} holds {wanted}", found)
+
+
+def _expect(holds: bool, claim: str, found: object) -> None:
+    if not holds:
+        raise AssertionError(f"{claim}; found {found!r}")

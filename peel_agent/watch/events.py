@@ -1,0 +1,142 @@
+"""Hints from the file system that a scan may be worth while. A timed scan decides; events only make it prompt."""
+
+from __future__ import annotations
+
+import queue
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from watchdog.events import (
+    DirCreatedEvent,
+    DirModifiedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
+
+from peel_agent.errors import ConfigurationError
+
+SILENT = frozenset({"nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "beegfs", "ceph", "9p", "virtiofs", "fuse"})
+"""File systems on which other machines write unseen by inotify; so do all of type `fuse.*`."""
+
+# Not opened and not closed_no_write: our own reads would raise them.
+_TELLING: list[type[FileSystemEvent]] = [
+    DirCreatedEvent,
+    DirModifiedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+]
+
+
+class Hints(FileSystemEventHandler):
+    """`with Hints(root) as hints`: `hints.wait(seconds)` ends early when something was written below the root.
+
+    `status` says in words whether there are events at all. Raises ConfigurationError when the root does not exist.
+    """
+
+    def __init__(self, root: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
+        if not root.exists():
+            raise ConfigurationError(
+                f"the watched path {root} does not exist",
+                remedy="correct it, or create it before the training does: mkdir -p",
+            )
+        self.status = "not started"
+        self._root = root.resolve()
+        self._mountinfo = mountinfo
+        self._observer: BaseObserver | None = None
+        # Not an Event: put() may be called by a signal handler that interrupts wait() in the same thread.
+        self._hints: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def __enter__(self) -> Self:
+        kind = file_system_of(self._root, _text(self._mountinfo))
+        if kind in SILENT or kind.startswith("fuse."):
+            self.status = f"timed scans only: {kind} reports no events"
+            return self
+        try:
+            self._observer = _observe(self._root, self)
+            self.status = "events and timed scans"
+        except OSError as error:
+            self.status = (
+                f"timed scans only: {error.strerror}; "
+                "raise fs.inotify.max_user_watches and fs.inotify.max_user_instances to have events"
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer.join()
+            self._observer = None
+
+    def wait(self, seconds: float) -> bool:
+        """Waits for a hint, at most `seconds`; True when there was one since the last wait, or `wake` was called."""
+        try:
+            self._hints.get(timeout=max(seconds, 0.0))
+        except queue.Empty:
+            return False
+        while not self._hints.empty():
+            self._hints.get()
+        return True
+
+    def wake(self) -> None:
+        """Ends the wait; may be called from another thread or from a signal handler."""
+        self._hints.put(None)
+
+    def on_any_event(self, _event: FileSystemEvent) -> None:
+        if self._hints.empty():  # one is enough: a long save raises thousands
+            self._hints.put(None)
+
+
+def _observe(root: Path, handler: FileSystemEventHandler) -> BaseObserver:
+    observer = Observer()
+    try:
+        observer.schedule(
+            handler, root if root.is_dir() else root.parent, recursive=root.is_dir(), event_filter=_TELLING
+        )
+        observer.start()
+    except OSError:
+        observer.stop()
+        raise
+    return observer
+
+
+def file_system_of(path: Path, mountinfo: str) -> str:
+    """The type of the file system that holds an absolute path, from the text of /proc/self/mountinfo; "" if unknown.
+
+    The longest mount point above the path counts; of two at the same place, the later, which hides the earlier.
+    """
+    best, kind = -1, ""
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split(" ")
+        if len(fields) < 5 or not after:
+            continue
+        point = Path(_unescape(fields[4]))
+        if path.is_relative_to(point) and len(point.parts) >= best:
+            best, kind = len(point.parts), after.split(" ")[0]
+    return kind
+
+
+def _unescape(mount_point: str) -> str:
+    """Undoes the kernel's octal escapes of blanks and backslashes."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount_point)
+
+
+def _text(mountinfo: Path) -> str:
+    try:
+        return mountinfo.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""  # not Linux: events are worth trying

@@ -1,0 +1,66 @@
+"""What is under the watched root now: every checkpoint that a format recognises, whole or not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peel_agent.errors import ConfigurationError
+from peel_agent.records import Readiness
+from peel_agent.spi import Format
+
+LEVELS = 2
+"""How far below the root checkpoints are looked for: `runs/checkpoint-5` and `runs/exp1/checkpoint-5`."""
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A path that a format recognised, and what that format says about it."""
+
+    path: Path
+    format: str
+    readiness: Readiness
+    step: int | None
+
+
+def scan(root: Path, formats: Sequence[Format]) -> tuple[Sighting, ...]:
+    """Every checkpoint at the root or up to two levels below it, in absolute paths, those inside a folder before it.
+
+    The first format that recognises a path has it. A recognised folder is one checkpoint, so its files are not looked
+    at again; its sub-folders are, because Trainer ends a run by saving the model beside its checkpoints: the
+    `checkpoint-N` come first, then that last export. Links and hidden names are passed over: what is inside the root
+    is found under its own name. What vanishes meanwhile is no error; a root that may not be listed is
+    ConfigurationError.
+    """
+    root = root.resolve()
+    if os.access(root, os.F_OK) and not os.access(root, os.R_OK):
+        raise ConfigurationError(
+            f"{root} may not be listed", remedy="give the user of peel-agent read and search permission on it"
+        )
+    return tuple(_sightings(root, formats, LEVELS))
+
+
+def _sightings(path: Path, formats: Sequence[Format], levels: int) -> Iterator[Sighting]:
+    form = next((candidate for candidate in formats if candidate.recognise(path)), None)
+    for child, is_folder in _children(path) if levels > 0 else ():
+        if is_folder:
+            yield from _sightings(child, formats, levels - 1)
+        elif form is None:
+            yield from _sightings(child, formats, 0)
+    if form is not None:
+        yield Sighting(path, form.name, form.inspect(path), form.step(path))
+
+
+def _children(folder: Path) -> list[tuple[Path, bool]]:
+    """Each child that is neither a link nor hidden, and whether it is a folder; none when the folder vanished."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                (Path(entry.path), entry.is_dir(follow_symlinks=False))
+                for entry in entries
+                if not entry.name.startswith(".") and not entry.is_symlink()
+            )
+    except OSError:
+        return []

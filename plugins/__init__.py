@@ -1,0 +1,1 @@
+"""First-party plug-ins, one file each; imported as peel_plugins."""

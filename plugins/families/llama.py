@@ -1,0 +1,28 @@
+"""Llama-like decoders: RMSNorm before each part, rotary positions, gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peel_agent.records import Anatomy
+
+
+class LlamaFamily:
+    name = "llama"
+    model_types = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+    def anatomy(self, config: Mapping[str, Any]) -> Anatomy:  # noqa: ARG002 - one anatomy for the whole family
+        return Anatomy(
+            blocks="model.layers",
+            attention_output="self_attn.o_proj",
+            mlp_norm="post_attention_layernorm",
+            mlp="mlp",
+            mlp_output="mlp.down_proj",
+            final_norm="model.norm",
+            head="lm_head",
+            projection_layout="out_in",
+        )
+
+
+FAMILY = LlamaFamily()

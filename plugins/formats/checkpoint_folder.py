@@ -1,0 +1,137 @@
+"""Reads the files of one checkpoint's folder, and nothing outside it: by offset, never mapped into memory.
+
+A mapped file that its trainer rewrites gives wrong numbers, and one that is truncated kills the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.records import FileStamp
+
+MAX_JSON_BYTES = 100_000_000
+
+WAIT = "wait until the trainer has written it, or save the checkpoint again"
+SAVE_AGAIN = "save the checkpoint again with save_pretrained, or take it out of the watched folder"
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """Names of the entries of a folder; none when it is gone, is no folder or cannot be listed."""
+    try:
+        return frozenset(entry.name for entry in folder.iterdir())
+    except OSError:
+        return frozenset()
+
+
+def is_folder(path: Path) -> bool:
+    """True for a folder that can be seen now; Path.is_dir would raise for a stale network handle."""
+    return _mode(path, stat.S_ISDIR)
+
+
+def is_file(path: Path) -> bool:
+    """True for a regular file that can be seen now."""
+    return _mode(path, stat.S_ISREG)
+
+
+def _mode(path: Path, test: Callable[[int], bool]) -> bool:
+    try:
+        return test(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def open_inside(folder: Path, name: str) -> tuple[int, FileStamp]:
+    """A descriptor of the regular file `name` in `folder`, for the caller to close, and its stamp.
+
+    Raises IncompleteCheckpoint when it is not there, CheckpointError for a link out of the folder or anything but a
+    regular file.
+    """
+    real = Path(os.path.realpath(folder / name))
+    if not real.is_relative_to(os.path.realpath(folder)):
+        raise CheckpointError(
+            f"{name} is a link to {real}, outside {folder}",
+            remedy="copy the checkpoint with the files that its links name (cp -rL), and point at the copy",
+        )
+    try:
+        # Without O_NONBLOCK a named pipe of this name would hold the caller for ever.
+        descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise IncompleteCheckpoint(f"{name} is not there", remedy=WAIT) from error
+    except OSError as error:
+        raise IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}", remedy=WAIT) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{name} is not a regular file", remedy=SAVE_AGAIN)
+    return descriptor, FileStamp(name, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@contextmanager
+def opened(folder: Path, name: str) -> Iterator[tuple[int, FileStamp]]:
+    """`open_inside` for the length of a `with`; a failing disk in its body is IncompleteCheckpoint too."""
+    descriptor, stamp = open_inside(folder, name)
+    try:
+        yield descriptor, stamp
+    except OSError as error:
+        raise IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}", remedy=WAIT) from error
+    finally:
+        os.close(descriptor)
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, name: str) -> None:
+    """Fills `buffer` from the file's byte `offset` on. Raises TornCheckpoint when the file ends before that."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise TornCheckpoint(
+                f"{name} ended before byte {offset + len(buffer):,}, up to which it was read",
+                remedy="it was rewritten in the meantime; it is tried again once it is whole",
+            )
+        done += count
+
+
+def stamp_of(folder: Path, name: str) -> FileStamp:
+    """The stamp of one file; raises as `open_inside` does."""
+    with opened(folder, name) as (_, stamp):
+        return stamp
+
+
+def stamps_of(folder: Path, names: Iterable[str]) -> tuple[FileStamp, ...]:
+    """Stamps of those names that are regular files inside the folder now, in the order of their names."""
+    stamps = []
+    for name in sorted(names):
+        try:
+            stamps.append(stamp_of(folder, name))
+        except CheckpointError:
+            continue  # gone, a folder, or refused: no evidence of progress in it
+    return tuple(stamps)
+
+
+def read_json(folder: Path, name: str) -> tuple[dict[str, Any], FileStamp]:
+    """A JSON object and the stamp of its file.
+
+    Raises IncompleteCheckpoint when it is not there or does not parse (it may be half written), CheckpointError when
+    it is too long or parses to something else than an object.
+    """
+    with opened(folder, name) as (descriptor, stamp):
+        if stamp.size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{name} has {stamp.size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read", remedy=SAVE_AGAIN
+            )
+        text = bytearray(stamp.size)
+        read_into(descriptor, memoryview(text), 0, name)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise IncompleteCheckpoint(f"{name} does not parse: {error}", remedy=WAIT) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} holds a JSON {type(value).__name__}, not an object", remedy=SAVE_AGAIN)
+    return value, stamp

@@ -1,0 +1,126 @@
+"""The header of a safetensors file: 8 bytes of length n, n bytes of JSON, then the tensors one after another.
+
+Everything is checked before it is believed: a checkpoint may be half written, damaged or hostile.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint
+
+from .checkpoint_folder import SAVE_AGAIN, WAIT, read_into
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_TENSORS = 1_000_000
+MAX_DIMENSIONS = 64  # torch's own limit
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where one tensor lies in its file: `size` bytes from byte `offset` of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+def read_header(descriptor: int, name: str, file_size: int) -> dict[str, Extent]:
+    """Every tensor of an open safetensors file of `file_size` bytes; `name` is for the errors.
+
+    Raises IncompleteCheckpoint for a file shorter than its header says, CheckpointError for a longer one or a header
+    that cannot be right.
+    """
+    if file_size < 8:
+        raise IncompleteCheckpoint(f"{name} has {file_size:,} of at least 8 bytes", remedy=WAIT)
+    prefix = bytearray(8)
+    read_into(descriptor, memoryview(prefix), 0, name)
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise _refused(name, f"says its header has {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read")
+    if file_size < 8 + length:
+        raise IncompleteCheckpoint(f"{name} has {file_size:,} of at least {8 + length:,} bytes", remedy=WAIT)
+    text = bytearray(length)
+    read_into(descriptor, memoryview(text), 8, name)
+    extents = _parse(text, name)
+    expected = max((extent.offset + extent.size for extent in extents.values()), default=8 + length)
+    if file_size < expected:
+        raise IncompleteCheckpoint(f"{name} has {file_size:,} of {expected:,} bytes", remedy=WAIT)
+    if file_size > expected:
+        raise _refused(name, f"has {file_size:,} bytes where its header says {expected:,}")
+    return extents
+
+
+def _parse(text: bytearray, name: str) -> dict[str, Extent]:
+    # Every tensor opens a brace: counting them refuses a flood before memory is spent on parsing it.
+    if text.count(b"{") > MAX_TENSORS + 2:
+        raise _refused(name, f"has a header of more than {MAX_TENSORS:,} tensors")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _refused(name, f"has a header that does not parse: {error}") from error
+    if not isinstance(header, dict):
+        raise _refused(name, f"has a header that is a JSON {type(header).__name__}, not an object")
+    header.pop("__metadata__", None)
+    extents = {tensor: _extent(entry, 8 + len(text), f"{name}: tensor `{tensor}`") for tensor, entry in header.items()}
+    _check_packed(extents, 8 + len(text), name)
+    return extents
+
+
+def _extent(entry: object, data_start: int, what: str) -> Extent:
+    if not isinstance(entry, dict):
+        raise _refused(what, "is not described by an object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise _refused(what, f"has the unknown dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+    if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _refused(what, "has a shape that is not a list of sizes")
+    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _refused(what, "has data_offsets that are not a begin and a later end")
+    begin, end = offsets
+    size = math.prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != size:
+        raise _refused(what, f"has {end - begin:,} bytes where shape {shape} of {dtype} needs {size:,}")
+    return Extent(dtype, tuple(shape), data_start + begin, size)
+
+
+def _is_counts(value: object) -> TypeGuard[list[int]]:
+    # `type is int` keeps out true and false; 2**63 keeps the products and offsets small enough to compute.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_packed(extents: Mapping[str, Extent], data_start: int, name: str) -> None:
+    """As safetensors itself demands: no tensor overlaps another and no byte belongs to none."""
+    expected = data_start
+    for tensor, extent in sorted(extents.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if extent.offset != expected:
+            fault = "overlaps the one before it" if extent.offset < expected else "leaves a gap before it"
+            raise _refused(f"{name}: tensor `{tensor}`", f"begins at byte {extent.offset:,}, not {expected:,}: {fault}")
+        expected = extent.offset + extent.size
+
+
+def _refused(what: str, fault: str) -> CheckpointError:
+    return CheckpointError(f"{what} {fault}", remedy=SAVE_AGAIN)

@@ -1,0 +1,152 @@
+"""What the safetensors formats share: which files a checkpoint's weights are in, whether they are whole, opening them.
+
+Torch is imported by `open_weights` alone: everything else runs in the parent daemon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
+
+from .checkpoint_folder import SAVE_AGAIN, WAIT, names_in, opened, read_json, stamps_of
+from .safetensors_header import MAX_TENSORS, Extent, read_header
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = frozenset({"pytorch_model.bin", "pytorch_model.bin.index.json"})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weights of one checkpoint found whole: for each tensor its file and its place in it, and all stamps."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[str, Extent]]
+    files: tuple[FileStamp, ...]
+
+
+def read_folder(folder: Path) -> Layout:
+    """The layout of a folder written by save_pretrained, in one file or in shards.
+
+    Raises IncompleteCheckpoint for what may still be written, CheckpointError for what is refused.
+    """
+    names = names_in(folder)
+    if WEIGHTS in names:  # transformers too prefers it to an index
+        return read_files(folder, (WEIGHTS,))
+    if INDEX in names:
+        return _read_shards(folder)
+    if names & PICKLES:
+        raise CheckpointError(
+            f"the weights are in {min(names & PICKLES)}, a pickle that this version does not read; "
+            "save with safe_serialization=True (safetensors)",
+            remedy="save the checkpoint again with save_pretrained(..., safe_serialization=True)",
+        )
+    raise IncompleteCheckpoint(f"neither {WEIGHTS} nor {INDEX} is there", remedy=WAIT)
+
+
+def read_files(folder: Path, weight_files: Sequence[str]) -> Layout:
+    """The layout of config.json and the named weight files; raises as `read_folder` does."""
+    config, config_stamp = _read_config(folder)
+    tensors: dict[str, tuple[str, Extent]] = {}
+    stamps = [config_stamp]
+    for name in weight_files:
+        with opened(folder, name) as (descriptor, stamp):
+            extents = read_header(descriptor, name, stamp.size)
+        for tensor, extent in extents.items():
+            if tensor in tensors:
+                raise CheckpointError(
+                    f"tensor `{tensor}` is both in {tensors[tensor][0]} and in {name}", remedy=SAVE_AGAIN
+                )
+            tensors[tensor] = (name, extent)
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError(f"there are more than {MAX_TENSORS:,} tensors up to {name}", remedy=SAVE_AGAIN)
+        stamps.append(stamp)
+    return Layout(folder, config, tensors, _by_name(stamps))
+
+
+def with_file(layout: Layout, stamp: FileStamp) -> Layout:
+    """The same layout with one more file that belongs to the checkpoint."""
+    return Layout(layout.folder, layout.config, layout.tensors, _by_name([*layout.files, stamp]))
+
+
+def inspect_layout(read: Callable[[], Layout], folder: Path, names: Callable[[], frozenset[str]]) -> Readiness:
+    """What `read` says about a checkpoint as a Readiness.
+
+    Its files are those that make up a whole checkpoint, or, for one that is not, all of `names` that are there: the
+    evidence that somebody is still writing.
+    """
+    try:
+        layout = read()
+    except (IncompleteCheckpoint, TornCheckpoint) as error:
+        return Readiness("incomplete", error.what, stamps_of(folder, names()))
+    except CheckpointError as error:
+        return Readiness("damaged", error.what, stamps_of(folder, names()))
+    return Readiness("complete", f"{len(layout.files)} files have their sizes", layout.files)
+
+
+def open_weights(ref: CheckpointRef, read: Callable[[], Layout]) -> Weights:
+    """The weights of a checkpoint, its files held open.
+
+    Raises TornCheckpoint when its files are not those of `ref.files` any more, otherwise as `read` does.
+    """
+    from .safetensors_weights import SafetensorsWeights  # imports torch
+
+    try:
+        layout = read()
+    except IncompleteCheckpoint as error:
+        if ref.files:
+            raise _torn(ref, error.what) from error
+        raise
+    now = {stamp.name: (stamp.size, stamp.mtime_ns) for stamp in layout.files}
+    then = {stamp.name: (stamp.size, stamp.mtime_ns) for stamp in ref.files}
+    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if then and changed:
+        raise _torn(ref, f"{changed[0]} is another file than before")
+    return SafetensorsWeights(layout)
+
+
+def _torn(ref: CheckpointRef, how: str) -> TornCheckpoint:
+    return TornCheckpoint(
+        f"{ref.path} changed after it was found whole: {how}",
+        remedy="nothing to do: it is tried again once it is whole; raise settle_seconds if this is frequent",
+    )
+
+
+def _by_name(stamps: Sequence[FileStamp]) -> tuple[FileStamp, ...]:
+    return tuple(sorted(stamps, key=lambda stamp: stamp.name))
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], FileStamp]:
+    try:
+        return read_json(folder, CONFIG)
+    except IncompleteCheckpoint as error:
+        raise IncompleteCheckpoint(
+            f"{error.what}: the model cannot be built without it",
+            remedy=f"put the model's {CONFIG} into {folder} (model.config.save_pretrained writes it)",
+        ) from error
+
+
+def _read_shards(folder: Path) -> Layout:
+    index, stamp = read_json(folder, INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{INDEX} has no weight_map from tensors to shards", remedy=SAVE_AGAIN)
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not shard.endswith(".safetensors") or any(part in shard for part in ("/", "\\", "..", "\0")):
+            raise CheckpointError(
+                f"{INDEX} names the shard {shard!r}, which is not the name of a safetensors file beside it",
+                remedy=SAVE_AGAIN,
+            )
+    layout = read_files(folder, shards)
+    for tensor, shard in weight_map.items():
+        if tensor not in layout.tensors or layout.tensors[tensor][0] != shard:
+            raise CheckpointError(f"{INDEX} says that {shard} holds `{tensor}`; it does not", remedy=SAVE_AGAIN)
+    return with_file(layout, stamp)

@@ -1,0 +1,87 @@
+"""`checkpoint-N/` as transformers' Trainer writes it: the weights first, trainer_state.json last."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint
+from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
+
+from .checkpoint_folder import SAVE_AGAIN, WAIT, is_folder, names_in, read_json, stamp_of
+from .safetensors_reader import (
+    CONFIG,
+    INDEX,
+    PICKLES,
+    WEIGHTS,
+    Layout,
+    inspect_layout,
+    open_weights,
+    read_folder,
+    with_file,
+)
+
+STATE = "trainer_state.json"
+SENTINEL = "checkpoint-is-incomplete.txt"
+_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
+
+
+def is_trainer_folder(path: Path) -> bool:
+    """True for a folder of the name that Trainer gives its checkpoints."""
+    return _NAME.fullmatch(path.name) is not None and is_folder(path)
+
+
+class TransformersFormat:
+    """A Trainer checkpoint.
+
+    It is complete when trainer_state.json says step N, every weight file has the size its header says, every shard of
+    the index is there and checkpoint-is-incomplete.txt is not. A folder with config.json whose weights are pickles
+    only is recognised too, to say that they are not read.
+    """
+
+    name = "transformers"
+
+    def recognise(self, path: Path) -> bool:
+        if is_trainer_folder(path):
+            return True
+        names = names_in(path)
+        return CONFIG in names and bool(names & PICKLES) and not names & {WEIGHTS, INDEX}
+
+    def inspect(self, path: Path) -> Readiness:
+        return inspect_layout(lambda: _read(path), path, lambda: names_in(path))
+
+    def step(self, path: Path) -> int | None:
+        """`global_step` of trainer_state.json; None until that parses."""
+        try:
+            return _global_step(path, stamp_of(path, STATE))
+        except CheckpointError:
+            return None
+
+    def open(self, ref: CheckpointRef) -> Weights:
+        return open_weights(ref, lambda: _read(ref.path))
+
+
+def _read(path: Path) -> Layout:
+    if SENTINEL in names_in(path):
+        raise IncompleteCheckpoint(f"{SENTINEL} is there: Trainer is still writing, or was stopped", remedy=WAIT)
+    layout = read_folder(path)
+    stamp = stamp_of(path, STATE)
+    step = _global_step(path, stamp)
+    named = _NAME.fullmatch(path.name)
+    if named is not None and step != int(named[1]):
+        raise CheckpointError(f"{STATE} says global_step {step:,} in {path.name}", remedy=SAVE_AGAIN)
+    return with_file(layout, stamp)
+
+
+# The log of a long run makes this file megabytes; the stamp is in the key so that each version is parsed once.
+@lru_cache(maxsize=1024)
+def _global_step(path: Path, _stamp: FileStamp) -> int:
+    state, _ = read_json(path, STATE)
+    step = state.get("global_step")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{STATE} has global_step {step!r}, not a count of steps", remedy=SAVE_AGAIN)
+    return step
+
+
+FORMAT = TransformersFormat()

@@ -1,0 +1,234 @@
+"""One MLflow run, written through `MlflowClient` and the run's id only.
+
+`mlflow.start_run` would set the run to RUNNING and end it with this process; the client touches neither. Metrics of a
+re-sent publication fall on the points they made before, since key, step, value and timestamp are the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from peel_agent.errors import TrackerError, TrackerUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from peel_agent.records import Publication
+    from peel_agent.spi import TrackerPlugin
+
+REQUEST_TIMEOUT_SECONDS = 15
+REQUEST_RETRIES = 1
+"""MLflow's own defaults block a call on a dead server for four minutes; trying again later is the sender's part."""
+
+DIRECTORY_TAG = "peel.checkpoint_dir"
+STEP_TAG = "peel.step"
+STATE_FILE = "mlflow-run.json"
+
+_TRANSIENT = frozenset(
+    {
+        "INTERNAL_ERROR",  # also what the client says when nobody answers
+        "TEMPORARILY_UNAVAILABLE",
+        "DEADLINE_EXCEEDED",
+        "REQUEST_LIMIT_EXCEEDED",
+        "RESOURCE_EXHAUSTED",
+        "RESOURCE_ALREADY_EXISTS",  # another sidecar created the same experiment just now: it will be found
+        "ABORTED",
+        "CANCELLED",
+    }
+)
+
+
+class MlflowTracker:
+    """Writes to the run that is found, in this order: option `run_id`; the newest run of the experiment tagged
+    `peel.checkpoint_dir` with the absolute checkpoint directory; the run created earlier; else a new run.
+
+    Never touched: the status, `mlflow.note.content` and every key outside `peel`. A run created here stays RUNNING,
+    since a restarted sidecar goes on in it and only the user knows when the training is over.
+    """
+
+    def __init__(self, options: Mapping[str, str], checkpoint_dir: Path, state_dir: Path) -> None:
+        self._options = options
+        self._directory = checkpoint_dir.absolute()
+        self._state_file = state_dir / STATE_FILE
+        self._uri = options.get("tracking_uri", "")
+        self._experiment = options.get("experiment") or "Default"
+        self._client: Any = None
+        self._run_id = ""
+
+    def publish(self, publication: Publication) -> None:
+        mlflow = _mlflow()
+        database = importlib.import_module("sqlalchemy.exc")
+        try:
+            if self._client is None:
+                self._uri = self._uri or mlflow.get_tracking_uri()
+                client = mlflow.MlflowClient(tracking_uri=self._uri)
+                self._run_id = self._find_run(client)
+                self._client = client
+            self._write(publication, mlflow.entities)
+        except (mlflow.exceptions.MlflowException, database.SQLAlchemyError, OSError, ImportError) as error:
+            # `from None`: the library's own message may hold the URI with its password.
+            raise self._failure(error) from None
+
+    def where(self) -> str:
+        at = _shown(self._uri) or "its default tracking URI"
+        return f"MLflow run {self._run_id} at {at}" if self._run_id else f"MLflow at {at}"
+
+    def close(self) -> None:
+        self._client = None
+
+    def _write(self, publication: Publication, entities: Any) -> None:
+        run = self._client.get_run(self._run_id)
+        if run.info.lifecycle_stage == "deleted":  # it would refuse metrics and tags, yet take files
+            raise TrackerError(
+                f"{self.where()} is deleted",
+                remedy=f"restore it (`mlflow runs restore --run-id {self._run_id}`), or name another run_id",
+            )
+        point = {"timestamp": publication.timestamp_ms, "step": publication.step}
+        metrics = [entities.Metric(key, value, **point) for key, value in publication.metrics.items()]
+        tags, files = dict(publication.tags), dict(publication.files)
+        if publication.step >= int(run.data.tags.get(STEP_TAG, publication.step)):
+            tags[STEP_TAG] = str(publication.step)
+        else:  # sent again late: what stands for the whole run already comes from a later step
+            own = f"step-{publication.step:09d}"
+            tags, files = {}, {path: text for path, text in files.items() if own in path}
+        self._client.log_batch(
+            self._run_id, metrics, tags=[entities.RunTag(*tag) for tag in tags.items()], synchronous=True
+        )
+        for path, text in files.items():
+            self._client.log_text(self._run_id, text, path)
+
+    def _find_run(self, client: Any) -> str:
+        if run_id := self._options.get("run_id"):
+            return run_id
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            return self._remembered(client) or self._create(client, client.create_experiment(self._experiment))
+        if experiment.lifecycle_stage == "deleted":
+            raise TrackerError(
+                f"MLflow experiment {self._experiment!r} at {_shown(self._uri)} is deleted",
+                remedy=f"restore it (`mlflow experiments restore -x {experiment.experiment_id}`), or name another",
+            )
+        return (
+            self._tagged(client, experiment.experiment_id)
+            or self._remembered(client)
+            or self._create(client, experiment.experiment_id)
+        )
+
+    def _tagged(self, client: Any, experiment_id: str) -> str:
+        directory = str(self._directory)
+        # MLflow's filters have no way to escape a quote: a wildcard stands for what could end the text, and the
+        # runs found are compared again.
+        pattern = re.sub(r"['\"`\\]", "_", directory)
+        runs = client.search_runs(
+            [experiment_id], f"tags.`{DIRECTORY_TAG}` LIKE '{pattern}'", order_by=["attributes.start_time DESC"]
+        )
+        return next((str(run.info.run_id) for run in runs if run.data.tags[DIRECTORY_TAG] == directory), "")
+
+    def _remembered(self, client: Any) -> str:
+        """The run created here before, unless it was for another place or is gone."""
+        if not self._state_file.exists():
+            return ""
+        state = json.loads(self._state_file.read_text(encoding="utf-8"))
+        run_id = state.pop("run_id")
+        if state != self._place():
+            return ""
+        try:
+            run = client.get_run(run_id)
+        except _mlflow().exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return ""
+        return str(run.info.run_id) if run.info.lifecycle_stage == "active" else ""
+
+    def _create(self, client: Any, experiment_id: str) -> str:
+        name = self._options.get("run_name") or self._directory.name
+        run = client.create_run(experiment_id, tags={DIRECTORY_TAG: str(self._directory)}, run_name=name)
+        self._remember(run.info.run_id)
+        return str(run.info.run_id)
+
+    def _place(self) -> dict[str, str]:
+        """What a run was created for: no other is continued in it."""
+        return {
+            "tracking_uri": _shown(self._uri),
+            "experiment": self._experiment,
+            "checkpoint_dir": str(self._directory),
+        }
+
+    def _remember(self, run_id: str) -> None:
+        self._state_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._state_file.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"run_id": run_id, **self._place()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._state_file)
+
+    def _failure(self, error: Exception) -> TrackerError:
+        cause = _cause(error, self._uri)
+        if _is_transient(error):
+            return TrackerUnavailable(
+                f"{self.where()} cannot be reached: {cause}",
+                remedy="start the server, or correct [tracker.mlflow] tracking_uri; it is tried again",
+            )
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            return TrackerError(
+                f"{self.where()} does not exist: {cause}",
+                remedy="correct [tracker.mlflow] run_id, or leave it out to have the run found or created",
+            )
+        return TrackerError(
+            f"{self.where()} refused the results: {cause}",
+            remedy="correct [tracker.mlflow], or the server's permissions, after the reason given",
+        )
+
+
+class MlflowPlugin:
+    name = "mlflow"
+    options = frozenset({"tracking_uri", "run_id", "experiment", "run_name"})
+
+    def connect(self, options: Mapping[str, str], *, checkpoint_dir: Path, state_dir: Path) -> MlflowTracker:
+        """A tracker for the run that writes `checkpoint_dir`; without `tracking_uri`, MLflow's own default counts."""
+        return MlflowTracker(options, checkpoint_dir, state_dir)
+
+
+PLUGIN: TrackerPlugin = MlflowPlugin()
+
+
+def _mlflow() -> Any:
+    """The library, imported late since it takes seconds, with bounded requests and without telemetry."""
+    mlflow = importlib.import_module("mlflow")
+    settings = mlflow.environment_variables
+    settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(REQUEST_TIMEOUT_SECONDS)
+    settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(REQUEST_RETRIES)
+    settings.MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER.set(False)  # a server may ask for an hour
+    if not settings.MLFLOW_DISABLE_TELEMETRY.get():
+        settings.MLFLOW_DISABLE_TELEMETRY.set(True)
+        mlflow.telemetry.set_telemetry_client()  # drops the client that the import made
+    return mlflow
+
+
+def _is_transient(error: Exception) -> bool:
+    code = getattr(error, "error_code", None)
+    if code is not None:
+        return code in _TRANSIENT
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:  # an upload answered by the artifact store
+        return bool(status >= 500 or status in (408, 429))
+    return isinstance(error, (OSError, importlib.import_module("sqlalchemy.exc").OperationalError))
+
+
+def _shown(uri: str) -> str:
+    """The URI without user, password and query. A local database's path may hold an `@` and is left alone."""
+    return re.sub(r"://[^/].*@", "://", uri).split("?")[0]
+
+
+def _cause(error: Exception, uri: str) -> str:
+    """The first line of an error, with the secrets of every URI in it cut out."""
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if uri:
+        text = text.replace(uri.rstrip("/"), _shown(uri).rstrip("/"))
+    return re.sub(r"://[^/\s]\S*@", "://", text)[:400]

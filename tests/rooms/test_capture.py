@@ -1,0 +1,90 @@
+"""Running a checkpoint block by block is running it as transformers does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peel_agent import registry
+from peel_agent.peel.losses import logits
+from peel_agent.records import Projection
+from tests import zoo
+
+
+@pytest.fixture(scope="module", params=sorted(zoo.CONFIGS))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A model of each family, as transformers has it and as a Trace."""
+    model = zoo.build(request.param, steps=10)
+    return model, zoo.trace_of(zoo.save(model, tmp_path_factory.mktemp(request.param)))
+
+
+def test_every_model_type_is_in_the_zoo() -> None:
+    """Each model type that a first-party family claims is proven below against transformers' own forward."""
+    claimed = set()
+    for kind in zoo.CONFIGS.values():
+        claimed |= registry.family(kind.model_type).model_types
+    assert claimed == {config.model_type for config in zoo.CONFIGS.values()}
+
+
+def test_hidden_states_and_logits(pair: tuple[Any, Any]) -> None:
+    """Embeddings, every block's output, the final norm and the head agree with transformers' forward."""
+    model, trace = pair
+    ids = zoo.token_ids(7, 9)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids), output_hidden_states=True)
+    h = trace.embed(ids)
+    torch.testing.assert_close(h, expected.hidden_states[0])
+    for index, block in enumerate(trace.blocks()):
+        h = block.run(h)
+        if index < zoo.BLOCKS - 1:  # transformers' last hidden state is taken after the final norm
+            torch.testing.assert_close(h, expected.hidden_states[index + 1])
+    torch.testing.assert_close(trace.normalise(h), expected.hidden_states[-1])
+    torch.testing.assert_close(logits(trace.normalise(h), trace.head), expected.logits)
+
+
+def test_parts_add_up(pair: tuple[Any, Any]) -> None:
+    """The observed features, multiplied by the projections, are what the two parts add to the stream."""
+    _, trace = pair
+    h = trace.embed(zoo.token_ids(5, 4))
+    for block in trace.blocks():
+        seen = block.observe(h)
+        torch.testing.assert_close(h + logits(seen.attention_features, block.attention_projection), seen.mid)
+        torch.testing.assert_close(seen.mid + logits(seen.mlp_features, block.mlp_projection), seen.output)
+        torch.testing.assert_close(block.run_mlp_part(seen.mid), seen.output)
+        h = seen.output
+
+
+def test_substitute_projections(pair: tuple[Any, Any]) -> None:
+    """Projections of zeros silence a part; the trained weights come back afterwards."""
+    _, trace = pair
+    h = trace.embed(zoo.token_ids(5, 4))
+    block = next(iter(trace.blocks(stop=1)))
+    before = block.run(h)
+
+    def zeros(trained: Projection) -> Projection:
+        bias = None if trained.bias is None else torch.zeros_like(trained.bias)
+        return Projection(torch.zeros_like(trained.weight), bias)
+
+    silent = block.run(h, attention=zeros(block.attention_projection), mlp=zeros(block.mlp_projection))
+    torch.testing.assert_close(silent, h)
+    torch.testing.assert_close(block.run(h), before)
+
+
+def test_two_blocks_are_resident_at_most(pair: tuple[Any, Any]) -> None:
+    """While a block is visited, only it and the one before it hold memory."""
+    _, trace = pair
+    for _ in trace.blocks():
+        resident = [block for block in trace._blocks if next(block.parameters()).device.type != "meta"]
+        assert len(resident) <= 2
+    assert all(next(block.parameters()).device.type == "meta" for block in trace._blocks)
+
+
+def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
+    """Peeling in a process that also trains does not change its random numbers."""
+    path = zoo.save(zoo.build("llama", steps=0), tmp_path)
+    state = torch.get_rng_state()
+    zoo.trace_of(path)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,250 @@
+"""Checkpoints and probes: what is read, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peel_agent import registry
+from peel_agent.errors import CheckpointError, PeelError, ProbeError, UnknownFamily, WeightsMismatch
+from peel_agent.load import ProbeSizes, load_probe, open_snapshot
+from peel_agent.pipeline import locate
+from peel_agent.records import Probe, Snapshot
+from tests import zoo
+
+
+def opened(path: Path) -> Snapshot:
+    ref = locate(path)
+    (form,) = registry.formats(ref.format)
+    return open_snapshot(ref, form, registry.family)
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(path: Path, change: Any) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return zoo.save(zoo.build("llama", steps=0), tmp_path / "model")
+
+
+def test_snapshot_says_what_it_is(llama: Path) -> None:
+    """Family, widths, size, precision and tied head come from the checkpoint."""
+    snapshot = opened(llama)
+    assert (snapshot.family, snapshot.width, snapshot.vocabulary, snapshot.context) == ("llama", 16, 19, 32)
+    assert snapshot.precision == "float32"
+    assert not snapshot.tied_head
+    assert snapshot.parameters == sum(tensor.numel() for tensor in load_file(llama / "model.safetensors").values())
+
+
+def test_nothing_is_materialised(llama: Path) -> None:
+    """Opening a checkpoint allocates no weights: every parameter is on the meta device."""
+    assert {parameter.device.type for parameter in opened(llama).model.parameters()} == {"meta"}
+
+
+def test_tied_head(tmp_path: Path) -> None:
+    """GPT-2 saves no head of its own; it is found through the tie."""
+    assert opened(zoo.save(zoo.build("gpt2", steps=0), tmp_path)).tied_head
+
+
+def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
+    """bfloat16 weights are computed with in float32, and the report says what was stored."""
+    model = zoo.build("llama", steps=0)
+    expected = model.to(torch.bfloat16).state_dict()["model.layers.0.mlp.down_proj.weight"].float()
+    snapshot = opened(zoo.save(model, tmp_path))
+    assert snapshot.precision == "bfloat16"
+    block = next(iter(zoo.trace_of(tmp_path).blocks(stop=1)))
+    assert torch.equal(block.mlp_projection.weight.T, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"model_type": "mamba"}, UnknownFamily, "mamba"),
+        ({"model_type": None}, UnknownFamily, "None"),
+        ({"num_hidden_layers": 5}, WeightsMismatch, "missing model.layers.4"),
+        ({"num_hidden_layers": 3}, WeightsMismatch, "unexpected model.layers.3"),
+        ({"intermediate_size": 28}, WeightsMismatch, r"\[24, 16\] instead of \[28, 16\]"),
+        ({"quantization_config": {"quant_method": "bitnet"}}, CheckpointError, "bitnet"),
+        ({"num_attention_heads": "many"}, CheckpointError, "config.json"),
+    ],
+)
+def test_config_that_does_not_fit(llama: Path, changes: dict[str, Any], error: type[PeelError], words: str) -> None:
+    """Whatever config.json and the weights disagree on is named."""
+    edit_config(llama, **changes)
+    with pytest.raises(error, match=words) as caught:
+        opened(llama)
+    assert caught.value.remedy
+
+
+def test_remote_code_is_ignored(llama: Path) -> None:
+    """A checkpoint that names code of its own is built from transformers' classes, and the code is not looked at."""
+    (llama / "evil.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    edit_config(llama, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    assert opened(llama).family == "llama"
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_missing_weight(llama: Path, name: str) -> None:
+    """A weight that is not there is named."""
+    edit_weights(llama, lambda tensors: tensors.pop(name))
+    with pytest.raises(WeightsMismatch, match=f"missing {name}"):
+        opened(llama)
+
+
+def test_unexpected_weight(llama: Path) -> None:
+    """A weight that no module takes is named: the model is not the one it is taken for."""
+    edit_weights(llama, lambda tensors: tensors.update({"model.layers.0.adapter.weight": torch.zeros(2)}))
+    with pytest.raises(WeightsMismatch, match=r"unexpected model\.layers\.0\.adapter\.weight"):
+        opened(llama)
+
+
+# ---------------------------------------------------------------- probes
+
+
+def load(path: Path, *, length: int | None = 16, vocabulary: int = 19, **sizes: int) -> Probe:
+    wanted = ProbeSizes(**sizes, sequence_length=length)
+    return load_probe(path, wanted, vocabulary=vocabulary, context=32, tokenizer=path.parent / "tokenizer.json")
+
+
+def ids_file(folder: Path, count: int = 16 * 100) -> Path:
+    np.save(folder / "probe.npy", np.arange(count) % 19)
+    return folder / "probe.npy"
+
+
+def test_split(tmp_path: Path) -> None:
+    """The parts are disjoint sequences in the contract's proportions, the same at every call."""
+    path = ids_file(tmp_path, 16 * 110)
+    np.save(path, np.arange(16 * 110))
+    first, again = (load(path, vocabulary=16 * 110) for _ in range(2))
+    assert (len(first.fit), len(first.select), len(first.confirm)) == (80, 10, 20)
+    every = np.concatenate([first.fit, first.select, first.confirm])
+    assert len({row[0] for row in every.tolist()}) == 110
+    assert (np.diff(every, axis=1) == 1).all()
+    assert first.fingerprint == again.fingerprint
+    assert (first.confirm == again.confirm).all()
+
+
+def test_sizes_are_upper_limits(tmp_path: Path) -> None:
+    """A large probe gives no more than the tokens asked for."""
+    probe = load(ids_file(tmp_path, 16 * 2000), fit=800, select=160, confirm=320)
+    assert (probe.fit.size, probe.select.size, probe.confirm.size) == (800, 160, 320)
+
+
+@pytest.mark.parametrize("kind", ["bin16", "bin32", "safetensors", "two_dimensional"])
+def test_kinds_of_token_ids(tmp_path: Path, kind: str) -> None:
+    """Every kind of file with the same ids gives the same probe."""
+    reference = load(ids_file(tmp_path))
+    ids = np.arange(1600) % 19
+    path = tmp_path / {"safetensors": "p.safetensors", "two_dimensional": "p2.npy"}.get(kind, "p.bin")
+    vocabulary = 19
+    if kind == "safetensors":
+        save_file({"input_ids": torch.from_numpy(ids)}, path)
+    elif kind == "two_dimensional":
+        np.save(path, ids.reshape(100, 16))
+    else:
+        ids.astype(np.uint32 if kind == "bin32" else np.uint16).tofile(path)
+        vocabulary = 100_000 if kind == "bin32" else 19
+    assert load(path, vocabulary=vocabulary).fingerprint == reference.fingerprint
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = {chr(97 + index): index for index in range(19)}
+    tokenizer = Tokenizer(models.WordLevel(letters | {"?": 18}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_kinds_of_text(tmp_path: Path, kind: str) -> None:
+    """Text is tokenised with the tokenizer.json beside the checkpoint, whatever file it is in."""
+    write_tokenizer(tmp_path)
+    words = [chr(97 + index % 19) for index in range(1600)]
+    path = tmp_path / f"probe.{kind}"
+    if kind == "txt":
+        path.write_text(" ".join(words))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": " ".join(words[i : i + 50])}) + "\n" for i in range(0, 1600, 50)))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": [" ".join(words)]}), path)
+    assert load(path).fingerprint == load(ids_file(tmp_path)).fingerprint
+
+
+def write_key_of_another_name(path: Path) -> None:
+    write_tokenizer(path.parent)
+    path.write_text('{"txt": "a b"}\n')
+
+
+def write_no_parquet(path: Path) -> None:
+    write_tokenizer(path.parent)
+    path.write_text("no parquet")
+
+
+UNUSABLE: dict[str, Callable[[Path], object]] = {
+    "vocabulary.npy": lambda path: np.save(path, np.full(1600, 19)),
+    "negative.npy": lambda path: np.save(path, np.full(1600, -1)),
+    "few.npy": lambda path: np.save(path, np.zeros(16 * 43, dtype=int)),
+    "none.npy": lambda path: np.save(path, np.zeros(0, dtype=int)),
+    "empty.npy": lambda path: path.write_bytes(b""),
+    "floats.npy": lambda path: np.save(path, np.zeros(1600)),
+    "object.npy": lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True),
+    "long.npy": lambda path: np.save(path, np.zeros((100, 33), dtype=int)),
+    "name.safetensors": lambda path: save_file({"tokens": torch.zeros(4)}, path),
+    "torn.safetensors": lambda path: path.write_bytes(b"\x10\0\0\0"),
+    "key.jsonl": write_key_of_another_name,
+    "words.parquet": write_no_parquet,
+    "text.txt": lambda path: path.write_text("a b c"),
+    "probe.csv": lambda path: path.write_text("a b c"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vocabulary.npy", "token id 19.*vocabulary is 19"),
+        ("negative.npy", "token id -1"),
+        ("few.npy", r"43 sequences of 16 tokens(.|\n)*44 sequences are needed: 704 tokens"),
+        ("none.npy", r"0 sequences(.|\n)*704 tokens"),
+        ("empty.npy", "cannot be read as token ids"),
+        ("floats.npy", "float64"),
+        ("object.npy", "cannot be read as token ids"),
+        ("long.npy", "33 tokens do not fit the model, whose context is 32"),
+        ("name.safetensors", "no tensor `input_ids`.*tokens"),
+        ("torn.safetensors", "not a whole safetensors file"),
+        ("key.jsonl", "line 1 is no JSON object with a key `text`"),
+        ("words.parquet", "no parquet file"),
+        ("text.txt", "no tokenizer"),
+        ("probe.csv", "`.csv`"),
+    ],
+)
+def test_unusable_probe(tmp_path: Path, name: str, words: str) -> None:
+    """Each unusable probe is refused with the value that is wrong and what to do."""
+    UNUSABLE[name](tmp_path / name)
+    with pytest.raises(ProbeError, match=words) as caught:
+        load(tmp_path / name)
+    assert caught.value.exit_code == 2
+
+
+def test_no_probe(tmp_path: Path) -> None:
+    """A path that is not there is named."""
+    with pytest.raises(ProbeError, match=r"no probe at .*nowhere\.npy"):
+        load(tmp_path / "nowhere.npy")

@@ -1,0 +1,212 @@
+"""The publish room's JSON form: the contract's `peel-agent/report/1`, there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from math import inf, nan
+from types import MappingProxyType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peel_agent.publish import alert_line, report_from_json, report_json, report_line
+from peel_agent.records import (
+    BoundReport,
+    CheckpointInfo,
+    Estimate,
+    LayerReport,
+    ModelInfo,
+    Notice,
+    PartReport,
+    PeelReport,
+    ProbeInfo,
+    Skipped,
+    Timing,
+)
+
+NOTICE = Notice("92ab", "layer_below", "warning", "firing", "model.layers.0", 800, "model.layers.0 earns less — see")
+
+FULL = PeelReport(
+    checkpoint=CheckpointInfo("run/checkpoint-800", 800, "transformers", "c0ffee"),
+    model=ModelInfo("llama", 2, 1_200_000, "ternary"),
+    probe=ProbeInfo("beef", 65_536, 8_192, 16_384, 128),
+    loss=Estimate(1.67, 1.6, 1.7),
+    bound=Estimate(1.5, 1.4, 1.6),
+    gap=Estimate(0.17, 0.1, 0.2),
+    zone="caution",
+    bounds=(BoundReport("head", (1, 2), "closed_form", Estimate(1.6, 1.5, 1.7), 1.6, within_class=True),),
+    layers=(
+        LayerReport(
+            index=0,
+            name="model.layers.0",
+            status="below",
+            margin=Estimate(0.0, -0.0002, 0.0002),
+            best_reference="skip",
+            references=MappingProxyType({"skip": 0.0, "affine": 0.01}),
+            parts={"attention": PartReport("below", Estimate(0.0, -0.1, 0.1)), "mlp": PartReport("undecided", None)},
+            stream_share=0.3,
+            headroom=Estimate(0.05, 0.04, 0.06),
+            quantization_share=0.01,
+            optimization_share=0.04,
+        ),
+        LayerReport(1, "model.layers.1", "undecided", None, None, {}, {}, 0.1),
+    ),
+    skipped=(Skipped("affine of model.layers.1", "512 fit tokens; 1024 would be enough"),),
+    timing=Timing(0.1, 0.2, 0.3, 0.4),
+    redundancy=((0.1, 0.2), (0.3, 0.4)),
+    alerts=(NOTICE,),
+)
+
+FORM = {
+    "schema": "peel-agent/report/1",
+    "checkpoint": {"path": "run/checkpoint-800", "step": 800, "format": "transformers", "fingerprint": "c0ffee"},
+    "model": {"family": "llama", "blocks": 2, "parameters": 1_200_000, "precision": "ternary"},
+    "probe": {
+        "fingerprint": "beef",
+        "fit_tokens": 65_536,
+        "select_tokens": 8_192,
+        "confirm_tokens": 16_384,
+        "sequence_length": 128,
+    },
+    "loss": {"value": 1.67, "low": 1.6, "high": 1.7},
+    "bound": {"value": 1.5, "low": 1.4, "high": 1.6},
+    "gap": {"value": 0.17, "low": 0.1, "high": 0.2},
+    "zone": "caution",
+    "bounds": [
+        {
+            "label": "head",
+            "map": [1, 2],
+            "solver": "closed_form",
+            "value": {"value": 1.6, "low": 1.5, "high": 1.7},
+            "best": 1.6,
+            "within_class": True,
+        }
+    ],
+    "layers": [
+        {
+            "index": 0,
+            "name": "model.layers.0",
+            "status": "below",
+            "margin": {"value": 0.0, "low": -0.0002, "high": 0.0002},
+            "best_reference": "skip",
+            "references": {"skip": 0.0, "affine": 0.01},
+            "parts": {
+                "attention": {"status": "below", "margin": {"value": 0.0, "low": -0.1, "high": 0.1}},
+                "mlp": {"status": "undecided", "margin": None},
+            },
+            "stream_share": 0.3,
+            "headroom": {"value": 0.05, "low": 0.04, "high": 0.06},
+            "quantization_share": 0.01,
+            "optimization_share": 0.04,
+        },
+        {
+            "index": 1,
+            "name": "model.layers.1",
+            "status": "undecided",
+            "margin": None,
+            "best_reference": None,
+            "references": {},
+            "parts": {},
+            "stream_share": 0.1,
+            "headroom": None,
+            "quantization_share": None,
+            "optimization_share": None,
+        },
+    ],
+    "redundancy": [[0.1, 0.2], [0.3, 0.4]],
+    "alerts": [
+        {
+            "id": "92ab",
+            "rule": "layer_below",
+            "severity": "warning",
+            "state": "firing",
+            "layer": "model.layers.0",
+            "step": 800,
+            "text": "model.layers.0 earns less — see",
+        }
+    ],
+    "skipped": [{"what": "affine of model.layers.1", "why": "512 fit tokens; 1024 would be enough"}],
+    "timing": {"load": 0.1, "capture": 0.2, "solve": 0.3, "score": 0.4},
+}
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+ESTIMATES = st.builds(Estimate, NUMBERS, NUMBERS, NUMBERS)
+PARTS = st.builds(PartReport, st.sampled_from(("above", "below", "undecided")), st.none() | ESTIMATES)
+REPORTS = st.builds(
+    PeelReport,
+    bounds=st.lists(
+        st.builds(BoundReport, map=st.lists(st.integers(1, 99)).map(tuple), value=ESTIMATES, best=NUMBERS)
+    ).map(tuple),
+    layers=st.lists(
+        st.builds(
+            LayerReport,
+            references=st.dictionaries(st.text(), NUMBERS),
+            parts=st.dictionaries(st.sampled_from(("attention", "mlp")), PARTS),
+            stream_share=NUMBERS,
+            margin=st.none() | ESTIMATES,
+            headroom=st.none() | ESTIMATES,
+            quantization_share=st.none() | NUMBERS,
+            optimization_share=st.none() | NUMBERS,
+        ),
+        max_size=3,
+    ).map(tuple),
+    loss=ESTIMATES,
+    bound=st.none() | ESTIMATES,
+    gap=st.none() | ESTIMATES,
+    timing=st.builds(Timing, NUMBERS, NUMBERS, NUMBERS, NUMBERS),
+    redundancy=st.none() | st.lists(st.lists(NUMBERS).map(tuple)).map(tuple),
+    skipped=st.lists(st.builds(Skipped)).map(tuple),
+    alerts=st.lists(st.builds(Notice)).map(tuple),
+    schema=st.just("peel-agent/report/1"),
+)
+
+
+def test_the_form_is_the_contracts() -> None:
+    """A full report has exactly the names and nesting that CONTRACT.md fixes, `schema` first."""
+    assert report_json(FULL) == FORM
+    assert next(iter(report_json(FULL))) == "schema"
+
+
+def test_a_line_is_one_line_of_the_same() -> None:
+    """The line holds no newline, whatever the texts hold, and parses to the form."""
+    torn = dataclasses.replace(FULL, skipped=(Skipped("two\nlines", "\r\u2028"),))
+    assert len(report_line(torn).splitlines()) == 1
+    assert json.loads(report_line(FULL)) == FORM
+
+
+@given(REPORTS)
+def test_a_report_survives_the_round_trip(report: PeelReport) -> None:
+    """report_from_json undoes report_json, through text, for any report of finite numbers."""
+    assert report_from_json(json.loads(report_line(report))) == report
+
+
+@pytest.mark.parametrize("number", [nan, inf, -inf])
+@pytest.mark.parametrize("place", ["loss", "references", "redundancy", "timing"])
+def test_no_nan_or_infinity_leaves(number: float, place: str) -> None:
+    """A number that JSON does not have is refused wherever it hides."""
+    layer = dataclasses.replace(FULL.layers[0], references={"skip": number})
+    broken = {
+        "loss": {"loss": Estimate(number, 0.0, 1.0)},
+        "references": {"layers": (layer,)},
+        "redundancy": {"redundancy": ((0.0, number),)},
+        "timing": {"timing": Timing(load=number)},
+    }[place]
+    report = dataclasses.replace(FULL, **broken)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report_json(report)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report_line(report)
+
+
+def test_another_schema_is_refused_by_name() -> None:
+    """A report of a later schema is not read as if it were this one."""
+    with pytest.raises(ValueError, match=r"peel-agent/report/2.*reads.*peel-agent/report/1"):
+        report_from_json({**FORM, "schema": "peel-agent/report/2"})
+
+
+def test_an_alert_is_one_json_line() -> None:
+    """A notice's line holds its fields by their names."""
+    assert json.loads(alert_line(NOTICE)) == FORM["alerts"][0]
+    assert len(alert_line(dataclasses.replace(NOTICE, text="a\nb")).splitlines()) == 1

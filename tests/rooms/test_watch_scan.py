@@ -1,0 +1,204 @@
+"""The scan of the watch room, with the real formats on real folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from peel_agent import registry
+from peel_agent.errors import ConfigurationError
+from peel_agent.watch import scan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from peel_agent.records import CheckpointRef, Readiness, Weights
+
+FORMATS = registry.formats()
+
+
+def safetensors_bytes(value: int = 7) -> bytes:
+    """A safetensors file with one tensor of four bytes."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes([value] * 4)
+
+
+def checkpoint_files(step: int | None) -> Mapping[str, bytes]:
+    """The files of a checkpoint in the order in which they are written; with `step`, one of Trainer's."""
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": safetensors_bytes()}
+    if step is not None:
+        files |= {"optimizer.pt": b"optimizer", "trainer_state.json": json.dumps({"global_step": step}).encode()}
+    return files
+
+
+def write_checkpoint(folder: Path, step: int | None = None) -> Path:
+    """A complete checkpoint; with `step`, one of Trainer's, which `folder` must be named after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in checkpoint_files(step).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def found(root: Path) -> list[tuple[str, str, str, int | None]]:
+    """(path below the root, format, state, step) of every sighting."""
+    return [
+        (str(seen.path.relative_to(root)), seen.format, seen.readiness.state, seen.step) for seen in scan(root, FORMATS)
+    ]
+
+
+class TestWhatIsSeen:
+    def test_a_checkpoint_given_as_root(self, tmp_path: Path) -> None:
+        """A root that is itself a checkpoint is the only sighting; its files are not seen again."""
+        write_checkpoint(tmp_path / "checkpoint-5", 5)
+        assert found(tmp_path / "checkpoint-5") == [(".", "transformers", "complete", 5)]
+
+    def test_a_file_given_as_root(self, tmp_path: Path) -> None:
+        """A single safetensors file can be the root."""
+        write_checkpoint(tmp_path / "m")
+        assert found(tmp_path / "m" / "model.safetensors") == [(".", "safetensors", "complete", None)]
+
+    def test_checkpoints_of_a_run_and_of_several_runs(self, tmp_path: Path) -> None:
+        """Checkpoints are seen one and two levels below the root, and no deeper."""
+        write_checkpoint(tmp_path / "checkpoint-5", 5)
+        write_checkpoint(tmp_path / "exp1" / "checkpoint-7", 7)
+        write_checkpoint(tmp_path / "exp1" / "deep" / "checkpoint-9", 9)
+        assert found(tmp_path) == [
+            ("checkpoint-5", "transformers", "complete", 5),
+            ("exp1/checkpoint-7", "transformers", "complete", 7),
+        ]
+
+    def test_single_files_beside_each_other(self, tmp_path: Path) -> None:
+        """Safetensors files in a folder that is no checkpoint are one checkpoint each, with a common config.json."""
+        (tmp_path / "config.json").write_text("{}")
+        for step in (5, 10):
+            (tmp_path / f"step-{step}.safetensors").write_bytes(safetensors_bytes())
+        assert [(path, step) for path, _, state, step in found(tmp_path) if state == "complete"] == [
+            ("step-10.safetensors", 10),
+            ("step-5.safetensors", 5),
+        ]
+
+    @pytest.mark.parametrize("below", ["", "exp1"])
+    def test_a_final_export_does_not_hide_the_checkpoints(self, tmp_path: Path, below: str) -> None:
+        """A folder with checkpoint-N and Trainer's final export beside them yields the checkpoints, then itself."""
+        run = tmp_path / below
+        write_checkpoint(run / "checkpoint-5", 5)
+        write_checkpoint(run / "checkpoint-10", 10)
+        write_checkpoint(run)
+        assert [(seen.path, seen.step) for seen in scan(tmp_path, FORMATS)] == [
+            (run / "checkpoint-10", 10),
+            (run / "checkpoint-5", 5),
+            (run, None),
+        ]
+
+    def test_what_is_being_written(self, tmp_path: Path) -> None:
+        """An empty checkpoint-N is seen as incomplete; it is one in the making."""
+        (tmp_path / "checkpoint-5").mkdir()
+        assert found(tmp_path) == [("checkpoint-5", "transformers", "incomplete", None)]
+
+    def test_other_things_are_not_seen(self, tmp_path: Path) -> None:
+        """Logs, hidden folders and plain files are no checkpoints."""
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "events.out").write_text("x")
+        (tmp_path / "config.json").write_text("{}")
+        write_checkpoint(tmp_path / ".cache")
+        assert found(tmp_path) == []
+
+    def test_the_first_format_has_it(self, tmp_path: Path) -> None:
+        """Of two formats that recognise a path the first in order is taken."""
+        (by_files,) = registry.formats("safetensors")
+        other = Renamed()
+        write_checkpoint(tmp_path / "step_5")
+        assert [seen.format for seen in scan(tmp_path, [other, by_files])] == ["renamed"]
+        assert [seen.format for seen in scan(tmp_path, [by_files, other])] == ["safetensors"]
+
+
+class Renamed:
+    """The safetensors format under another name."""
+
+    name = "renamed"
+    recognise = registry.formats("safetensors")[0].recognise
+    inspect = registry.formats("safetensors")[0].inspect
+    step = registry.formats("safetensors")[0].step
+
+    def open(self, ref: CheckpointRef) -> Weights:
+        raise NotImplementedError
+
+
+class TestLinks:
+    def test_no_link_is_followed(self, tmp_path: Path) -> None:
+        """Links to checkpoints outside the root are not seen, and one inside is seen once, under its own name."""
+        outside = write_checkpoint(tmp_path / "outside" / "checkpoint-3", 3)
+        root = tmp_path / "root"
+        real = write_checkpoint(root / "checkpoint-5", 5)
+        (root / "checkpoint-3").symlink_to(outside)
+        (root / "exp").symlink_to(tmp_path / "outside")
+        (root / "loose.safetensors").symlink_to(outside / "model.safetensors")
+        (root / "latest").symlink_to(real)
+        assert [path for path, *_ in found(root)] == ["checkpoint-5"]
+
+    def test_a_root_that_is_a_link(self, tmp_path: Path) -> None:
+        """The root may be a link; paths are those of what it names."""
+        real = write_checkpoint(tmp_path / "real" / "checkpoint-5", 5)
+        (tmp_path / "current").symlink_to(tmp_path / "real")
+        assert [seen.path for seen in scan(tmp_path / "current", FORMATS)] == [real.resolve()]
+
+    def test_a_relative_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Paths are absolute whatever the root looks like."""
+        real = write_checkpoint(tmp_path / "checkpoint-5", 5)
+        monkeypatch.chdir(tmp_path)
+        assert [seen.path for seen in scan(real.parent.relative_to(tmp_path), FORMATS)] == [real.resolve()]
+
+
+class TestWhatVanishes:
+    def test_a_root_that_is_not_there(self, tmp_path: Path) -> None:
+        """A root that vanished holds nothing."""
+        assert scan(tmp_path / "gone", FORMATS) == ()
+
+    def test_a_checkpoint_rotated_away_in_the_middle(self, tmp_path: Path) -> None:
+        """A checkpoint removed after it was recognised is an incomplete sighting; the others are whole."""
+
+        class Rotating(Renamed):
+            def inspect(self, path: Path) -> Readiness:
+                if path.name == "step_5":
+                    shutil.rmtree(path)
+                return Renamed.inspect(path)
+
+        write_checkpoint(tmp_path / "step_5")
+        write_checkpoint(tmp_path / "step_7")
+        assert [(seen.path.name, seen.readiness.state) for seen in scan(tmp_path, [Rotating()])] == [
+            ("step_5", "incomplete"),
+            ("step_7", "complete"),
+        ]
+
+    def test_a_folder_that_cannot_be_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A stale sub-folder is passed over, the others are seen."""
+        write_checkpoint(tmp_path / "exp1" / "checkpoint-5", 5)
+        write_checkpoint(tmp_path / "exp2" / "checkpoint-7", 7)
+        listed = os.scandir
+
+        def stale(path: Path) -> object:
+            if str(path).endswith("exp1"):
+                raise OSError(116, "Stale file handle")
+            return listed(path)
+
+        monkeypatch.setattr(os, "scandir", stale)
+        assert [path for path, *_ in found(tmp_path)] == ["exp2/checkpoint-7"]
+
+    def test_a_root_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A root that may not be listed is a configuration error that names it, not an empty root."""
+        monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK)
+        with pytest.raises(ConfigurationError, match=f"{tmp_path} may not be listed"):
+            scan(tmp_path, FORMATS)
+
+
+def test_the_room_imports_no_torch() -> None:
+    """Importing the watch room leaves torch alone."""
+    program = "import sys, peel_agent.watch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
