@@ -117,12 +117,10 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     for name, text in sorted(os.environ.items()):
         if name.startswith(PREFIX):
             _put(raw, name.removeprefix(PREFIX).lower().split("__"), _from_environment(text))
-    if "MLFLOW_RUN_ID" in os.environ:
-        raw.setdefault("tracker", {}).setdefault("mlflow", {}).setdefault("run_id", os.environ["MLFLOW_RUN_ID"])
     for dotted, value in flags.items():
         if value is not None:
             _put(raw, dotted.split("."), value)
-    return _settings(raw)
+    return _with_run_of_environment(_settings(raw))
 
 
 def default_state_dir(watched: Path) -> Path:
@@ -190,6 +188,16 @@ def _settings(raw: Mapping[str, Any]) -> Settings:
     if "rule" in raw:
         built["rules"] = tuple(_section(Rule, "rule", entry) for entry in raw["rule"])
     return Settings(**built)
+
+
+def _with_run_of_environment(settings: Settings) -> Settings:
+    """MLFLOW_RUN_ID, which trainings set, names the run unless the configuration names one."""
+    tracking, run_id = settings.tracker, os.environ.get("MLFLOW_RUN_ID")
+    if run_id is None or "mlflow" not in tracking.use:
+        return settings
+    mlflow = {"run_id": run_id, **tracking.options.get("mlflow", {})}
+    options = {**tracking.options, "mlflow": mlflow}
+    return dataclasses.replace(settings, tracker=dataclasses.replace(tracking, options=options))
 
 
 def _tracker(table: Mapping[str, Any]) -> TrackerSettings:

@@ -11,14 +11,11 @@ import sys
 import threading
 import time
 import urllib.request
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-from typing import Any
 
 START_SECONDS = 90
 _SHARED = pytest.StashKey[str]()

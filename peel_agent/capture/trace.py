@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peel_agent.capture.block import ResidentBlock, projection_of
+from peel_agent.errors import ConfigurationError
 from peel_agent.records import Block, Probe, Snapshot, TokenIds
 
 RESIDENT_BLOCKS = 2
@@ -22,7 +23,19 @@ CHUNK_TOKENS = 4096
 def open_trace(snapshot: Snapshot, probe: Probe, *, device: str = "cpu") -> BlockwiseTrace:
     """The snapshot as a Trace (records.Trace) on `device`, computing in float32 with TF32 off."""
     torch.set_float32_matmul_precision("highest")
-    return BlockwiseTrace(snapshot, probe, torch.device(device))
+    return BlockwiseTrace(snapshot, probe, usable_device(device))
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device of this name; ConfigurationError when this process cannot compute on it."""
+    gpus = torch.cuda.device_count()
+    usable = ["cpu", *(f"cuda:{index}" for index in range(gpus))]
+    if name not in usable:
+        raise ConfigurationError(
+            f"cannot compute on `{name}`: torch {torch.__version__} sees {gpus} GPUs here",
+            remedy=f"use --device {' or --device '.join(usable)}",
+        )
+    return torch.device(name)
 
 
 class _Tap(nn.Module):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from peel_agent.records import LayerReport, PeelReport, RuleKind, Status
+from peel_agent.records import LayerReport, PeelReport, RuleKind, Status
 
 Speaks = Literal["for", "against", "neither"]
 

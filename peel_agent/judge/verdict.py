@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from peel_agent.judge.kinds import KINDS, Speaks, Testimony
 from peel_agent.records import Notice, PeelReport, Rule, RuleState, Verdict
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _SILENCE = Testimony("neither", "")
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from math import inf
-from typing import TYPE_CHECKING
 
 from peel_agent.publish.form import report_line
 from peel_agent.records import PeelReport, Publication, Status, Verdict
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def publication(

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peel_agent.errors import TrackerUnavailable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from peel_agent.records import Publication
-    from peel_agent.spi import TrackerPlugin
+from peel_agent.records import Publication
+from peel_agent.spi import TrackerPlugin
 
 
 class JsonlTracker:

@@ -6,20 +6,16 @@ re-sent publication fall on the points they made before, since key, step, value 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from peel_agent.errors import TrackerError, TrackerUnavailable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from peel_agent.records import Publication
-    from peel_agent.spi import TrackerPlugin
+from peel_agent.records import Publication
+from peel_agent.spi import TrackerPlugin
 
 REQUEST_TIMEOUT_SECONDS = 15
 REQUEST_RETRIES = 1
@@ -62,7 +58,8 @@ class MlflowTracker:
 
     def publish(self, publication: Publication) -> None:
         mlflow = _mlflow()
-        database = importlib.import_module("sqlalchemy.exc")
+        from sqlalchemy.exc import SQLAlchemyError
+
         try:
             if self._client is None:
                 self._uri = self._uri or mlflow.get_tracking_uri()
@@ -70,7 +67,7 @@ class MlflowTracker:
                 self._run_id = self._find_run(client)
                 self._client = client
             self._write(publication, mlflow.entities)
-        except (mlflow.exceptions.MlflowException, database.SQLAlchemyError, OSError, ImportError) as error:
+        except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             # `from None`: the library's own message may hold the URI with its password.
             raise self._failure(error) from None
 
@@ -200,7 +197,8 @@ PLUGIN: TrackerPlugin = MlflowPlugin()
 
 def _mlflow() -> Any:
     """The library, imported late since it takes seconds, with bounded requests and without telemetry."""
-    mlflow = importlib.import_module("mlflow")
+    import mlflow
+
     settings = mlflow.environment_variables
     settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(REQUEST_TIMEOUT_SECONDS)
     settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(REQUEST_RETRIES)
@@ -218,7 +216,9 @@ def _is_transient(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:  # an upload answered by the artifact store
         return bool(status >= 500 or status in (408, 429))
-    return isinstance(error, (OSError, importlib.import_module("sqlalchemy.exc").OperationalError))
+    from sqlalchemy.exc import OperationalError
+
+    return isinstance(error, (OSError, OperationalError))
 
 
 def _shown(uri: str) -> str:
@@ -227,7 +227,12 @@ def _shown(uri: str) -> str:
 
 
 def _cause(error: Exception, uri: str) -> str:
-    """The first line of an error, with the secrets of every URI in it cut out."""
+    """The system's own words when it is a connection that failed, else the first line of the error without secrets."""
+    root: BaseException = error
+    while root.__context__ is not None:
+        root = root.__context__
+    if isinstance(root, OSError) and root.strerror and root.filename is None:
+        return root.strerror
     text = (str(error).splitlines() or [""])[0] or type(error).__name__
     if uri:
         text = text.replace(uri.rstrip("/"), _shown(uri).rstrip("/"))

@@ -10,21 +10,17 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from peel_plugins.trackers import jsonl_file, mlflow_run
 
 from peel_agent.errors import TrackerError, TrackerUnavailable
 from peel_agent.records import Publication
+from peel_agent.spi import Tracker
 from peel_agent.testing.trackers import CHECKS, Connect, ReadMetrics, example_publication, foreign_values_stay
 from tests import servers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from peel_agent.spi import Tracker
 
 mlflow_uri = servers.mlflow_uri
 

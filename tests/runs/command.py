@@ -1,0 +1,28 @@
+"""The command as a user runs it: a process with arguments, stdout, stderr and an exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def peel_agent(
+    *arguments: object, home: Path, timeout: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs `peel-agent` to its end; `home` holds its state, so that tests do not meet."""
+    return subprocess.run(
+        [sys.executable, "-m", "peel_agent", *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment_of(home, **environment),
+    )
+
+
+def environment_of(home: Path, **more: str) -> dict[str, str]:
+    """This process's environment with a state folder of its own and no tracker but the one given."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PEEL__"))}
+    return own | {"XDG_STATE_HOME": str(home), "MLFLOW_DISABLE_TELEMETRY": "true"} | more

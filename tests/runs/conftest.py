@@ -1,0 +1,56 @@
+"""Real trainings, each a process of its own, shared by the tests of a session."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peel_agent.demo.text import corpus
+from tests import servers
+
+mlflow_uri = servers.mlflow_uri
+
+STEPS = 500
+HELD_BACK = 3
+
+Train = Callable[[str, bool], Path]
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """train(kind, healthy): the output directory of a 6-block model trained for 500 steps by transformers' Trainer."""
+    done: dict[tuple[str, bool], Path] = {}
+
+    def run(kind: str, healthy: bool) -> Path:
+        if (kind, healthy) not in done:
+            output = tmp_path_factory.mktemp(f"{kind}-{'healthy' if healthy else 'held-back'}")
+            command = [sys.executable, "-m", "peel_agent.demo.train", str(output), "--kind", kind]
+            command += ["--steps", str(STEPS), "--save-every", "100"]
+            command += [] if healthy else ["--hold-back", str(HELD_BACK)]
+            finished = subprocess.run(command, check=False, capture_output=True, text=True)
+            assert finished.returncode == 0, finished.stderr
+            done[kind, healthy] = output
+        return done[kind, healthy]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def probe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token ids of the files that no training has seen."""
+    path = tmp_path_factory.mktemp("probe") / "probe.npy"
+    np.save(path, corpus()[1])
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_probe(tmp_path_factory: pytest.TempPathFactory, probe_file: Path) -> Path:
+    """A part of the same, for tests whose claim is not about a block."""
+    path = tmp_path_factory.mktemp("probe") / "small.npy"
+    np.save(path, np.load(probe_file)[:12_000])
+    return path

@@ -1,0 +1,223 @@
+"""The sidecar on real checkpoints and a real MLflow server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import servers
+from tests.runs.command import environment_of, peel_agent
+from tests.runs.conftest import HELD_BACK, Train
+
+FAST = ("--quantities", "margin", "--sequence-length", "64")
+CONFIGURATION = """
+[watch]
+settle_seconds = 0.5
+poll_seconds = 0.5
+[probe]
+fit_tokens = 4096
+select_tokens = 2048
+confirm_tokens = 8192
+[[rule]]
+name = "layer_below"
+kind = "layer_below"
+after_step = 300
+"""
+
+
+@pytest.fixture
+def configuration(tmp_path: Path) -> Path:
+    path = tmp_path / "peel.toml"
+    path.write_text(CONFIGURATION)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_directory(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last three checkpoints of the training with a held-back block."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    for step in (300, 400, 500):
+        shutil.copytree(train("llama", False) / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def new_run(uri: str) -> tuple[Any, str]:
+    """A run as a training has it: RUNNING, with a note and a loss of its own."""
+    client = servers.mlflow_client(uri)
+    run = client.create_run("0", run_name="training", tags={"mlflow.note.content": "mine"})
+    client.log_metric(run.info.run_id, "loss", 1.25, step=400)
+    return client, run.info.run_id
+
+
+def test_findings_reach_the_run(
+    run_directory: Path, probe_file: Path, configuration: Path, tmp_path: Path, mlflow_uri: str
+) -> None:
+    """`watch --once` writes every checkpoint's metrics, tags, report and the alert into the training's own run.
+
+    Read back through MLflow's client: values at their training steps with the checkpoint's time, the run's status,
+    note and own metric untouched. A second `watch --once` has nothing left to do and changes nothing.
+    """
+    client, run_id = new_run(mlflow_uri)
+    arguments = (
+        "watch", run_directory, "-c", configuration, "--probe", probe_file, "--run-id", run_id,
+        "--tracking-uri", mlflow_uri, "--once", "--json",
+    )  # fmt: skip
+    finished = peel_agent(*arguments, home=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    reports = {json.loads(line)["checkpoint"]["step"]: json.loads(line) for line in finished.stdout.splitlines()}
+    assert list(reports) == [300, 400, 500]
+
+    def histories() -> dict[str, list[tuple[int, float, int]]]:
+        keys = (
+            "peel/loss",
+            "peel/bound",
+            "peel/gap",
+            f"peel/margin/L{HELD_BACK:03d}",
+            "peel/layers_below",
+            "peel/yes/head",
+        )
+        return {key: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(run_id, key)] for key in keys}
+
+    written = histories()
+    assert [(step, value) for step, value, _ in written["peel/loss"]] == [
+        (step, report["loss"]["value"]) for step, report in reports.items()
+    ]
+    assert [value for _, value, _ in written[f"peel/margin/L{HELD_BACK:03d}"]] == [
+        report["layers"][HELD_BACK]["margin"]["value"] for report in reports.values()
+    ]
+    times = [stamp for _, _, stamp in written["peel/loss"]]
+    for step, stamp in zip((300, 400, 500), times, strict=True):
+        newest = max(file.stat().st_mtime for file in (run_directory / f"checkpoint-{step}").glob("*.json"))
+        assert abs(stamp / 1000 - newest) < 2
+
+    run = client.get_run(run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["mlflow.note.content"] == "mine"
+    assert run.data.metrics["loss"] == 1.25
+    assert run.data.tags["peel.status"] == "below"
+    assert run.data.tags["peel.alert.layer_below"] == f"firing: L{HELD_BACK:03d}"
+    client.download_artifacts(run_id, "peel/checkpoints", str(tmp_path))
+    stored = json.loads((tmp_path / "peel/checkpoints/step-000000500.json").read_text())
+    assert stored == reports[500]
+    client.download_artifacts(run_id, "peel/alerts.jsonl", str(tmp_path))
+    (alert,) = map(json.loads, (tmp_path / "peel/alerts.jsonl").read_text().splitlines())
+    assert (alert["layer"], alert["state"], alert["step"]) == (f"model.layers.{HELD_BACK}", "firing", 400)
+    assert "ALERT firing" in finished.stderr
+    assert f"model.layers.{HELD_BACK}" in finished.stderr
+
+    again = peel_agent(*arguments, home=tmp_path)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert histories() == written
+
+
+def test_scan_and_watch_give_the_same_numbers(
+    run_directory: Path, probe_file: Path, configuration: Path, tmp_path: Path
+) -> None:
+    """The same checkpoint and probe have the same report, whichever command made it."""
+    common = ("-c", configuration, "--probe", probe_file, *FAST)
+    scanned = peel_agent("scan", run_directory / "checkpoint-500", *common, "--format", "json", home=tmp_path)
+    only = tmp_path / "only"
+    shutil.copytree(run_directory / "checkpoint-500", only / "checkpoint-500")
+    watched = peel_agent("watch", only, *common, "--once", "--json", home=tmp_path, PEEL__TRACKER__USE='["jsonl"]')
+    first, second = json.loads(scanned.stdout), json.loads(watched.stdout)
+    for ours, theirs in zip(first["layers"], second["layers"], strict=True):
+        assert ours["margin"] == pytest.approx(theirs["margin"], abs=1e-5)
+        assert (ours["status"], ours["best_reference"]) == (theirs["status"], theirs["best_reference"])
+    assert first["loss"] == pytest.approx(second["loss"], abs=1e-5)
+    assert first["probe"] == second["probe"]
+
+
+def test_server_away_then_back(run_directory: Path, small_probe: Path, configuration: Path, tmp_path: Path) -> None:
+    """With MLflow away the findings stay on disk and it is said where; the next `watch` delivers them, once."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    port = servers.free_port()
+    uri = f"http://127.0.0.1:{port}"
+    arguments = ("watch", run_directory, "-c", configuration, "--probe", small_probe, *FAST, "--tracking-uri", uri)
+    away = peel_agent(*arguments, "--once", home=tmp_path)
+    assert away.returncode == 0, away.stderr
+    assert "3 findings in" in away.stderr
+    assert uri in away.stderr
+    (reports,) = tmp_path.glob("peel-agent/*/reports")
+    assert len(list(reports.iterdir())) == 3
+    with servers.mlflow_server(folder, port):
+        back = peel_agent(*arguments, "--once", "--json", home=tmp_path)
+        assert (back.returncode, back.stdout) == (0, "")
+        client = servers.mlflow_client(uri)
+        (run,) = client.search_runs(["0"])
+        assert run.data.tags["peel.checkpoint_dir"] == str(run_directory)
+        history = client.get_metric_history(run.info.run_id, "peel/loss")
+        assert [point.step for point in history] == [300, 400, 500]
+
+
+def test_daemon_sees_new_checkpoints_and_survives_restarts(
+    run_directory: Path, small_probe: Path, configuration: Path, tmp_path: Path
+) -> None:
+    """A running sidecar peels what appears, ends cleanly on SIGTERM, and its successor goes on where it stopped.
+
+    The alert needs two checkpoints in a row, one on each side of the restart: the streak survives.
+    """
+    folder = tmp_path / "live"
+    folder.mkdir()
+    state = tmp_path / "state"
+    command = [sys.executable, "-m", "peel_agent", "watch", str(folder), "-c", str(configuration)]
+    command += ["--probe", str(small_probe), "--state", str(state), *FAST]
+    environment = environment_of(tmp_path, PEEL__TRACKER__USE='["jsonl"]')
+
+    def session(step: int) -> str:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        shutil.copytree(run_directory / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        wait_for(lambda: (state / "reports" / f"step-{step:09d}.json").exists() or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+        return said
+
+    assert "ALERT" not in session(300)
+    said = session(400)
+    assert said.count("ALERT firing") == 1
+    assert "step 300" not in said
+    published = [json.loads(line) for line in (state / "publications.jsonl").read_text().splitlines()]
+    assert [publication["step"] for publication in published] == [300, 400]
+
+
+def test_a_killed_worker_is_tried_again(
+    run_directory: Path, small_probe: Path, configuration: Path, tmp_path: Path
+) -> None:
+    """A worker killed in the middle costs one attempt, not the checkpoint."""
+    import psutil
+
+    only = tmp_path / "only"
+    shutil.copytree(run_directory / "checkpoint-300", only / "checkpoint-300")
+    command = [sys.executable, "-m", "peel_agent", "watch", str(only), "-c", str(configuration), "--once"]
+    command += ["--probe", str(small_probe), *FAST]
+    environment = environment_of(tmp_path, PEEL__TRACKER__USE='["jsonl"]')
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    children: list[psutil.Process] = []
+
+    def started() -> bool:
+        children[:] = psutil.Process(process.pid).children()
+        return bool(children)
+
+    wait_for(started)
+    children[0].kill()
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "ended with signal SIGKILL; trying again" in said
+    assert "step 300" in said
