@@ -140,7 +140,7 @@ def test_too_few_fit_tokens_are_undecided(checkpoints: Path, tmp_path: Path) -> 
     np.save(tmp_path / "small.npy", zoo.token_ids(100, 1)[:, :2])
     finished = peel_agent(
         "scan", checkpoints / "checkpoint-5", "--probe", tmp_path / "small.npy", "--format", "json",
-        home=tmp_path, PEEL__PROBE__FIT_TOKENS="30",
+        home=tmp_path, PEEL__PROBE__FIT_TOKENS="30", PEEL__PROBE__SELECT_TOKENS="10", PEEL__PROBE__CONFIRM_TOKENS="40",
     )  # fmt: skip
     report = json.loads(finished.stdout)
     assert "above" not in {layer["status"] for layer in report["layers"]}

@@ -112,11 +112,13 @@ def test_findings_reach_the_run(
     assert run.data.metrics["loss"] == 1.25
     assert run.data.tags["peel.status"] == "below"
     assert run.data.tags["peel.alert.layer_below"] == f"firing: L{HELD_BACK:03d}"
-    client.download_artifacts(run_id, "peel/checkpoints", str(tmp_path))
-    stored = json.loads((tmp_path / "peel/checkpoints/step-000000500.json").read_text())
+
+    def artifact(name: str) -> str:
+        return Path(client.download_artifacts(run_id, name, str(tmp_path))).read_text()
+
+    stored = json.loads(artifact("peel/checkpoints/step-000000500.json"))
     assert stored == reports[500]
-    client.download_artifacts(run_id, "peel/alerts.jsonl", str(tmp_path))
-    (alert,) = map(json.loads, (tmp_path / "peel/alerts.jsonl").read_text().splitlines())
+    (alert,) = map(json.loads, artifact("peel/alerts.jsonl").splitlines())
     assert (alert["layer"], alert["state"], alert["step"]) == (f"model.layers.{HELD_BACK}", "firing", 400)
     assert "ALERT firing" in finished.stderr
     assert f"model.layers.{HELD_BACK}" in finished.stderr
@@ -192,7 +194,7 @@ def test_daemon_sees_new_checkpoints_and_survives_restarts(
     assert "ALERT" not in session(300)
     said = session(400)
     assert said.count("ALERT firing") == 1
-    assert "step 300" not in said
+    assert "step 300;" not in said
     published = [json.loads(line) for line in (state / "publications.jsonl").read_text().splitlines()]
     assert [publication["step"] for publication in published] == [300, 400]
 
