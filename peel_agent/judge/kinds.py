@@ -34,8 +34,7 @@ def _layer_words(layer: LayerReport, report: PeelReport) -> str:
     if layer.best_reference is not None:
         words += f" `{layer.best_reference}`"
     if layer.margin is not None:
-        margin = layer.margin
-        words += f": margin {margin.value:z.4f} [{margin.low:z.4f}, {margin.high:z.4f}] nats/token"
+        words += f": margin {layer.margin} nats/token"
     others = [other.margin.value for other in report.layers if other.margin is not None and other.name != layer.name]
     if others:
         words += f", the other blocks' median is {median(others):z.4f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peel_agent.records import Estimate, LayerReport, PeelReport
+from peel_agent.records import LayerReport, PeelReport
 
 _COLUMNS = "{:<22} {:<10} {:<29} {:<14} {:<10} {:<10} {}"
 _HEADER = _COLUMNS.format("block", "status", "margin [95 % interval]", "best stand-in", "attention", "mlp", "share")
@@ -13,7 +13,7 @@ def headline(report: PeelReport) -> str:
     pieces = [f"step {report.checkpoint.step}" if report.checkpoint.step is not None else report.checkpoint.path]
     pieces.append(f"loss {report.loss.value:.4f}")
     if report.bound is not None and report.gap is not None:
-        pieces.append(f"bound {report.bound.value:.4f}, gap {report.gap.value:+.4f} ({report.zone})")
+        pieces.append(f"bound {report.bound.value:.4f}, gap {report.gap.value:+.4f} ({_zone(report)})")
     below = [layer for layer in report.layers if layer.status == "below"]
     undecided = sum(layer.status == "undecided" for layer in report.layers)
     if below:
@@ -25,13 +25,16 @@ def headline(report: PeelReport) -> str:
     return "; ".join(pieces)
 
 
+def _zone(report: PeelReport) -> str:
+    """The zone, and whose the gap is when a refitted head alone is the bound."""
+    head = next((bound for bound in report.bounds if bound.label == "head"), None)
+    if report.zone == "caution" and head is not None and head.value == report.bound:
+        return "caution: the head's, not the layers'"
+    return report.zone
+
+
 def _with_margin(layer: LayerReport) -> str:
-    return layer.name if layer.margin is None else f"{layer.name} (margin {estimate_text(layer.margin)})"
-
-
-def estimate_text(estimate: Estimate) -> str:
-    """`0.0123 [0.0100, 0.0150]`."""
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+    return layer.name if layer.margin is None else f"{layer.name} (margin {layer.margin})"
 
 
 def table(report: PeelReport) -> str:
@@ -48,8 +51,7 @@ def table(report: PeelReport) -> str:
     if report.bounds:
         lines += ["", "bounds of the run (suite, solver " + report.bounds[0].solver + ")"]
         lines += [
-            f"  {bound.label:<16} {estimate_text(bound.value)}"
-            + ("" if bound.within_class else "  outside the model's own class")
+            f"  {bound.label:<16} {bound.value}" + ("" if bound.within_class else "  outside the model's own class")
             for bound in report.bounds
         ]
     if report.skipped:
@@ -58,7 +60,7 @@ def table(report: PeelReport) -> str:
 
 
 def _layer_line(layer: LayerReport) -> str:
-    margin = estimate_text(layer.margin) if layer.margin is not None else "-"
+    margin = str(layer.margin) if layer.margin is not None else "-"
     parts = (layer.parts["attention"].status, layer.parts["mlp"].status)
     best, share = layer.best_reference or "-", f"{layer.stream_share:.3f}"
     return _COLUMNS.format(layer.name, layer.status, margin, best, *parts, share)

@@ -1,0 +1,89 @@
+"""The frozen records that cross the doors between rooms.
+
+    watch -> CheckpointRef -> load -> Snapshot, Probe -> capture -> Trace -> peel -> PeelReport
+          -> judge -> Verdict -> publish -> Publication -> trackers
+
+Importing this module imports neither torch nor numpy: the parent daemon lives on these records alone.
+"""
+
+from peel_agent.records.checkpoint import (
+    CheckpointRef,
+    FileStamp,
+    Readiness,
+)
+from peel_agent.records.model import (
+    Anatomy,
+    Block,
+    Observation,
+    Probe,
+    Projection,
+    Snapshot,
+    TokenIds,
+    Trace,
+    Weights,
+)
+from peel_agent.records.report import (
+    SCHEMA,
+    BoundReport,
+    CheckpointInfo,
+    Estimate,
+    Findings,
+    LayerReport,
+    ModelInfo,
+    Notice,
+    PartName,
+    PartReport,
+    PeelReport,
+    Plan,
+    ProbeInfo,
+    Severity,
+    Skipped,
+    Status,
+    Timing,
+    Zone,
+)
+from peel_agent.records.verdict import (
+    Publication,
+    Rule,
+    RuleKind,
+    RuleState,
+    Verdict,
+)
+
+__all__ = [
+    "SCHEMA",
+    "Anatomy",
+    "Block",
+    "BoundReport",
+    "CheckpointInfo",
+    "CheckpointRef",
+    "Estimate",
+    "FileStamp",
+    "Findings",
+    "LayerReport",
+    "ModelInfo",
+    "Notice",
+    "Observation",
+    "PartName",
+    "PartReport",
+    "PeelReport",
+    "Plan",
+    "Probe",
+    "ProbeInfo",
+    "Projection",
+    "Publication",
+    "Readiness",
+    "Rule",
+    "RuleKind",
+    "RuleState",
+    "Severity",
+    "Skipped",
+    "Snapshot",
+    "Status",
+    "Timing",
+    "TokenIds",
+    "Trace",
+    "Verdict",
+    "Weights",
+    "Zone",
+]

@@ -1,0 +1,46 @@
+"""What the watch room finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """One file of a checkpoint as seen in its directory entry: enough to notice a later change."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """What a format plug-in found at a path.
+
+    `complete`: marker parses and every indexed file has its expected size. `incomplete`: may still become complete.
+    `damaged`: never will, whatever is written next. `reason` names the file and the two values that disagree.
+    """
+
+    state: Literal["complete", "incomplete", "damaged"]
+    reason: str
+    files: tuple[FileStamp, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A checkpoint that was whole when it was last looked at.
+
+    `step` is the training step (None when nothing in the checkpoint says so), `committed_at` the newest modification
+    time of its files in Unix seconds, `fingerprint` a digest of names, sizes and times of its files.
+    """
+
+    path: Path
+    step: int | None
+    format: str
+    fingerprint: str
+    committed_at: float
+    files: tuple[FileStamp, ...] = ()

@@ -1,0 +1,148 @@
+"""A checkpoint opened, and the model run block by block: what load and capture hand on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from peel_agent.records.checkpoint import CheckpointRef
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+TokenIds: TypeAlias = "NDArray[np.int64]"
+
+
+class Weights(Protocol):
+    """Tensors of one checkpoint by name, read on demand and never memory-mapped."""
+
+    def config(self) -> Mapping[str, Any]:
+        """The model configuration stored beside the weights (`config.json`)."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor, from the headers alone."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU in its stored dtype."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a pre-norm decoder are, as module names.
+
+    A block maps h [B, S, d] to `mid + mlp(mlp_norm(mid))` with `mid = h + attention(attention_norm(h))`. Names of
+    parts are relative to the block. `projection_layout` says how the two output projections store their weight:
+    `out_in` as torch.nn.Linear does, `in_out` as transformers' Conv1D does.
+    """
+
+    blocks: str
+    attention_output: str
+    mlp_norm: str
+    mlp: str
+    mlp_output: str
+    final_norm: str
+    head: str
+    projection_layout: Literal["out_in", "in_out"] = "out_in"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One checkpoint opened: the model's modules on the meta device, and the weights to fill them with."""
+
+    ref: CheckpointRef
+    model: nn.Module
+    family: str
+    anatomy: Anatomy
+    weights: Weights
+    width: int
+    vocabulary: int
+    context: int
+    parameters: int
+    precision: str
+    tied_head: bool
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token sequences held fixed for the run, split by sequence into three disjoint parts.
+
+    Each part is an int64 array [sequences, sequence_length]. References are solved on `fit`, chosen on `select`, and
+    every published number is measured on `confirm` (METHOD 1).
+    """
+
+    fit: TokenIds
+    select: TokenIds
+    confirm: TokenIds
+    fingerprint: str
+
+    @property
+    def sequence_length(self) -> int:
+        return int(self.fit.shape[1])
+
+
+@dataclass(frozen=True)
+class Projection:
+    """An output projection y = x @ weight + bias with weight [in, out] and bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One block seen from inside on B sequences of S tokens.
+
+    attention_features [B, S, heads * head_dim]: input of the attention output projection. mid [B, S, d]: the stream
+    between the parts. mlp_features [B, S, d_ff]: input of the MLP's output projection. output [B, S, d].
+    """
+
+    attention_features: Tensor
+    mid: Tensor
+    mlp_features: Tensor
+    output: Tensor
+
+
+class Block(Protocol):
+    """One trained block with its weights resident. `attention` and `mlp` stand in for its two output projections."""
+
+    index: int
+    name: str
+    attention_projection: Projection
+    mlp_projection: Projection
+
+    def run(self, h: Tensor, *, attention: Projection | None = None, mlp: Projection | None = None) -> Tensor:
+        """The block's output [B, S, d] for its input h [B, S, d]."""
+
+    def observe(self, h: Tensor, *, attention: Projection | None = None) -> Observation:
+        """The same with its inner features."""
+
+    def run_mlp_part(self, mid: Tensor) -> Tensor:
+        """The block's output mid + mlp(mlp_norm(mid)) from the stream between its parts, both [B, S, d]."""
+
+
+class Trace(Protocol):
+    """A checkpoint ready to be run block by block over the probe: what the peel room sees of a model.
+
+    Streams are float32 tensors [N, S, d] on `device`; block l (0-based) maps h_l to h_{l+1} in transformers'
+    numbering of hidden states.
+    """
+
+    probe: Probe
+    block_names: tuple[str, ...]
+    width: int
+    chunk: int
+    """Sequences to run at once."""
+    tied_head: bool
+    head: Projection
+
+    def embed(self, ids: TokenIds) -> Tensor:
+        """h_0 [N, S, d] for token ids [N, S]."""
+
+    def blocks(self, stop: int | None = None) -> Iterator[Block]:
+        """The first `stop` blocks (all, when None) in order. A block's weights may be dropped two steps later."""
+
+    def normalise(self, h: Tensor) -> Tensor:
+        """The final norm, [B, S, d] to [B, S, d]: the features that the head multiplies."""

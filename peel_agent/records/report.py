@@ -1,0 +1,160 @@
+"""What the peel room is asked for and answers; all losses, margins, bounds and gaps in nats per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+SCHEMA = "peel-agent/report/1"
+
+Status = Literal["above", "below", "undecided"]
+Zone = Literal["effective", "caution", "ineffective", "undecided"]
+PartName = Literal["attention", "mlp"]
+Severity = Literal["info", "warning", "critical"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compute: `references` stand in for whole blocks, `maps` is a suite's name or a tuple of target maps."""
+
+    quantities: frozenset[str]
+    references: tuple[str, ...]
+    maps: str | tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number in nats per token with its 95 % paired bootstrap interval over sequences."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:z.4f} [{self.low:z.4f}, {self.high:z.4f}]"
+
+
+@dataclass(frozen=True)
+class PartReport:
+    status: Status
+    margin: Estimate | None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One block. `references` holds loss(with that reference spliced in) - loss(trained) on `confirm`."""
+
+    index: int
+    name: str
+    status: Status
+    margin: Estimate | None
+    best_reference: str | None
+    references: Mapping[str, float]
+    parts: Mapping[PartName, PartReport]
+    stream_share: float
+    headroom: Estimate | None = None
+    quantization_share: float | None = None
+    optimization_share: float | None = None
+
+
+@dataclass(frozen=True)
+class BoundReport:
+    """One target map, 1-based as in the paper: block i of the chain is fitted to h_{map[i]}."""
+
+    label: str
+    map: tuple[int, ...]
+    solver: str
+    value: Estimate
+    best: float
+    within_class: bool
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A check that did not run, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    path: str
+    step: int | None
+    format: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    family: str
+    blocks: int
+    parameters: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class ProbeInfo:
+    fingerprint: str
+    fit_tokens: int
+    select_tokens: int
+    confirm_tokens: int
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds spent."""
+
+    load: float = 0.0
+    capture: float = 0.0
+    solve: float = 0.0
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the peel room computed from a Trace."""
+
+    loss: Estimate
+    bound: Estimate | None
+    gap: Estimate | None
+    zone: Zone
+    bounds: tuple[BoundReport, ...]
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class PeelReport:
+    """One checkpoint peeled; its JSON form is the contract's `peel-agent/report/1`."""
+
+    checkpoint: CheckpointInfo
+    model: ModelInfo
+    probe: ProbeInfo
+    loss: Estimate
+    bound: Estimate | None
+    gap: Estimate | None
+    zone: Zone
+    bounds: tuple[BoundReport, ...]
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+    timing: Timing
+    redundancy: tuple[tuple[float, ...], ...] | None = None
+    alerts: tuple[Notice, ...] = ()
+    schema: str = SCHEMA
+
+
+@dataclass(frozen=True)
+class Notice:
+    """An alert that began or ended at a checkpoint. `id` is stable: delivered twice, it is one alert."""
+
+    id: str
+    rule: str
+    severity: Severity
+    state: Literal["firing", "resolved"]
+    layer: str
+    step: int | None
+    text: str

@@ -1,0 +1,138 @@
+"""What the README and the example configuration say is true, and says all there is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli
+
+import peel_agent
+from peel_agent import registry
+from peel_agent.cli import _parser
+from peel_agent.config import Settings, load_settings
+from peel_agent.publish import publication
+from peel_agent.records import RuleState, Verdict
+from peel_agent.spi import KINDS
+from tests import zoo
+from tests.rooms.test_publish_form import FULL
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+EXAMPLE = ROOT / "deploy" / "examples" / "peel.toml"
+
+
+def tree() -> list[str]:
+    """The paths that README's tree names."""
+    block = README.split("## The tree")[1].split("```")[1]
+    paths, top = [], ""
+    for line in block.strip("\n").splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            top = name
+        paths.append(name if not line.startswith(" ") else top + name)
+    return paths
+
+
+def test_the_tree_is_true() -> None:
+    """Every path in the tree exists, and every module and room of the package is in it."""
+    named = tree()
+    for path in named:
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+    modules = {
+        f"peel_agent/{path.name}{'/' if path.is_dir() else ''}"
+        for path in (ROOT / "peel_agent").iterdir()
+        if not path.name.startswith("_") and path.name != "py.typed"
+    }
+    assert modules <= set(named)
+    for folder in ("plugins", "tests"):
+        rooms = {f"{folder}/{path.name}/" for path in (ROOT / folder).iterdir() if path.is_dir()}
+        assert {room for room in rooms if "__pycache__" not in room} <= set(named)
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (actions,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions.choices)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """README's table has exactly the commands that there are, and shows no option that does not exist."""
+    table = README.split("| command | does | exit |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`peel-agent (\w+)", table)) == set(commands())
+    known = {option for parser in commands().values() for action in parser._actions for option in action.option_strings}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
+
+
+@pytest.mark.parametrize("line", re.findall(r"^peel-agent (\w+ .*)$", README, flags=re.MULTILINE))
+def test_shown_commands_parse(line: str) -> None:
+    """Each command line in a code block is accepted by the parser."""
+    assert _parser().parse_args(line.split("#", maxsplit=1)[0].split()).run is not None
+
+
+def test_python_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Python code in the README runs as it stands and prints a line a block."""
+    path = zoo.save(zoo.build("llama", steps=5), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint-8000").symlink_to(path)
+    np.save("heldout.npy", zoo.token_ids(400, 1))
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    real = peel_agent.scan
+    monkeypatch.setattr(peel_agent, "scan", lambda _, **options: real(path, **options))
+    exec(compile(code, "README.md", "exec"), {})  # the text of this repository
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == [f"model.layers.{index}" for index in range(zoo.BLOCKS)]
+
+
+def uncommented(text: str) -> dict[str, Any]:
+    """The example with its optional keys and tables switched on."""
+    lines = [re.sub(r"^# (?=\w+ = |\[)", "", line) for line in text.splitlines()]
+    return tomli.loads("\n".join(lines))
+
+
+def test_the_example_has_every_key_with_its_default() -> None:
+    """deploy/examples/peel.toml is valid, names every key that there is, and states the true defaults."""
+    assert load_settings(EXAMPLE, {}) == dataclasses.replace(
+        Settings(), tracker=dataclasses.replace(Settings().tracker, options={"mlflow": {}})
+    )
+    shown = uncommented(EXAMPLE.read_text())
+    for section in dataclasses.fields(Settings):
+        if section.name == "rules":
+            keys, known = set(shown["rule"][0]), {field.name for field in dataclasses.fields(Settings().rules[0])}
+        else:
+            fields = {field.name for field in dataclasses.fields(getattr(Settings(), section.name))}
+            keys, known = set(shown[section.name]), fields - {"options"}
+        assert known <= keys, section.name
+    for tracker in ("mlflow", "jsonl"):
+        assert set(shown["tracker"][tracker]) == registry.tracker(tracker).options
+
+
+def test_every_plug_in_is_in_the_readme() -> None:
+    """README's tree lists every first-party plug-in of each kind by name."""
+    lines = README.split("## The tree")[1].splitlines()
+    for kind in KINDS:
+        names = {
+            point.name for point in entry_points(group=f"peel_agent.{kind}") if point.value.startswith("peel_plugins")
+        }
+        listed = [line.split(maxsplit=1)[1] for line in lines if line.strip().startswith(f"{kind}/")]
+        assert names == (set(listed[0].split(", ")) if listed else set()), kind
+
+
+def test_every_metric_and_tag_is_in_the_readme() -> None:
+    """What a publication holds is named in the README."""
+    measured = tuple(dataclasses.replace(layer, headroom=None) for layer in FULL.layers)  # comes with its own issue
+    verdict = Verdict((RuleState("layer_below", "model.layers.0", "inactive", 0, None),), ())
+    report = dataclasses.replace(FULL, layers=measured)
+    sent = publication(report, verdict, committed_at=1.0, alerts_log="x\n", max_series=400)
+    text = README.replace("`", "")
+    for key in [*sent.metrics, *sent.tags, *sent.files]:
+        generic = re.sub(r"L\d{3}$", "L003", re.sub(r"step-\d+", "step-000000800", key))
+        generic = re.sub(r"^(peel/yes/|peel\.alert\.).*", r"\1<", generic)
+        assert generic in text, key
