@@ -65,8 +65,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--effort", choices=("quick", "standard", "full"), help="how much to compute (default: standard)"
     )
     parser.add_argument("--quantities", metavar="LIST", help="margin,bounds (default: by effort)")
-    parser.add_argument("--maps", metavar="SUITE", help="direct, ends, or lists such as [[1,4],[2,4]] (default: ends)")
-    parser.add_argument("--solver", metavar="NAME", help="closed_form")
+    parser.add_argument(
+        "--maps", metavar="SUITE", help="direct, ends, paper, or lists such as [[1,4],[2,4]] (default: ends)"
+    )
+    parser.add_argument("--solver", metavar="NAME", help="closed_form (default), descent, or descent_cold")
     parser.add_argument("--device", metavar="D", help="cpu, cuda:N or a GPU uuid that the training does not use")
 
 

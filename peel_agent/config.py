@@ -103,7 +103,7 @@ RESERVED = {
 
 CHOICES = {
     "peel.effort": ("quick", "standard", "full"),
-    "peel.solver": ("closed_form",),
+    "peel.solver": ("closed_form", "descent", "descent_cold"),
     "peel.quantities": ("margin", "bounds"),
 }
 

@@ -22,7 +22,7 @@ from peel_agent.errors import ConfigurationError, PeelError, TornCheckpoint, Wor
 from peel_agent.ledger import Ledger
 from peel_agent.pipeline import conclude
 from peel_agent.publish import Delivery, alert_line, headline, report_from_json, report_line
-from peel_agent.records import CheckpointRef, PeelReport
+from peel_agent.records import BoundMemory, CheckpointRef, Peeled
 from peel_agent.spi import Tracker
 from peel_agent.watch import Hints, Settling, scan
 from peel_agent.worker import Request
@@ -101,10 +101,11 @@ class Daemon:
         self.ledger.refuse(ref, str(error))
         self.say(f"cannot use {ref.path}: {error}")
 
-    def _measure(self, ref: CheckpointRef) -> PeelReport:
+    def _measure(self, ref: CheckpointRef) -> Peeled:
         """The checkpoint peeled in a child process of its own."""
         environment, device = worker_environment(self.settings.device.select)
-        request = Request(ref, self.settings.probe, self.settings.peel, device, self.settings.device.nice)
+        settings = self.settings
+        request = Request(ref, settings.probe, settings.peel, device, settings.device.nice, self.ledger.bound_memory())
         self._child = subprocess.Popen(
             [sys.executable, "-m", "peel_agent.worker"],
             stdin=subprocess.PIPE,
@@ -124,12 +125,12 @@ class Daemon:
                 f"the worker that peeled it ended with {cause}",
                 remedy="its output stands above; SIGKILL usually means that memory ran out",
             )
-        return _report_of(json.loads(answer))
+        return _peeled_from(json.loads(answer.splitlines()[-1]))  # a library may have printed before
 
-    def _conclude(self, ref: CheckpointRef, report: PeelReport) -> None:
+    def _conclude(self, ref: CheckpointRef, peeled: Peeled) -> None:
         """Judged, made final in the ledger, and told; what the trackers get is in the outbox by then."""
         report, verdict, sent = conclude(
-            report,
+            peeled.report,
             ref,
             rules=self.settings.rules,
             states=self.ledger.rule_states(),
@@ -142,6 +143,7 @@ class Daemon:
             report=line,
             verdict=verdict,
             alert_lines={notice.id: alert_line(notice) for notice in verdict.notices},
+            memory=peeled.memory,
             publications=dict.fromkeys(self.settings.tracker.use, sent),
         )
         self.say(headline(report))
@@ -211,9 +213,10 @@ class _Handlers:
             signal.signal(number, handler)
 
 
-def _report_of(answer: dict[str, Any]) -> PeelReport:
+def _peeled_from(answer: dict[str, Any]) -> Peeled:
     if "error" in answer:
         error = answer["error"]
         kind: type[PeelError] = getattr(errors, error["kind"])
         raise kind(error["what"], remedy=error["remedy"])
-    return report_from_json(answer["report"])
+    memory = answer["memory"]
+    return Peeled(report_from_json(answer["report"]), None if memory is None else BoundMemory.restored(memory))

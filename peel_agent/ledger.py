@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import CheckpointRef, Publication, RuleState, Verdict
+from peel_agent.records import BoundMemory, CheckpointRef, Publication, RuleState, Verdict
 
 SCHEMA_VERSION = 1
 
@@ -28,6 +28,7 @@ CREATE TABLE rule_states (
     rule TEXT, layer TEXT, phase TEXT NOT NULL, streak INTEGER NOT NULL, since_step INTEGER, PRIMARY KEY (rule, layer)
 );
 CREATE TABLE alerts (position INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, line TEXT NOT NULL);
+CREATE TABLE bound_memory (only INTEGER PRIMARY KEY CHECK (only = 1), memory TEXT NOT NULL);
 CREATE TABLE outbox (position INTEGER PRIMARY KEY, tracker TEXT NOT NULL, publication TEXT NOT NULL);
 """
 
@@ -80,6 +81,11 @@ class Ledger:
         """Every alert so far, one JSON object a line."""
         return "".join(f"{line}\n" for (line,) in self._db.execute("SELECT line FROM alerts ORDER BY position"))
 
+    def bound_memory(self) -> BoundMemory | None:
+        """The running minimum of the bounds, None before the first."""
+        row = self._db.execute("SELECT memory FROM bound_memory").fetchone()
+        return None if row is None else BoundMemory.restored(json.loads(row[0]))
+
     def record(
         self,
         ref: CheckpointRef,
@@ -87,6 +93,7 @@ class Ledger:
         report: str,
         verdict: Verdict,
         alert_lines: Mapping[str, str],
+        memory: BoundMemory | None,
         publications: Mapping[str, Publication],
     ) -> Path:
         """Makes one peeled checkpoint final, and returns the path of its report.
@@ -103,6 +110,8 @@ class Ledger:
                 [(s.rule, s.layer, s.phase, s.streak, s.since_step) for s in verdict.states],
             )
             self._db.executemany("INSERT OR IGNORE INTO alerts (id, line) VALUES (?, ?)", alert_lines.items())
+            if memory is not None:
+                self._db.execute("INSERT OR REPLACE INTO bound_memory VALUES (1, ?)", (_dumped(memory),))
             self._db.executemany(
                 "INSERT INTO outbox (tracker, publication) VALUES (?, ?)",
                 [(name, _dumped(publication)) for name, publication in publications.items()],
@@ -156,8 +165,8 @@ def write_durably(path: Path, text: str) -> None:
         os.close(folder)
 
 
-def _dumped(publication: Publication) -> str:
-    return json.dumps(dataclasses.asdict(publication), allow_nan=False)
+def _dumped(record: Publication | BoundMemory) -> str:
+    return json.dumps(dataclasses.asdict(record), allow_nan=False)
 
 
 def _loaded(text: str) -> Publication:

@@ -16,9 +16,11 @@ from peel_agent.errors import CheckpointError, ConfigurationError, IncompleteChe
 from peel_agent.judge import judge
 from peel_agent.publish import alert_line, publication
 from peel_agent.records import (
+    BoundMemory,
     CheckpointInfo,
     CheckpointRef,
     ModelInfo,
+    Peeled,
     PeelReport,
     Plan,
     Probe,
@@ -57,9 +59,15 @@ def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
 
 
 def measure(
-    ref: CheckpointRef, *, probe: ProbeSettings, peeling: PeelSettings, device: str, clock: Callable[[], float]
-) -> PeelReport:
-    """Loads and peels one checkpoint on `device` ("cpu", "cuda:0").
+    ref: CheckpointRef,
+    *,
+    probe: ProbeSettings,
+    peeling: PeelSettings,
+    device: str,
+    clock: Callable[[], float],
+    earlier: BoundMemory | None = None,
+) -> Peeled:
+    """Loads and peels one checkpoint on `device` ("cpu", "cuda:0"); `earlier` is what the one before handed on.
 
     Raises CheckpointError, ConfigurationError (a probe or a map that does not suit the model), and TornCheckpoint when
     the files changed while they were read.
@@ -75,11 +83,11 @@ def measure(
         tokens = _probe(snapshot, probe, quick=peeling.effort == "quick")
         trace = open_trace(snapshot, tokens, device=device)
         loaded = clock()
-        findings = peel(trace, plan_of(peeling), clock)
+        findings = peel(trace, plan_of(peeling), clock, earlier=earlier)
     except FileNotFoundError as error:
         raise _torn(ref, f"{error.filename} vanished while it was read") from error
     _check_unchanged(ref, form)
-    return PeelReport(
+    report = PeelReport(
         checkpoint=CheckpointInfo(str(ref.path), ref.step, ref.format, ref.fingerprint),
         model=ModelInfo(snapshot.family, len(trace.block_names), snapshot.parameters, snapshot.precision),
         probe=ProbeInfo(
@@ -94,13 +102,14 @@ def measure(
         skipped=findings.skipped,
         timing=dataclasses.replace(findings.timing, load=loaded - start),
     )
+    return Peeled(report, findings.memory)
 
 
 def plan_of(peeling: PeelSettings) -> Plan:
     """What the settings ask for: `quick` is margins from `skip` and `affine`; `quantities` overrides."""
     default = ("margin",) if peeling.effort == "quick" else ("margin", "bounds")
     references = ("skip", "affine") if peeling.effort == "quick" else ("skip", "affine", "previous")
-    return Plan(frozenset(peeling.quantities or default), references, peeling.maps)
+    return Plan(frozenset(peeling.quantities or default), references, peeling.maps, peeling.solver)
 
 
 def conclude(
@@ -133,7 +142,8 @@ def scan(
     clock: Callable[[], float],
 ) -> PeelReport:
     """One checkpoint located and measured in this process."""
-    return measure(locate(Path(path), format_name), probe=probe, peeling=peeling, device=device, clock=clock)
+    ref = locate(Path(path), format_name)
+    return measure(ref, probe=probe, peeling=peeling, device=device, clock=clock).report
 
 
 def _probe(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool) -> Probe:

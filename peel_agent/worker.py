@@ -16,7 +16,7 @@ from typing import Any
 
 from peel_agent.config import PeelSettings, ProbeSettings
 from peel_agent.errors import PeelError
-from peel_agent.records import CheckpointRef, FileStamp
+from peel_agent.records import BoundMemory, CheckpointRef, FileStamp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Request:
     peel: PeelSettings
     device: str
     nice: int
+    earlier: BoundMemory | None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), default=str)
@@ -45,6 +46,7 @@ class Request:
             peel=PeelSettings(**(peel | {"maps": maps})),
             device=raw["device"],
             nice=raw["nice"],
+            earlier=None if raw["earlier"] is None else BoundMemory.restored(raw["earlier"]),
         )
 
 
@@ -58,10 +60,16 @@ def main() -> int:
     from peel_agent.publish import report_json
 
     try:
-        report = measure(
-            request.ref, probe=request.probe, peeling=request.peel, device=request.device, clock=time.perf_counter
+        peeled = measure(
+            request.ref,
+            probe=request.probe,
+            peeling=request.peel,
+            device=request.device,
+            clock=time.perf_counter,
+            earlier=request.earlier,
         )
-        answer: dict[str, Any] = {"report": report_json(report)}
+        memory = None if peeled.memory is None else dataclasses.asdict(peeled.memory)
+        answer: dict[str, Any] = {"report": report_json(peeled.report), "memory": memory}
     except PeelError as error:
         answer = {"error": {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy}}
     sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")

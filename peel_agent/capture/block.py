@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ class ResidentBlock:
         anatomy: Anatomy,
         arguments: tuple[Any, ...],
         keywords: Mapping[str, Any],
+        initialise: Callable[[nn.Module], None],
     ) -> None:
         self.index = index
         self.name = name
@@ -39,6 +41,8 @@ class ResidentBlock:
         self._anatomy = anatomy
         self._arguments = arguments
         self._keywords = dict(keywords)
+        self._initialise = initialise
+        self.parameters: Mapping[str, Tensor] = dict(module.named_parameters())
         layout = anatomy.projection_layout
         self.attention_projection = projection_of(module.get_submodule(anatomy.attention_output), layout)
         self.mlp_projection = projection_of(module.get_submodule(anatomy.mlp_output), layout)
@@ -47,9 +51,19 @@ class ResidentBlock:
     def run(self, h: Tensor, *, attention: Projection | None = None, mlp: Projection | None = None) -> Tensor:
         substitutes = self._stored(self._anatomy.attention_output, attention)
         substitutes |= self._stored(self._anatomy.mlp_output, mlp)
-        returned = functional_call(self._module, substitutes, (h, *self._arguments), self._keywords)
+        return self.run_with(h, substitutes)
+
+    def run_with(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        returned = functional_call(self._module, dict(parameters), (h, *self._arguments), self._keywords)
         output: Tensor = returned[0] if isinstance(returned, tuple) else returned
         return output
+
+    def initial_parameters(self) -> Mapping[str, Tensor]:
+        fresh = copy.deepcopy(self._module)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.index)
+            fresh.cpu().apply(self._initialise)
+        return {name: tensor.to(self.parameters[name].device) for name, tensor in fresh.named_parameters()}
 
     def _stored(self, name: str, projection: Projection | None) -> dict[str, Tensor]:
         """A projection under the module's own parameter names and layout; empty for the trained one."""

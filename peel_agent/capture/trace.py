@@ -62,6 +62,7 @@ class BlockwiseTrace:
         self._snapshot = snapshot
         self._model = snapshot.model
         self._body: Any = snapshot.model.base_model
+        self._initialise: Any = snapshot.model._init_weights
         self.chunk = max(1, CHUNK_TOKENS // probe.sequence_length)
         container = self._model.get_submodule(snapshot.anatomy.blocks)
         assert isinstance(container, nn.ModuleList)
@@ -113,6 +114,7 @@ class BlockwiseTrace:
                 anatomy=self._snapshot.anatomy,
                 arguments=tap.arguments,
                 keywords=tap.keywords,
+                initialise=self._initialise,
             )
         for module in resident:
             module.to("meta")

@@ -7,28 +7,32 @@ from collections.abc import Callable
 import numpy as np
 
 from peel_agent.errors import CheckpointError
-from peel_agent.peel.bounds import Bounds, measure_bounds
+from peel_agent.peel.bounds import NONE, measure_bounds
 from peel_agent.peel.chains import hidden_states_of
 from peel_agent.peel.intervals import estimate
 from peel_agent.peel.least_squares import tokens_needed
 from peel_agent.peel.maps import suite
 from peel_agent.peel.margins import layer_reports
+from peel_agent.peel.solvers import solver_named
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.sweep import sweep
-from peel_agent.records import Findings, Plan, Trace
+from peel_agent.records import BoundMemory, Findings, Plan, Trace
 
 __all__ = ["peel", "tokens_needed"]
 
 
-def peel(trace: Trace, plan: Plan, clock: Callable[[], float]) -> Findings:
-    """Peels one checkpoint as planned.
+def peel(trace: Trace, plan: Plan, clock: Callable[[], float], *, earlier: BoundMemory | None = None) -> Findings:
+    """Peels one checkpoint as planned; `earlier` is what the checkpoint before handed on.
 
     Raises ConfigurationError for maps that this model cannot have, CheckpointError when its loss is not a number.
     """
     stopwatch = Stopwatch(clock)
-    maps = suite(plan.maps, len(trace.block_names)) if "bounds" in plan.quantities else {}
+    solver = solver_named(plan.solver)
+    depth = len(trace.block_names)
+    maps = suite(plan.maps, depth) if "bounds" in plan.quantities else {}
     references = plan.references if "margin" in plan.quantities else ()
-    swept = sweep(trace, references, hidden_states_of(maps.values()) if maps else frozenset(), stopwatch)
+    keep = hidden_states_of(maps.values(), solver) | {depth} if maps else frozenset[int]()
+    swept = sweep(trace, references, keep, stopwatch)
     if not np.isfinite(swept.trained).all():
         raise CheckpointError(
             "the loss of this checkpoint is not a finite number",
@@ -36,11 +40,17 @@ def peel(trace: Trace, plan: Plan, clock: Callable[[], float]) -> Findings:
         )
     selecting = len(trace.probe.select)
     layers = layer_reports(swept, trace.block_names, references, selecting) if references else ()
-    bounds = (
-        measure_bounds(trace, maps, swept.hidden, swept.trained, stopwatch)
-        if maps
-        else Bounds((), None, None, "undecided", ())
-    )
+    bounds = NONE
+    if maps:
+        bounds = measure_bounds(
+            trace,
+            maps,
+            solver=solver,
+            hidden=swept.hidden,
+            trained=swept.trained,
+            earlier=earlier,
+            stopwatch=stopwatch,
+        )
     return Findings(
         loss=estimate(swept.trained[selecting:]),
         bound=bounds.bound,
@@ -48,6 +58,7 @@ def peel(trace: Trace, plan: Plan, clock: Callable[[], float]) -> Findings:
         zone=bounds.zone,
         bounds=bounds.reports,
         layers=layers,
+        memory=bounds.memory,
         skipped=swept.skipped + bounds.skipped,
         timing=stopwatch.timing(),
     )

@@ -1,57 +1,90 @@
-"""Bounds of the run: the suite's values, the select-winner, gap and zone (METHOD 3, steps 4 and 5)."""
+"""Bounds of the run: the suite's values, the select-winner, running minimum, gap and zone (METHOD 3, steps 4, 5)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peel_agent.peel.chains import SOLVER, chain_ends, is_direct, most_columns
+import numpy as np
+
+from peel_agent.peel.chains import chain_ends, costs_nothing, is_direct
 from peel_agent.peel.heads import fit_head
 from peel_agent.peel.intervals import estimate
 from peel_agent.peel.least_squares import tokens_needed
 from peel_agent.peel.losses import sequence_losses
-from peel_agent.peel.maps import TargetMap
+from peel_agent.peel.maps import HEAD, TargetMap
+from peel_agent.peel.references import columns_of_refit
+from peel_agent.peel.solvers import Solver
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import Streams, score_ids
 from peel_agent.peel.sweep import Losses
-from peel_agent.records import BoundReport, Estimate, Skipped, Trace, Zone
+from peel_agent.records import BoundMemory, BoundReport, Estimate, Skipped, Trace, Zone
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The suite measured on `confirm`; `bound` is the value of the map with the least loss on `select`."""
+    """The suite measured on `confirm`, and what the next checkpoint is to know of it."""
 
     reports: tuple[BoundReport, ...]
     bound: Estimate | None
     gap: Estimate | None
     zone: Zone
+    memory: BoundMemory | None
     skipped: tuple[Skipped, ...]
+
+
+NONE = Bounds((), None, None, "undecided", None, ())
 
 
 def measure_bounds(
     trace: Trace,
     labelled: Mapping[str, TargetMap],
+    *,
+    solver: Solver,
     hidden: Mapping[int, Streams],
     trained: Losses,
+    earlier: BoundMemory | None,
     stopwatch: Stopwatch,
 ) -> Bounds:
     """Bounds for the labelled maps; `hidden` holds the trained hidden states they need, `trained` the model's losses
-    per score sequence [N_s + N_c], select first.
+    per score sequence [N_s + N_c], select first, `earlier` the best of the checkpoints before.
     """
-    labelled, skipped = _trusted(trace, labelled)
-    with stopwatch("solve"):
-        ends = chain_ends(trace, labelled.values(), hidden)
-        heads = {own: fit_head(trace, streams) for own, streams in ends.items()}
-    with stopwatch("score"):
-        ids = score_ids(trace.probe)
-        losses = {own: sequence_losses(trace, streams.score, ids, heads[own]) for own, streams in ends.items()}
+    labelled, skipped = _trusted(trace, labelled, solver)
+    losses = _suite_losses(trace, labelled, solver, hidden, stopwatch)
     selecting = len(trace.probe.select)
-    winner = min(losses.values(), key=lambda own: float(own[:selecting].mean()))
-    gap = estimate((trained - winner)[selecting:])
+    memory = remember(losses, selecting, trace.probe.fingerprint, earlier)
+    confirm = np.array(memory.confirm)
+    gap = estimate(trained[selecting:] - confirm)
     reports = tuple(
-        _report(label, own, losses[own][selecting:], tied_head=trace.tied_head) for label, own in labelled.items()
+        BoundReport(
+            label=label,
+            map=own,
+            solver=solver.name,
+            value=estimate(losses[label][selecting:]),
+            best=memory.best[label],
+            within_class=not trace.tied_head,  # a head fitted apart from tied embeddings is outside the model's class
+        )
+        for label, own in labelled.items()
     )
-    return Bounds(reports, estimate(winner[selecting:]), gap, zone_of(gap), skipped)
+    return Bounds(reports, estimate(confirm), gap, zone_of(gap), memory, skipped)
+
+
+def remember(
+    losses: Mapping[str, Losses], selecting: int, fingerprint: str, earlier: BoundMemory | None
+) -> BoundMemory:
+    """The running minimum: the construction with the least loss on `select`, of this suite or of an earlier checkpoint.
+
+    `losses` holds each construction's losses per score sequence, the first `selecting` of which are `select`. An
+    earlier memory counts only when it was measured on the same probe.
+    """
+    winner = min(losses.values(), key=lambda own: float(own[:selecting].mean()))
+    best = {label: float(own[selecting:].mean()) for label, own in losses.items()}
+    memory = BoundMemory(fingerprint, float(winner[:selecting].mean()), tuple(winner[selecting:].tolist()), best)
+    if earlier is None or earlier.probe != fingerprint:
+        return memory
+    lowest = {**earlier.best, **{label: min(value, earlier.best.get(label, value)) for label, value in best.items()}}
+    ahead = earlier if earlier.select <= memory.select else memory
+    return BoundMemory(fingerprint, ahead.select, ahead.confirm, lowest)
 
 
 def zone_of(gap: Estimate) -> Zone:
@@ -61,17 +94,37 @@ def zone_of(gap: Estimate) -> Zone:
     return "effective" if gap.high < 0.0 else "undecided"
 
 
-def _report(label: str, own: TargetMap, confirm: Losses, *, tied_head: bool) -> BoundReport:
-    """A head fitted apart from tied embeddings leaves the model's own class; everything else here stays within it."""
-    value = estimate(confirm)
-    return BoundReport(label, own, SOLVER, value, best=value.value, within_class=not tied_head)
+def _suite_losses(
+    trace: Trace,
+    labelled: Mapping[str, TargetMap],
+    solver: Solver,
+    hidden: Mapping[int, Streams],
+    stopwatch: Stopwatch,
+) -> dict[str, Losses]:
+    """Losses per score sequence of each map's construction: its chain, and a head fitted to the chain's last stream."""
+    depth = len(trace.block_names)
+    whole = {own for own in labelled.values() if len(own) == depth and costs_nothing(own, solver)}
+    chained = {own for label, own in labelled.items() if label != HEAD and own not in whole}
+    with stopwatch("solve"):
+        ends = chain_ends(trace, chained, hidden, solver)
+    ids, by_map = score_ids(trace.probe), dict[TargetMap, Losses]()
+    for own, streams in {(): hidden[depth], **ends}.items():
+        with stopwatch("solve"):
+            head = fit_head(trace, streams)
+        with stopwatch("score"):
+            by_map[own] = sequence_losses(trace, streams.score, ids, head)
+    return {label: by_map[() if label == HEAD or own in whole else own] for label, own in labelled.items()}
 
 
-def _trusted(trace: Trace, labelled: Mapping[str, TargetMap]) -> tuple[dict[str, TargetMap], tuple[Skipped, ...]]:
+def _trusted(
+    trace: Trace, labelled: Mapping[str, TargetMap], solver: Solver
+) -> tuple[dict[str, TargetMap], tuple[Skipped, ...]]:
     """Only the maps whose fits can be trusted with this probe: with too few fit tokens, those without a solve."""
-    tokens, columns = trace.probe.fit.size, most_columns(trace)
-    solved = [label for label, own in labelled.items() if not is_direct(own)]
-    if tokens >= tokens_needed(columns) or not solved:
+    solved = [label for label, own in labelled.items() if label != HEAD and not is_direct(own)]
+    if not solver.least_squares or not solved:
+        return dict(labelled), ()
+    tokens, columns = trace.probe.fit.size, columns_of_refit(next(iter(trace.blocks(stop=1))))
+    if tokens >= tokens_needed(columns):
         return dict(labelled), ()
     why = f"{tokens:,} fit tokens; a fit of {columns:,} columns needs {tokens_needed(columns):,}"
     kept = {label: own for label, own in labelled.items() if label not in solved}

@@ -8,15 +8,18 @@ from peel_agent.errors import ConfigurationError
 
 TargetMap = tuple[int, ...]
 
+HEAD = "head"
+"""The label of the construction in which only the head is fitted anew; it has the direct map."""
+
 
 def suite(maps: str | tuple[TargetMap, ...], depth: int) -> dict[str, TargetMap]:
-    """Labelled maps for a model of `depth` blocks; `head` (all trained blocks, refitted head) is always the first.
+    """Labelled maps for a model of `depth` blocks; `head` (refitted head only) is always the first.
 
-    `maps` is the name of a suite (`direct`, `ends`) or a tuple of maps. Labels are the same at every checkpoint.
-    Raises ConfigurationError.
+    `maps` is the name of a suite (`direct`, `ends`, `paper`) or a tuple of maps. Labels are the same at every
+    checkpoint. Raises ConfigurationError.
     """
     direct = tuple(range(1, depth + 1))
-    labelled = {"head": direct}
+    labelled = {HEAD: direct}
     if isinstance(maps, tuple):
         for own in maps:
             check(own, depth)
@@ -25,15 +28,17 @@ def suite(maps: str | tuple[TargetMap, ...], depth: int) -> dict[str, TargetMap]
         labelled["direct"] = direct
     elif maps == "ends":
         labelled |= {label(own): own for own in ends(depth)}
+    elif maps == "paper":
+        labelled |= {label(own): own for own in paper(depth)}
     elif maps == "all":
         raise ConfigurationError(
             f"all target maps of {depth} blocks are {count(depth):,}",
-            remedy="choose a suite (direct, ends) or give your own maps, such as [[1, 4], [2, 4]]",
+            remedy="choose a suite (direct, ends, paper) or give your own maps, such as [[1, 4], [2, 4]]",
         )
     else:
         raise ConfigurationError(
             f"no suite of maps is called `{maps}`",
-            remedy="use direct, ends, or your own maps, such as [[1, 4], [2, 4]]",
+            remedy="use direct, ends, paper, or your own maps, such as [[1, 4], [2, 4]]",
         )
     return labelled
 
@@ -51,6 +56,37 @@ def ends(depth: int) -> tuple[TargetMap, ...]:
         (1, 2, last - 1, last),
     )
     return tuple(dict.fromkeys(own for own in wanted if is_valid(own, depth) and own != tuple(range(1, depth + 1))))
+
+
+PAPER_FOUR_BLOCKS = (
+    *((1, 2), (2, 2), (1, 3), (1, 4), (3, 3), (4, 4), (2, 4), (3, 4)),
+    *((1, 2, 3, 4), (3, 3, 3, 4), (4, 4, 4, 4), (1, 2, 4, 4)),
+)
+PAPER_26_BLOCKS = (
+    *((1, 2, 26, 26, 26), (2, 3, 6, 8, 10), (1, 4, 5, 9, 10), (3, 4, 6, 25, 26), (1, 3, 5, 7, 9), (2, 4, 6, 25, 26)),
+    *((1, 2, 3, 4, 25), (10, 10, 25, 25, 26), (1, 2, 10, *(26,) * 23), tuple(range(1, 27))),
+)
+"""The lists that arXiv 2605.02853 spells out for its two depths (METHOD 3)."""
+
+
+def paper(depth: int) -> tuple[TargetMap, ...]:
+    """The paper's lists scaled to `depth` blocks: the 4-block ones up to 8 blocks, above that the 26-block ones.
+
+    At 4 and at 26 blocks they are the paper's own.
+    """
+    lists, base = (PAPER_FOUR_BLOCKS, 4) if depth <= 8 else (PAPER_26_BLOCKS, 26)
+    return tuple(dict.fromkeys(_scaled(own, base, depth) for own in lists))
+
+
+def _scaled(own: TargetMap, base: int, depth: int) -> TargetMap:
+    """A map for `base` blocks carried over to `depth`: its length too when it has an entry for every block."""
+    length = depth if len(own) == base else min(len(own), depth)
+    scaled: list[int] = []
+    for place in range(1, length + 1):
+        entry = own[-(-place * len(own) // length) - 1]
+        target = -(-entry * depth // base)
+        scaled.append(max(place, target, *scaled[-1:]))
+    return tuple(scaled)
 
 
 def is_valid(own: TargetMap, depth: int) -> bool:

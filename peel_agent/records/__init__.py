@@ -24,6 +24,7 @@ from peel_agent.records.model import (
 )
 from peel_agent.records.report import (
     SCHEMA,
+    BoundMemory,
     BoundReport,
     CheckpointInfo,
     Estimate,
@@ -33,6 +34,7 @@ from peel_agent.records.report import (
     Notice,
     PartName,
     PartReport,
+    Peeled,
     PeelReport,
     Plan,
     ProbeInfo,
@@ -54,6 +56,7 @@ __all__ = [
     "SCHEMA",
     "Anatomy",
     "Block",
+    "BoundMemory",
     "BoundReport",
     "CheckpointInfo",
     "CheckpointRef",
@@ -67,6 +70,7 @@ __all__ = [
     "PartName",
     "PartReport",
     "PeelReport",
+    "Peeled",
     "Plan",
     "Probe",
     "ProbeInfo",

@@ -110,6 +110,7 @@ class Block(Protocol):
 
     index: int
     name: str
+    parameters: Mapping[str, Tensor]
     attention_projection: Projection
     mlp_projection: Projection
 
@@ -118,6 +119,12 @@ class Block(Protocol):
 
     def observe(self, h: Tensor, *, attention: Projection | None = None) -> Observation:
         """The same with its inner features."""
+
+    def run_with(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The block's output with other parameters of the same names and shapes; gradients flow to them."""
+
+    def initial_parameters(self) -> Mapping[str, Tensor]:
+        """Parameters as the architecture initialises them, by a fixed seed."""
 
     def run_mlp_part(self, mid: Tensor) -> Tensor:
         """The block's output mid + mlp(mlp_norm(mid)) from the stream between its parts, both [B, S, d]."""

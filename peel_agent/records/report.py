@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 SCHEMA = "peel-agent/report/1"
 
@@ -21,6 +21,7 @@ class Plan:
     quantities: frozenset[str]
     references: tuple[str, ...]
     maps: str | tuple[tuple[int, ...], ...]
+    solver: str = "closed_form"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,25 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class BoundMemory:
+    """The best construction so far (METHOD 3, step 4): what a checkpoint hands to the next one.
+
+    `select` is its mean loss on select, `confirm` its loss on each confirm sequence, `best` the least value on confirm
+    of each map by label. It counts only for the probe of this fingerprint.
+    """
+
+    probe: str
+    select: float
+    confirm: tuple[float, ...]
+    best: Mapping[str, float]
+
+    @classmethod
+    def restored(cls, plain: Mapping[str, Any]) -> BoundMemory:
+        """The memory whose `dataclasses.asdict` has been through JSON."""
+        return cls(plain["probe"], plain["select"], tuple(plain["confirm"]), plain["best"])
+
+
+@dataclass(frozen=True)
 class Findings:
     """What the peel room computed from a Trace."""
 
@@ -123,6 +143,7 @@ class Findings:
     zone: Zone
     bounds: tuple[BoundReport, ...]
     layers: tuple[LayerReport, ...]
+    memory: BoundMemory | None
     skipped: tuple[Skipped, ...]
     timing: Timing
 
@@ -158,3 +179,11 @@ class Notice:
     layer: str
     step: int | None
     text: str
+
+
+@dataclass(frozen=True)
+class Peeled:
+    """What measuring one checkpoint gives: the report, and what the next checkpoint is to know."""
+
+    report: PeelReport
+    memory: BoundMemory | None

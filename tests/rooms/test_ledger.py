@@ -9,9 +9,10 @@ import pytest
 
 from peel_agent.errors import ConfigurationError
 from peel_agent.ledger import Ledger
-from peel_agent.records import CheckpointRef, Publication, RuleState, Verdict
+from peel_agent.records import BoundMemory, CheckpointRef, Publication, RuleState, Verdict
 
 REF = CheckpointRef(Path("/run/checkpoint-5"), 5, "transformers", "f1", 12.5)
+MEMORY = BoundMemory("probe", 1.5, (1.25, 1.75), {"head": 1.5})
 VERDICT = Verdict((RuleState("r", "layer", "pending", 1, 5),), ())
 SENT = Publication(5, 12_500, {"peel/loss": 1.5}, {"peel.zone": "caution"}, {"peel/alerts.jsonl": "x\n"})
 
@@ -22,6 +23,7 @@ def record(ledger: Ledger, ref: CheckpointRef = REF) -> Path:
         report="{}",
         verdict=VERDICT,
         alert_lines={"n1": '{"id": "n1"}'},
+        memory=MEMORY,
         publications={"mlflow": SENT, "jsonl": SENT},
     )
 
@@ -36,6 +38,7 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
     assert not again.knows("f2")
     assert again.peeled() == 1
     assert again.rule_states() == VERDICT.states
+    assert again.bound_memory() == MEMORY
     assert again.alerts_log() == '{"id": "n1"}\n'
     assert [publication for _, publication in again.waiting("mlflow")] == [SENT]
     assert path == tmp_path / "reports" / "step-000000005.json"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from peel_agent.errors import ConfigurationError
 from peel_agent.peel.chains import hidden_states_of, is_direct
-from peel_agent.peel.maps import check, count, ends, is_valid, label, suite
+from peel_agent.peel.maps import check, count, ends, is_valid, label, paper, suite
+from peel_agent.peel.solvers import SOLVERS
 
 PAPER_FOUR_BLOCKS = [
     (1, 2), (2, 2), (1, 3), (1, 4), (3, 3), (4, 4), (2, 4), (3, 4),
@@ -76,6 +77,20 @@ def test_ends(depth: int) -> None:
     assert len(set(ends(depth))) == len(ends(depth))
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 8, 9, 12, 26, 40])
+def test_paper_suite(depth: int) -> None:
+    """The paper's lists are valid at any depth, one with an entry a block; at 4 and 26 blocks they are its own."""
+    maps = paper(depth)
+    assert all(is_valid(own, depth) for own in maps)
+    assert any(len(own) == depth for own in maps)
+    assert len(maps) <= 12
+    if depth == 4:
+        assert list(maps) == PAPER_FOUR_BLOCKS
+    if depth == 26:
+        assert (10, 10, 25, 25, 26) in maps
+        assert (1, 2, 10) + (26,) * 23 in maps
+
+
 def test_direct_and_own_maps() -> None:
     """The direct suite names the direct map; own maps come with `head` beside them."""
     assert suite("direct", 3) == {"head": (1, 2, 3), "direct": (1, 2, 3)}
@@ -101,6 +116,7 @@ def test_long_labels_are_short() -> None:
 
 def test_hidden_states_needed() -> None:
     """A chain needs its targets and the trained streams that it starts from, and no other."""
-    assert hidden_states_of([(1, 4), (3, 3)]) == {0, 1, 3, 4}
+    assert hidden_states_of([(1, 4), (3, 3)], SOLVERS["closed_form"]) == {0, 1, 3, 4}
+    assert hidden_states_of([(1, 2)], SOLVERS["descent_cold"]) == {0, 1, 2}
     assert is_direct((1, 2))
     assert not is_direct((2,))

@@ -83,6 +83,16 @@ def test_mistakes(
     assert "Traceback" not in finished.stderr
 
 
+def test_a_probe_that_never_fits_ends_the_watch(checkpoints: Path, tmp_path: Path) -> None:
+    """Wrong vocabulary is a wrong configuration: every checkpoint would fail the same way, so the first one tells."""
+    np.save(tmp_path / "big.npy", np.full((100, 12), 99))
+    finished = peel_agent(
+        "watch", checkpoints, "--probe", tmp_path / "big.npy", "--once", home=tmp_path, PEEL__TRACKER__USE='["jsonl"]'
+    )
+    assert finished.returncode == 2
+    assert "token id 99" in finished.stderr
+
+
 def test_unknown_key(checkpoints: Path, probe: Path, tmp_path: Path) -> None:
     """A misspelt key names its neighbour."""
     (tmp_path / "peel.toml").write_text("[watch]\nsetle_seconds = 3\n")
