@@ -50,7 +50,7 @@ def token_ids(sequences: int, seed: int) -> Any:
     return np.where(noise, rng.integers(0, VOCABULARY, size=ids.shape), ids)
 
 
-def probe(fit: int = 40, select: int = 10, confirm: int = 24) -> Probe:
+def probe(fit: int = 40, select: int = 10, confirm: int = 15) -> Probe:
     return Probe(token_ids(fit, 1), token_ids(select, 2), token_ids(confirm, 3), fingerprint="zoo")
 
 

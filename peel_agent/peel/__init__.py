@@ -13,9 +13,9 @@ from peel_agent.peel.intervals import estimate
 from peel_agent.peel.least_squares import tokens_needed
 from peel_agent.peel.maps import suite
 from peel_agent.peel.margins import layer_reports
+from peel_agent.peel.race import race
 from peel_agent.peel.solvers import solver_named
 from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.sweep import sweep
 from peel_agent.records import BoundMemory, Findings, Plan, Trace
 
 __all__ = ["peel", "tokens_needed"]
@@ -32,14 +32,14 @@ def peel(trace: Trace, plan: Plan, clock: Callable[[], float], *, earlier: Bound
     maps = suite(plan.maps, depth) if "bounds" in plan.quantities else {}
     references = plan.references if "margin" in plan.quantities else ()
     keep = hidden_states_of(maps.values(), solver) | {depth} if maps else frozenset[int]()
-    swept = sweep(trace, references, keep, stopwatch)
+    swept, margins = race(trace, references, keep, stopwatch)
     if not np.isfinite(swept.trained).all():
         raise CheckpointError(
             "the loss of this checkpoint is not a finite number",
             remedy="its weights hold NaN or infinity, or the training diverged: take an earlier checkpoint",
         )
     selecting = len(trace.probe.select)
-    layers = layer_reports(swept, trace.block_names, references, selecting) if references else ()
+    layers = layer_reports(margins, trace.block_names, swept.stream_shares) if references else ()
     bounds = NONE
     if maps:
         bounds = measure_bounds(

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from statistics import median
 
 from peel_agent.peel.intervals import estimate
-from peel_agent.peel.sweep import Losses, Sweep, Target, Variant
+from peel_agent.peel.sweep import Losses, Order, Sweep, Target
 from peel_agent.records import Estimate, LayerReport, PartName, PartReport, Status
 
 MEDIAN_FRACTION = 0.1
 """A block is `below` when its margin stays under this fraction of the other blocks' median margin."""
 
 PARTS: tuple[PartName, ...] = ("attention", "mlp")
-PART_REFERENCES = frozenset({"skip", "affine"})
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,35 @@ class Margin:
 
 
 def margin(trained: Losses, references: Mapping[str, Losses], selecting: int, *, complete: bool) -> Margin:
-    """Margin from losses per score sequence [N_s + N_c], the first `selecting` of which are `select`."""
+    """Margin from losses per sequence [n], the first `selecting` of which are `select`."""
     best = min(references, key=lambda name: float(references[name][:selecting].mean()))
     worse = {name: losses[selecting:] - trained[selecting:] for name, losses in references.items()}
     means = {name: float(difference.mean()) for name, difference in worse.items()}
     return Margin(estimate(worse[best]), best, means, complete)
+
+
+def margins_of(swept: Sweep, order: Order) -> dict[tuple[int, Target], Margin]:
+    """The margin of every block and part that the sweep spliced, by block and target."""
+    spliced: dict[tuple[int, Target], dict[str, Losses]] = {}
+    for variant, losses in swept.variants.items():
+        spliced.setdefault((variant.block, variant.target), {})[variant.reference] = losses
+    trained = swept.trained[order.rows]
+    return {
+        place: margin(trained, found, order.selecting, complete=set(found) >= reachable(*place, order.references))
+        for place, found in spliced.items()
+    }
+
+
+def reachable(block: int, target: Target, references: Sequence[str]) -> set[str]:
+    """The references that this block or part can have: only whole blocks after the first have a previous one."""
+    return set(references) - (set() if target == "block" and block > 0 else {"previous"})
+
+
+def thresholds(margins: Sequence[Margin]) -> tuple[float, ...]:
+    """What each margin is held against: a fraction of the others' median, never below 0 (METHOD 4)."""
+    values = [own.estimate.value for own in margins]
+    others = [values[:place] + values[place + 1 :] for place in range(len(values))]
+    return tuple(max(0.0, MEDIAN_FRACTION * median(own)) if own else 0.0 for own in others)
 
 
 def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
@@ -44,9 +67,7 @@ def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
     A margin whose reference set is incomplete is only an upper limit: it can be `below`, never `above`.
     """
     found: list[Status] = []
-    for index, own in enumerate(margins):
-        others = [other.estimate.value for place, other in enumerate(margins) if place != index]
-        threshold = max(0.0, MEDIAN_FRACTION * median(others)) if others else 0.0
+    for own, threshold in zip(margins, thresholds(margins), strict=True):
         if own.estimate.high < threshold:
             found.append("below")
         elif own.estimate.low > threshold and own.complete:
@@ -57,18 +78,11 @@ def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
 
 
 def layer_reports(
-    swept: Sweep, names: Sequence[str], references: Sequence[str], selecting: int
+    margins: Mapping[tuple[int, Target], Margin], names: Sequence[str], stream_shares: Sequence[float]
 ) -> tuple[LayerReport, ...]:
     """One report a block, its parts included."""
-
-    def all_margins(target: Target, wanted: frozenset[str]) -> list[Margin]:
-        return [
-            margin(swept.trained, found, selecting, complete=set(found) >= wanted - unreachable(index))
-            for index, found in enumerate(_by_block(swept.variants, target, len(names)))
-        ]
-
-    blocks = all_margins("block", frozenset(references))
-    parts: dict[PartName, list[Margin]] = {part: all_margins(part, PART_REFERENCES) for part in PARTS}
+    blocks = of_target(margins, "block", len(names))
+    parts = {part: of_target(margins, part, len(names)) for part in PARTS}
     part_statuses = {part: statuses(found) for part, found in parts.items()}
     return tuple(
         LayerReport(
@@ -79,20 +93,12 @@ def layer_reports(
             best_reference=blocks[index].best,
             references=blocks[index].references,
             parts={part: PartReport(part_statuses[part][index], parts[part][index].estimate) for part in PARTS},
-            stream_share=swept.stream_shares[index],
+            stream_share=stream_shares[index],
         )
         for index, (name, status) in enumerate(zip(names, statuses(blocks), strict=True))
     )
 
 
-def unreachable(index: int) -> frozenset[str]:
-    """References that this block cannot have: the first block has no previous one."""
-    return frozenset({"previous"}) if index == 0 else frozenset()
-
-
-def _by_block(variants: Mapping[Variant, Losses], target: Target, blocks: int) -> list[dict[str, Losses]]:
-    found: list[dict[str, Losses]] = [{} for _ in range(blocks)]
-    for variant, losses in variants.items():
-        if variant.target == target:
-            found[variant.block][variant.reference] = losses
-    return found
+def of_target(margins: Mapping[tuple[int, Target], Margin], target: Target, depth: int) -> list[Margin]:
+    """The margins of one kind in the order of the blocks."""
+    return [margins[index, target] for index in range(depth)]

@@ -24,6 +24,8 @@ from peel_agent.peel import peel
 from peel_agent.pipeline import locate
 from peel_agent.records import Plan, Probe
 
+SEQUENCE = 64
+
 PLANS = {
     "quick margins (skip, affine)": Plan(frozenset({"margin"}), ("skip", "affine"), "ends"),
     "margins of all blocks and parts": Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends"),
@@ -40,7 +42,7 @@ def model_at(folder: Path, *, width: int, blocks: int, vocabulary: int) -> Path:
         intermediate_size=4 * width,
         num_hidden_layers=blocks,
         num_attention_heads=max(1, width // 64),
-        max_position_embeddings=256,
+        max_position_embeddings=SEQUENCE,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -49,10 +51,10 @@ def model_at(folder: Path, *, width: int, blocks: int, vocabulary: int) -> Path:
 
 
 def probe_of(tokens: int, vocabulary: int) -> Probe:
-    """Random token ids in the contract's proportions, sequences of 256."""
+    """Random token ids in the contract's proportions, sequences of SEQUENCE."""
     rng = np.random.default_rng(0)
-    count = max(44, tokens // 256)
-    ids = rng.integers(0, vocabulary, size=(count, 256))
+    count = tokens // SEQUENCE
+    ids = rng.integers(0, vocabulary, size=(count, SEQUENCE))
     select, confirm = count // 11, 2 * count // 11
     return Probe(ids[select + confirm :], ids[:select], ids[select : select + confirm], "bench")
 
@@ -70,7 +72,7 @@ def forward_seconds(path: Path, probe: Probe, device: str) -> float:
     with torch.no_grad():
         model(ids[:4])
         start = time.perf_counter()
-        for batch in ids.split(16):
+        for batch in ids.split(4096 // SEQUENCE):
             model(batch)
         if device != "cpu":
             torch.cuda.synchronize()

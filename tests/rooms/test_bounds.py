@@ -20,6 +20,7 @@ from peel_agent.peel.chains import chain_ends, hidden_states_of
 from peel_agent.peel.heads import fit_head
 from peel_agent.peel.losses import sequence_losses
 from peel_agent.peel.maps import PAPER_FOUR_BLOCKS
+from peel_agent.peel.race import everything
 from peel_agent.peel.solvers import SOLVERS, solver_named
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import score_ids
@@ -75,7 +76,11 @@ def test_descent_on_every_map_of_the_paper(pair: tuple[Any, Any]) -> None:
 
 
 def sweep_of(trace: Any) -> Any:
-    return sweep(trace, (), frozenset({0}), Stopwatch(itertools.count().__next__))
+    return sweep_keeping(trace, frozenset({0}))
+
+
+def sweep_keeping(trace: Any, keep: frozenset[int]) -> Any:
+    return sweep(trace, everything(trace.probe, ()), keep, Stopwatch(itertools.count().__next__))
 
 
 def test_prefixes_are_solved_once(pair: tuple[Any, Any]) -> None:
@@ -91,7 +96,7 @@ def test_prefixes_are_solved_once(pair: tuple[Any, Any]) -> None:
 
     counted = type(real)(real.name, counting, real.warm, real.least_squares)
     keep = hidden_states_of(maps, counted)
-    swept = sweep(trace, (), keep, Stopwatch(itertools.count().__next__))
+    swept = sweep_keeping(trace, keep)
     chain_ends(trace, maps, swept.hidden, counted)
     prefixes = {own[:n] for own in maps for n in range(1, len(own) + 1)}
     assert len(solved) == len([own for own in prefixes if own != tuple(range(1, len(own) + 1))]) == 4
