@@ -27,5 +27,9 @@ def scan(path: str | Path, *, probe: str | Path, device: str = "cpu", **options:
     flags = {f"{'probe' if key in of_probe else 'peel'}.{key}": value for key, value in options.items()}
     settings = load_settings(None, flags | {"probe.path": str(probe), "device.select": device})
     return scan_one(
-        path, probe=settings.probe, peeling=settings.peel, device=settings.device.select, clock=time.perf_counter
+        path,
+        probe=settings.probe,
+        peeling=settings.peel,
+        device=settings.device.in_process,
+        clock=time.perf_counter,
     )

@@ -7,12 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from peel_agent.config import Settings, default_state_dir, load_settings
 from peel_agent.errors import ConfigurationError, PeelError, ProbeError
+from peel_agent.pipeline import plan_of
 from peel_agent.records import PeelReport
 
 
@@ -118,7 +120,7 @@ def _watch(options: argparse.Namespace) -> int:
     settings = load_settings(options.config, flags)
     root = _watched(settings)
     _check_probe(settings)
-    ledger = Ledger(settings.state.path or default_state_dir(root))
+    ledger = Ledger(settings.state.path or default_state_dir(root, settings.tracker))
     emit = (lambda line: print(line, flush=True)) if options.json else None
     try:
         return Daemon(root, settings, ledger, say=say, emit=emit).run(once=options.once)
@@ -164,35 +166,53 @@ def _add_scan(parser: argparse.ArgumentParser) -> None:
 def _scan(options: argparse.Namespace) -> int:
     settings = load_settings(options.config, _common_flags(options))
     _check_probe(settings)
+    _check_fail_on(settings, options.fail_on)
     from peel_agent.pipeline import scan
     from peel_agent.publish import report_line, table
     from peel_agent.worker import quieten_libraries
 
     quieten_libraries()
-    reports, texts, refused = [], [], 0
-    for path in options.checkpoints:
-        try:
-            report = scan(
-                path, probe=settings.probe, peeling=settings.peel, device=_device(settings), clock=time.perf_counter
-            )
-        except ConfigurationError:
-            raise
-        except PeelError as error:
-            say(f"peel-agent: {error}")
-            refused = error.exit_code
-            continue
-        reports.append(report)
-        texts.append(report_line(report) if options.format == "json" else table(report))
-    text = "".join(f"{one}\n" for one in texts)
-    if options.out is not None:
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
-    return refused or int(any(_fails(report, options.fail_on) for report in reports))
+    form = report_line if options.format == "json" else table
+    status = 0
+    with _output(options.out) as output:
+        for path in options.checkpoints:
+            try:
+                report = scan(
+                    path,
+                    probe=settings.probe,
+                    peeling=settings.peel,
+                    device=settings.device.in_process,
+                    clock=time.perf_counter,
+                )
+            except PeelError as error:
+                say(f"peel-agent: {error}")
+                status = max(status, error.exit_code)
+                continue
+            print(form(report), file=output, flush=True)
+            status = max(status, int(_fails(report, options.fail_on)))
+    return status
 
 
-def _device(settings: Settings) -> str:
-    return "cpu" if settings.device.select == "auto" else settings.device.select
+def _output(file: Path | None) -> AbstractContextManager[TextIO]:
+    """The file, opened before anything is computed, or stdout."""
+    if file is None:
+        return nullcontext(sys.stdout)
+    try:
+        return file.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write to {file}: {error.strerror}", remedy="check the path of --out"
+        ) from error
+
+
+def _check_fail_on(settings: Settings, what: str | None) -> None:
+    """A condition on something that is not computed would never be met."""
+    needed = {"below": "margin", "caution": "bounds"}.get(what or "")
+    if needed is not None and needed not in plan_of(settings.peel).quantities:
+        raise ConfigurationError(
+            f"--fail-on {what} needs {needed}, which this scan does not compute",
+            remedy=f"add --quantities {needed}, or take a larger --effort",
+        )
 
 
 def _fails(report: PeelReport, what: str | None) -> bool:

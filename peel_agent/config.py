@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import tomli
 
@@ -21,6 +22,7 @@ from peel_agent.errors import ConfigurationError
 from peel_agent.records import Rule
 
 PREFIX = "PEEL__"
+Device: TypeAlias = str
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ class PeelSettings:
 class DeviceSettings:
     """`[device]`: `auto` is the CPU unless a spare GPU is named; the worker's niceness keeps the training first."""
 
-    select: str = "auto"
+    select: Device = "auto"
     nice: int = 10
+
+    @property
+    def in_process(self) -> str:
+        """The device for a command that computes in its own process."""
+        return "cpu" if self.select == "auto" else self.select
 
 
 @dataclass(frozen=True)
@@ -116,17 +123,26 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     raw = _read(file) if file is not None else {}
     for name, text in sorted(os.environ.items()):
         if name.startswith(PREFIX):
-            _put(raw, name.removeprefix(PREFIX).lower().split("__"), _from_environment(text))
+            keys = name.removeprefix(PREFIX).lower().split("__")
+            _put(raw, keys, text if len(keys) > 2 else _from_environment(text))  # a tracker's own options are text
     for dotted, value in flags.items():
         if value is not None:
             _put(raw, dotted.split("."), value)
-    return _with_run_of_environment(_settings(raw))
+    settings = _settings(raw)
+    _check_ranges(settings)
+    return _with_run_of_environment(settings)
 
 
-def default_state_dir(watched: Path) -> Path:
-    """One folder for each watched path, beneath $XDG_STATE_HOME (or ~/.local/state)."""
+def default_state_dir(watched: Path, tracker: TrackerSettings) -> Path:
+    """One folder for each watched path and destination, beneath $XDG_STATE_HOME (or ~/.local/state).
+
+    The destination counts, so that a new run in an old directory neither inherits the old one's alerts and bounds nor
+    is sent what waits for it, and a back-fill into another run sends everything.
+    """
     base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    digest = hashlib.sha256(str(watched).encode()).hexdigest()[:8]
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    identity = json.dumps([str(watched), sorted(tracker.use), tracker.options, uri], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     return base / "peel-agent" / f"{watched.name}-{digest}"
 
 
@@ -139,7 +155,16 @@ def worker_environment(device: str) -> tuple[dict[str, str], str]:
     if device in ("auto", "cpu"):
         environment["CUDA_VISIBLE_DEVICES"] = ""
         return environment, "cpu"
-    environment["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+    inherited = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    number = device.removeprefix("cuda:")
+    if inherited and device.startswith("cuda:"):  # N counts what this process may see, as it does for torch
+        if int(number) >= len(inherited):
+            raise ConfigurationError(
+                f"`device.select` is `{device}`; CUDA_VISIBLE_DEVICES leaves {len(inherited)} GPUs here",
+                remedy=f"use cuda:0 to cuda:{len(inherited) - 1}, a GPU's uuid, or cpu",
+            )
+        number = inherited[int(number)]
+    environment["CUDA_VISIBLE_DEVICES"] = number
     return environment, "cuda:0"
 
 
@@ -186,8 +211,36 @@ def _settings(raw: Mapping[str, Any]) -> Settings:
             raise ConfigurationError(f"`{name}` is {table!r}, not a table", remedy=f"write it as [{name}]")
         built[name] = _tracker(table) if name == "tracker" else _section(kind, name, table)
     if "rule" in raw:
+        if not isinstance(raw["rule"], list):
+            raise ConfigurationError(f"`rule` is {raw['rule']!r}", remedy="write each rule as [[rule]]")
         built["rules"] = tuple(_section(Rule, "rule", entry) for entry in raw["rule"])
     return Settings(**built)
+
+
+def _check_ranges(settings: Settings) -> None:
+    """Values of the right type that nothing could work with."""
+    probe, watch = settings.probe, settings.watch
+    least: dict[str, tuple[float, float]] = {
+        "watch.settle_seconds": (watch.settle_seconds, 0),
+        "watch.poll_seconds": (watch.poll_seconds, 0),
+        "probe.fit_tokens": (probe.fit_tokens, 1),
+        "probe.select_tokens": (probe.select_tokens, 1),
+        "probe.confirm_tokens": (probe.confirm_tokens, 1),
+        "tracker.max_series": (settings.tracker.max_series, 10),
+    }
+    for rule in settings.rules:
+        least[f"rule.{rule.name}.for_checkpoints"] = (rule.for_checkpoints, 1)
+        least[f"rule.{rule.name}.clear_checkpoints"] = (rule.clear_checkpoints, 1)
+        if not re.fullmatch(r"[\w.-]{1,100}", rule.name):
+            raise ConfigurationError(
+                f"a rule is called `{rule.name}`", remedy="letters, digits, `_`, `-` and `.` make a rule's name"
+            )
+    for dotted, (value, bound) in least.items():
+        if not bound <= value < float("inf"):
+            raise ConfigurationError(f"`{dotted}` is {value:g}", remedy=f"it must be {bound:g} or more")
+    names = [rule.name for rule in settings.rules]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigurationError(f"two rules are called `{min(twice)}`", remedy="give each rule a name of its own")
 
 
 def _with_run_of_environment(settings: Settings) -> Settings:
@@ -243,6 +296,12 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
+def _device(value: Any) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda:\d+|(GPU|MIG)-[\w-]+", str(value)):
+        raise ValueError
+    return str(value)
+
+
 def _maps(value: Any) -> str | tuple[tuple[int, ...], ...]:
     if isinstance(value, str):
         return value
@@ -262,6 +321,7 @@ CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tuple[str, ...]": (_texts, "a list of names"),
     "tuple[str, ...] | None": (_texts, "a list of names"),
     "str | tuple[tuple[int, ...], ...]": (_maps, "the name of a suite or a list of maps such as [[1, 4], [2, 4]]"),
+    "Device": (_device, "auto, cpu, cuda:N, or a GPU's uuid as nvidia-smi -L prints it"),
     "RuleKind": (str, "a rule kind"),
     "Severity": (str, "a severity"),
 }
@@ -273,7 +333,7 @@ def _converted(dotted: str, kind: str, value: Any) -> Any:
     convert, words = CONVERTERS[kind]
     try:
         converted = convert(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigurationError(f"`{dotted}` is {value!r}", remedy=f"it must be {words}") from error
     choices = (CHOICES | CHOICES_OF_RULES).get(dotted)
     wrong = [

@@ -18,7 +18,7 @@ from typing import Any
 
 from peel_agent import errors, registry
 from peel_agent.config import Settings, worker_environment
-from peel_agent.errors import ConfigurationError, PeelError, TornCheckpoint, WorkerError
+from peel_agent.errors import CheckpointError, ConfigurationError, PeelError, TornCheckpoint, WorkerError
 from peel_agent.ledger import Ledger
 from peel_agent.pipeline import conclude
 from peel_agent.publish import Delivery, alert_line, headline, report_from_json, report_line
@@ -79,7 +79,7 @@ class Daemon:
 
     def _peel(self, ref: CheckpointRef) -> None:
         try:
-            self._conclude(ref, self._measure(ref))
+            peeled = self._measure(ref)
         except ConfigurationError:
             raise
         except TornCheckpoint as error:
@@ -96,6 +96,8 @@ class Daemon:
             self._give_up(ref, error)
         except Exception as error:  # one checkpoint must not end the watch over the run
             self._give_up(ref, error)
+        else:
+            self._conclude(ref, peeled)
 
     def _give_up(self, ref: CheckpointRef, error: Exception) -> None:
         self.ledger.refuse(ref, str(error))
@@ -143,7 +145,7 @@ class Daemon:
             report=line,
             verdict=verdict,
             alert_lines={notice.id: alert_line(notice) for notice in verdict.notices},
-            memory=peeled.memory,
+            memory=peeled.memory if ref.step is not None else None,
             publications=dict.fromkeys(self.settings.tracker.use, sent),
         )
         self.say(headline(report))
@@ -184,6 +186,8 @@ class Daemon:
                 f"nothing readable in {self.root}: expected checkpoint-N folders, save_pretrained folders or "
                 ".safetensors files with their config.json"
             )
+            for path, reason in self.ledger.refused():
+                self.say(f"refused: {path}: {reason}")
             return 3
         return 0
 
@@ -216,7 +220,7 @@ class _Handlers:
 def _peeled_from(answer: dict[str, Any]) -> Peeled:
     if "error" in answer:
         error = answer["error"]
-        kind: type[PeelError] = getattr(errors, error["kind"])
+        kind: type[PeelError] = getattr(errors, error["kind"], CheckpointError)  # a plug-in may have its own
         raise kind(error["what"], remedy=error["remedy"])
     memory = answer["memory"]
     return Peeled(report_from_json(answer["report"]), None if memory is None else BoundMemory.restored(memory))

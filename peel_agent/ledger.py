@@ -7,6 +7,7 @@ the checkpoint counts as done. Sent items leave the outbox only after the tracke
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import sqlite3
@@ -41,6 +42,7 @@ class Ledger:
         self.reports_dir = state_dir / "reports"
         try:
             self.reports_dir.mkdir(parents=True, exist_ok=True)
+            self._hold()
             self._db = sqlite3.connect(state_dir / "ledger.sqlite", isolation_level=None)
             self._prepare()
         except (OSError, sqlite3.Error) as error:
@@ -49,12 +51,25 @@ class Ledger:
                 remedy="give [state] path (or --state) a folder that this user can write to",
             ) from error
 
+    def _hold(self) -> None:
+        """Only one process uses a state folder at a time: two would count one checkpoint twice."""
+        self._lock = (self.state_dir / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise ConfigurationError(
+                f"another peel-agent is at work with the state folder {self.state_dir}",
+                remedy="stop it, or give this one a folder of its own with --state",
+            ) from error
+
     def _prepare(self) -> None:
         self._db.execute("PRAGMA synchronous = FULL")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
             self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
+            self.close()
             raise ConfigurationError(
                 f"{self.state_dir} was written by another version of peel-agent (ledger {version})",
                 remedy="use that version, or give [state] path a new folder",
@@ -62,6 +77,7 @@ class Ledger:
 
     def close(self) -> None:
         self._db.close()
+        self._lock.close()
 
     def knows(self, fingerprint: str) -> bool:
         """Whether this checkpoint is done, one way or the other."""
@@ -72,6 +88,11 @@ class Ledger:
         """How many checkpoints have a report."""
         (count,) = self._db.execute("SELECT count(*) FROM checkpoints WHERE outcome = 'peeled'").fetchone()
         return int(count)
+
+    def refused(self) -> tuple[tuple[str, str], ...]:
+        """Path and reason of every checkpoint that could not be used."""
+        query = "SELECT path, detail FROM checkpoints WHERE outcome = 'refused' ORDER BY step, path"
+        return tuple(self._db.execute(query))
 
     def rule_states(self) -> tuple[RuleState, ...]:
         rows = self._db.execute("SELECT rule, layer, phase, streak, since_step FROM rule_states ORDER BY rule, layer")

@@ -40,6 +40,7 @@ QUICK_CONFIRM_TOKENS = 4096
 
 def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
     """The checkpoint at `path`, whole at this moment; CheckpointError says why not."""
+    path = path.absolute() if path.name else path.resolve()  # `.` has no name of its own
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}", remedy="give the path of a checkpoint directory or file")
     for form in registry.formats(format_name):
@@ -125,7 +126,8 @@ def conclude(
 
     `alerts_log` holds the lines of alerts so far; the publication carries it with the new ones appended.
     """
-    verdict = judge(report, rules, states)
+    # A checkpoint without a step (an export at the end of a run) repeats another one: it is no further observation.
+    verdict = judge(report, rules, states) if ref.step is not None else Verdict(tuple(states), ())
     judged = dataclasses.replace(report, alerts=verdict.notices)
     log = alerts_log + "".join(alert_line(notice) + "\n" for notice in verdict.notices)
     sent = publication(judged, verdict, committed_at=ref.committed_at, alerts_log=log, max_series=max_series)

@@ -156,7 +156,8 @@ def _tell(folder: Path, report: PeelReport | None, *, healthy: bool) -> int:
             f"to {max(others):.4f}."
         )
     if not below:
-        print("Finding: every block earns more than its cheap stand-ins.")
+        undecided = sum(layer.status == "undecided" for layer in report.layers)
+        print(f"Finding: no block is below its cheap stand-ins; {undecided} undecided.")
     print(f"Training loss, which shows nothing of this: {folder / 'training.log'}")
     print(f"Report:   {folder / 'state' / 'reports' / f'step-{STEPS:09d}.json'}")
     print(f"In MLflow: mlflow ui --backend-store-uri {_store(folder)}")

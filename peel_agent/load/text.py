@@ -11,7 +11,8 @@ import numpy as np
 from peel_agent.errors import ProbeError
 from peel_agent.records import TokenIds
 
-_TXT_BYTES = 64_000_000
+_PIECE_CHARACTERS = 1_000_000
+"""A long text is tokenised in pieces of about so many characters, cut between lines."""
 
 
 def tokenise(path: Path, tokenizer: Path | None, *, limit: int) -> TokenIds:
@@ -26,7 +27,12 @@ def tokenise(path: Path, tokenizer: Path | None, *, limit: int) -> TokenIds:
             f"{path.name} is text, and there is no tokenizer" + (f" at {tokenizer}" if tokenizer else ""),
             remedy="give --tokenizer a tokenizer.json, or a probe of token ids (.npy)",
         )
-    encoder = Tokenizer.from_file(str(tokenizer))
+    try:
+        encoder = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises nothing narrower
+        raise ProbeError(f"{tokenizer} cannot be read as a tokenizer: {error}", remedy="save it again") from error
+    encoder.no_truncation()  # a tokenizer is saved with what its last user set
+    encoder.no_padding()
     pieces: list[int] = []
     for document in _documents(path):
         pieces.extend(encoder.encode(document).ids)
@@ -40,7 +46,8 @@ def tokenise(path: Path, tokenizer: Path | None, *, limit: int) -> TokenIds:
 def _documents(path: Path) -> Iterator[str]:
     if path.suffix == ".txt":
         with path.open(encoding="utf-8", errors="replace") as file:
-            yield file.read(_TXT_BYTES)
+            while lines := "".join(file.readlines(_PIECE_CHARACTERS)):
+                yield lines
     elif path.suffix == ".jsonl":
         yield from _json_lines(path)
     else:
@@ -48,17 +55,19 @@ def _documents(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                yield str(json.loads(line)["text"])
+                text = json.loads(line)["text"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ProbeError(
                     f"{path} line {number} is no JSON object with a key `text`",
                     remedy='each line looks like {"text": "..."}',
                 ) from error
+            if text is not None:
+                yield str(text)
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -69,7 +78,8 @@ def _parquet(path: Path) -> Iterator[str]:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"], batch_size=256)
         for batch in batches:
             for value in batch.column("text"):
-                yield str(value)
+                if value.is_valid:
+                    yield str(value)
     except (pyarrow.ArrowException, KeyError, OSError) as error:
         raise ProbeError(
             f"{path} is no parquet file with a column `text`: {error}", remedy="store the text in a column `text`"

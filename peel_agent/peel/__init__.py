@@ -8,7 +8,7 @@ import numpy as np
 
 from peel_agent.errors import CheckpointError
 from peel_agent.peel.bounds import NONE, measure_bounds
-from peel_agent.peel.chains import hidden_states_of
+from peel_agent.peel.chains import chained, hidden_states_of
 from peel_agent.peel.intervals import estimate
 from peel_agent.peel.least_squares import tokens_needed
 from peel_agent.peel.maps import suite
@@ -31,7 +31,7 @@ def peel(trace: Trace, plan: Plan, clock: Callable[[], float], *, earlier: Bound
     depth = len(trace.block_names)
     maps = suite(plan.maps, depth) if "bounds" in plan.quantities else {}
     references = plan.references if "margin" in plan.quantities else ()
-    keep = hidden_states_of(maps.values(), solver) | {depth} if maps else frozenset[int]()
+    keep = hidden_states_of(chained(maps, depth, solver), solver) | {depth} if maps else frozenset[int]()
     swept, margins = race(trace, references, keep, stopwatch)
     if not np.isfinite(swept.trained).all():
         raise CheckpointError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peel_agent.peel.chains import chain_ends, costs_nothing, is_direct
+from peel_agent.peel.chains import chain_ends, chained, is_direct
 from peel_agent.peel.heads import fit_head
 from peel_agent.peel.intervals import estimate
 from peel_agent.peel.least_squares import tokens_needed
@@ -103,17 +103,15 @@ def _suite_losses(
 ) -> dict[str, Losses]:
     """Losses per score sequence of each map's construction: its chain, and a head fitted to the chain's last stream."""
     depth = len(trace.block_names)
-    whole = {own for own in labelled.values() if len(own) == depth and costs_nothing(own, solver)}
-    chained = {own for label, own in labelled.items() if label != HEAD and own not in whole}
     with stopwatch("solve"):
-        ends = chain_ends(trace, chained, hidden, solver)
+        ends = chain_ends(trace, chained(labelled, depth, solver), hidden, solver)
     ids, by_map = score_ids(trace.probe), dict[TargetMap, Losses]()
     for own, streams in {(): hidden[depth], **ends}.items():
         with stopwatch("solve"):
             head = fit_head(trace, streams)
         with stopwatch("score"):
             by_map[own] = sequence_losses(trace, streams.score, ids, head)
-    return {label: by_map[() if label == HEAD or own in whole else own] for label, own in labelled.items()}
+    return {label: by_map[own if label != HEAD and own in ends else ()] for label, own in labelled.items()}
 
 
 def _trusted(

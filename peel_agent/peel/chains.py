@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from peel_agent.peel.maps import TargetMap
+from peel_agent.peel.maps import HEAD, TargetMap
 from peel_agent.peel.solvers import Solver
 from peel_agent.peel.streams import Streams
 from peel_agent.records import Trace
@@ -18,6 +18,12 @@ def is_direct(prefix: TargetMap) -> bool:
 def costs_nothing(prefix: TargetMap, solver: Solver) -> bool:
     """Whether the chain so far is the trained model: a warm solver leaves a block aimed at its own output as it is."""
     return solver.warm and is_direct(prefix)
+
+
+def chained(labelled: Mapping[str, TargetMap], depth: int, solver: Solver) -> set[TargetMap]:
+    """The maps that need a chain: not `head`, nor a whole map that costs nothing, which both are the trained blocks."""
+    own_maps = {own for label, own in labelled.items() if label != HEAD}
+    return {own for own in own_maps if len(own) < depth or not costs_nothing(own, solver)}
 
 
 def hidden_states_of(maps: Iterable[TargetMap], solver: Solver) -> frozenset[int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 from peel_agent.records import Timing
 
 Kind = Literal["capture", "solve", "score"]
+Item = TypeVar("Item")
 
 
 class Stopwatch:
@@ -25,6 +26,15 @@ class Stopwatch:
             yield
         finally:
             self._seconds[kind] += self._clock() - start
+
+    def each(self, kind: Kind, items: Iterator[Item]) -> Iterator[Item]:
+        """The items, with the time that it takes to come by each of them added to `kind`."""
+        while True:
+            with self(kind):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
     def timing(self) -> Timing:
         return Timing(**self._seconds)

@@ -77,13 +77,14 @@ class _Visit:
 
 def sweep(trace: Trace, order: Order, keep: frozenset[int], stopwatch: Stopwatch) -> Sweep:
     """Visits every block once, splicing as ordered; keeps the trained hidden states `keep`."""
-    h = embedded(trace)
+    with stopwatch("capture"):
+        h = embedded(trace)
     hidden = {0: h} if 0 in keep else {}
     streams: dict[Variant, Tensor] = {}
     shares = []
     skipped: dict[Skipped, None] = {}
     previous: _Visit | None = None
-    for block in trace.blocks():
+    for block in stopwatch.each("capture", trace.blocks()):
         with stopwatch("capture"):
             visit = _visit(trace, block, h, order, skipped)
         with stopwatch("score"):

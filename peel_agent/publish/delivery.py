@@ -23,6 +23,7 @@ class _Outlet:
     retry_at: float = 0.0
     delay: float = FIRST_RETRY_SECONDS
     refused: bool = False
+    sent: bool = False
 
 
 class Delivery:
@@ -47,23 +48,25 @@ class Delivery:
             try:
                 outlet.tracker.publish(publication)
             except TrackerUnavailable as error:
-                self._postpone(outlet, error)
+                self._postpone(outlet, error.what)
                 return
             except TrackerError as error:
                 outlet.refused = True
                 self._say(f"{outlet.name}: {error}\n  findings are kept in {self._ledger.state_dir}")
                 return
+            except Exception as error:  # a plug-in's library may raise anything; it must not end the watch
+                self._postpone(outlet, f"{type(error).__name__}: {error}")
+                return
             self._ledger.sent(receipt)
-            outlet.delay, outlet.retry_at = FIRST_RETRY_SECONDS, 0.0
+            outlet.delay, outlet.retry_at, outlet.sent = FIRST_RETRY_SECONDS, 0.0, True
 
-    def _postpone(self, outlet: _Outlet, error: TrackerUnavailable) -> None:
+    def _postpone(self, outlet: _Outlet, why: str) -> None:
         """Exponential back-off with jitter."""
         pause = outlet.delay * random.uniform(0.8, 1.2)  # noqa: S311 - jitter, not a secret
         outlet.retry_at = self._now() + pause
         outlet.delay = min(2 * outlet.delay, LAST_RETRY_SECONDS)
         self._say(
-            f"{outlet.name}: {error.what}; {self._waiting(outlet)} kept in {self._ledger.state_dir}, "
-            f"next try in {pause:.0f} s"
+            f"{outlet.name}: {why}; {self._waiting(outlet)} kept in {self._ledger.state_dir}, next try in {pause:.0f} s"
         )
 
     def close(self) -> None:
@@ -74,7 +77,7 @@ class Delivery:
                     f"{self._waiting(outlet)} in {self._ledger.state_dir}, not yet in {outlet.tracker.where()}; "
                     "the next `peel-agent watch` sends them"
                 )
-            elif self._ledger.peeled():
+            elif outlet.sent:
                 self._say(f"findings are in {outlet.tracker.where()}")
             outlet.tracker.close()
 

@@ -16,17 +16,19 @@ def publication(
     """What is sent for one checkpoint, with the names of the contract.
 
     `committed_at` is the checkpoint's own time in Unix seconds, `alerts_log` the whole text of `alerts.jsonl` so far.
-    A checkpoint without a step is published at step 0. ValueError when the report holds a NaN or an infinity.
+    A checkpoint without a step has no place in a series: it is a file named by its fingerprint, without metrics and
+    tags. ValueError when the report holds a NaN or an infinity.
     """
-    step = report.checkpoint.step or 0
-    files = {f"peel/checkpoints/step-{step:09d}.json": report_line(report)}
+    step = report.checkpoint.step
+    name = f"step-{step:09d}" if step is not None else report.checkpoint.fingerprint
+    files = {f"peel/checkpoints/{name}.json": report_line(report)}
     if alerts_log:
         files["peel/alerts.jsonl"] = alerts_log
     return Publication(
-        step=step,
+        step=step or 0,
         timestamp_ms=round(committed_at * 1000),
-        metrics=_metrics(report, verdict, max_series),
-        tags=_tags(report, verdict),
+        metrics=_metrics(report, verdict, max_series) if step is not None else {},
+        tags=_tags(report, verdict) if step is not None else {},
         files=files,
     )
 
@@ -49,8 +51,8 @@ def _summaries(report: PeelReport, verdict: Verdict) -> dict[str, float]:
         "peel/loss": report.loss.value,
         "peel/bound": report.bound.value if report.bound is not None else None,
         "peel/gap": report.gap.value if report.gap is not None else None,
-        "peel/layers_below": float(statuses.count("below")),
-        "peel/layers_undecided": float(statuses.count("undecided")),
+        "peel/layers_below": float(statuses.count("below")) if statuses else None,
+        "peel/layers_undecided": float(statuses.count("undecided")) if statuses else None,
         "peel/worst_margin": min(margins, default=None),
         "peel/alerts_firing": float(len(verdict.firing)),
         "peel/seconds": timing.load + timing.capture + timing.solve + timing.score,

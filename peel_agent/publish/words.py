@@ -28,7 +28,7 @@ def headline(report: PeelReport) -> str:
 def _zone(report: PeelReport) -> str:
     """The zone, and whose the gap is when a refitted head alone is the bound."""
     head = next((bound for bound in report.bounds if bound.label == "head"), None)
-    if report.zone == "caution" and head is not None and head.value == report.bound:
+    if report.zone == "caution" and head is not None and report.bound is not None and report.bound.value == head.best:
         return "caution: the head's, not the layers'"
     return report.zone
 

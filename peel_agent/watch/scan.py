@@ -11,8 +11,8 @@ from peel_agent.errors import ConfigurationError
 from peel_agent.records import Readiness
 from peel_agent.spi import Format
 
-LEVELS = 2
-"""How far below the root checkpoints are looked for: `runs/checkpoint-5` and `runs/exp1/checkpoint-5`."""
+LEVELS = 1
+"""How far below the root checkpoints are looked for. No deeper: the folders of two runs must not become one series."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Sighting:
 
 
 def scan(root: Path, formats: Sequence[Format]) -> tuple[Sighting, ...]:
-    """Every checkpoint at the root or up to two levels below it, in absolute paths, those inside a folder before it.
+    """Every checkpoint at the root or directly below it, in absolute paths, those inside a folder before it.
 
     The first format that recognises a path has it. A recognised folder is one checkpoint, so its files are not looked
     at again; its sub-folders are, because Trainer ends a run by saving the model beside its checkpoints: the

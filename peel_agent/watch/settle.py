@@ -57,7 +57,7 @@ class Settling:
             if readiness.state == "damaged":
                 unreadable.append((path, readiness.reason))
             elif readiness.state == "incomplete" and age >= self._give_up_seconds:
-                unreadable.append((path, f"{readiness.reason}, and nothing changed for {age:.0f} s"))
+                unreadable.append((path, f"{readiness.reason}, and nothing changed for {self._give_up_seconds:g} s"))
             elif readiness.state == "incomplete":
                 waiting.append((path, readiness.reason))
             elif age < self._settle_seconds:

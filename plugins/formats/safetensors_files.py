@@ -58,7 +58,9 @@ class SafetensorsFormat:
 
 def _read(path: Path) -> Layout:
     # By name, not by what is there now: a file that vanished is still a file that is missing.
-    return read_files(path.parent, (path.name,)) if path.suffix == ".safetensors" else read_folder(path)
+    if path.suffix == ".safetensors":
+        return read_files(path.parent, (path.name,), own_config=False)
+    return read_folder(path)
 
 
 FORMAT = SafetensorsFormat()

@@ -51,11 +51,15 @@ def read_folder(folder: Path) -> Layout:
     raise IncompleteCheckpoint(f"neither {WEIGHTS} nor {INDEX} is there", remedy=WAIT)
 
 
-def read_files(folder: Path, weight_files: Sequence[str]) -> Layout:
-    """The layout of config.json and the named weight files; raises as `read_folder` does."""
+def read_files(folder: Path, weight_files: Sequence[str], *, own_config: bool = True) -> Layout:
+    """The layout of config.json and the named weight files; raises as `read_folder` does.
+
+    Without `own_config` the folder's config.json belongs to several checkpoints: writing it again with the next one
+    does not change this one, so it is no part of its stamps.
+    """
     config, config_stamp = _read_config(folder)
     tensors: dict[str, tuple[str, Extent]] = {}
-    stamps = [config_stamp]
+    stamps = [config_stamp] if own_config else []
     for name in weight_files:
         with opened(folder, name) as (descriptor, stamp):
             extents = read_header(descriptor, name, stamp.size)

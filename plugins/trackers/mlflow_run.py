@@ -22,7 +22,10 @@ REQUEST_RETRIES = 1
 """MLflow's own defaults block a call on a dead server for four minutes; trying again later is the sender's part."""
 
 DIRECTORY_TAG = "peel.checkpoint_dir"
-STEP_TAG = "peel.step"
+TIME_TAG = "peel.committed_ms"
+OWN_FILES = "peel/checkpoints/"
+"""Files of one checkpoint; all others stand for the whole run."""
+
 STATE_FILE = "mlflow-run.json"
 
 _TRANSIENT = frozenset(
@@ -88,11 +91,10 @@ class MlflowTracker:
         point = {"timestamp": publication.timestamp_ms, "step": publication.step}
         metrics = [entities.Metric(key, value, **point) for key, value in publication.metrics.items()]
         tags, files = dict(publication.tags), dict(publication.files)
-        if publication.step >= int(run.data.tags.get(STEP_TAG, publication.step)):
-            tags[STEP_TAG] = str(publication.step)
-        else:  # sent again late: what stands for the whole run already comes from a later step
-            own = f"step-{publication.step:09d}"
-            tags, files = {}, {path: text for path, text in files.items() if own in path}
+        if publication.timestamp_ms >= int(run.data.tags.get(TIME_TAG, publication.timestamp_ms)):
+            tags |= {TIME_TAG: str(publication.timestamp_ms)} if tags else {}
+        else:  # sent again late: what stands for the whole run already comes from a later checkpoint
+            tags, files = {}, {path: text for path, text in files.items() if path.startswith(OWN_FILES)}
         self._client.log_batch(
             self._run_id, metrics, tags=[entities.RunTag(*tag) for tag in tags.items()], synchronous=True
         )

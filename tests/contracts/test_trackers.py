@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import os
@@ -221,7 +222,7 @@ class TestMlflowWrites:
         assert {key: run.points(run_id, key, 800)[0].value for key in run.keys(run_id)} == sent.metrics
         assert {point.timestamp for key in sent.metrics for point in run.points(run_id, key, 800)} == {NOW + 800}
         tags = run.client.get_run(run_id).data.tags
-        assert tags.items() >= {**sent.tags, "peel.step": "800"}.items()
+        assert tags.items() >= {**sent.tags, "peel.committed_ms": str(sent.timestamp_ms)}.items()
         assert {path: run.text(run_id, path) for path in sent.files} == sent.files
         assert tracker.where() == f"MLflow run {run_id} at {run.uri}"
 
@@ -241,9 +242,18 @@ class TestMlflowWrites:
         tracker.publish(example_publication(100))
         (run_id,) = run.ids()
         tags = run.client.get_run(run_id).data.tags
-        assert (tags["peel.step"], tags["peel.alert.layer_below"]) == ("200", "firing at 200")
+        assert (tags["peel.committed_ms"], tags["peel.alert.layer_below"]) == ("1700000000200", "firing at 200")
         assert run.text(run_id, "peel/alerts.jsonl") == "[200]\n"
         assert run.text(run_id, "peel/checkpoints/step-000000100.json") == '{"step": 100}'
+
+    def test_a_training_that_went_back_still_speaks(self, run: Run) -> None:
+        """After a roll-back a lower step is the newer checkpoint: its tags and alerts count."""
+        tracker = run.connect()
+        tracker.publish(dataclasses.replace(example_publication(1000), timestamp_ms=NOW))
+        tracker.publish(dataclasses.replace(example_publication(600), timestamp_ms=NOW + 1))
+        (run_id,) = run.ids()
+        assert run.client.get_run(run_id).data.tags["peel.alert.layer_below"] == "firing at 600"
+        assert run.text(run_id, "peel/alerts.jsonl") == "[600]\n"
 
     @pytest.mark.parametrize("status", ["RUNNING", "FINISHED", "FAILED", "KILLED"])
     def test_a_trainers_run_keeps_what_is_its_own(self, run: Run, status: str) -> None:

@@ -77,6 +77,14 @@ def test_mlflow_run_id_from_the_training(monkeypatch: pytest.MonkeyPatch) -> Non
         ("[[rule]]\nname = 'x'", r"\[\[rule\]\] is not complete: .*kind"),
         ("[[rule]]\nname = 'x'\nkind = 'metric'", "`rule.kind` is `metric`"),
         ("[watch", "is not valid TOML"),
+        ("[rule]\nname = 'x'", r"write each rule as \[\[rule\]\]"),
+        ("[[rule]]\nname = 'x'\nkind = 'layer_below'\nfor_checkpoints = 0", r"`rule.x.for_checkpoints` is 0"),
+        ("[[rule]]\nname = 'x'\nkind = 'layer_below'\n" * 2, "two rules are called `x`"),
+        ("[[rule]]\nname = 'a b(c)'\nkind = 'layer_below'", r"a rule is called `a b\(c\)`"),
+        ("[tracker]\nmax_series = -1", "`tracker.max_series` is -1"),
+        ("[probe]\nfit_tokens = inf", "`probe.fit_tokens` is inf"),
+        ("[watch]\npoll_seconds = nan", "`watch.poll_seconds` is nan"),
+        ("[device]\nselect = 'cuda'", "`device.select` is 'cuda'"),
         ("[tracker.mlflow]\ntracking_uri = '${NO_SUCH_VARIABLE}'", "NO_SUCH_VARIABLE, which is not set"),
         ("[tracker.mlflow]\ntracking_uri = 'file:/no/such/file'", "names a file that cannot be read"),
     ],
@@ -114,9 +122,28 @@ def test_worker_sees_one_device(device: str, visible: str, inside: str) -> None:
     assert (environment["CUDA_VISIBLE_DEVICES"], name) == (visible, inside)
 
 
+def test_a_gpu_is_counted_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda:1` is the second of the GPUs this process may see, never one that it was not given."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert worker_environment("cuda:1")[0]["CUDA_VISIBLE_DEVICES"] == "5"
+    with pytest.raises(ConfigurationError, match="leaves 2 GPUs here"):
+        worker_environment("cuda:2")
+
+
+def test_tracker_options_from_the_environment_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An experiment called 1.10 is not 1.1."""
+    monkeypatch.setenv("PEEL__TRACKER__MLFLOW__EXPERIMENT", "1.10")
+    assert load_settings(None, {}).tracker.options["mlflow"]["experiment"] == "1.10"
+
+
 def test_state_folders_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs whose folders have the same name keep separate state."""
+    """Each watched path and each destination has a state of its own: no run inherits another one's alerts or bounds."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    folders: list[Any] = [default_state_dir(Path(path)) for path in ("/a/checkpoints", "/b/checkpoints")]
-    assert folders[0] != folders[1]
+    first, second = (load_settings(None, {"tracker.mlflow.run_id": run}).tracker for run in ("r1", "r2"))
+    folders: set[Any] = {
+        default_state_dir(Path(path), tracker)
+        for path in ("/a/checkpoints", "/b/checkpoints")
+        for tracker in (first, second)
+    }
+    assert len(folders) == 4
     assert all(folder.is_relative_to(tmp_path) for folder in folders)

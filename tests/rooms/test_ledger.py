@@ -84,6 +84,23 @@ def test_a_checkpoint_without_step_has_a_report_of_its_own(tmp_path: Path) -> No
     ledger.close()
 
 
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """A second sidecar on the same state is refused while the first is there, and not after."""
+    first = Ledger(tmp_path)
+    with pytest.raises(ConfigurationError, match="another peel-agent is at work"):
+        Ledger(tmp_path)
+    first.close()
+    Ledger(tmp_path).close()
+
+
+def test_refusals_are_told_again(tmp_path: Path) -> None:
+    """Why a checkpoint cannot be used is kept."""
+    ledger = Ledger(tmp_path)
+    ledger.refuse(REF, "why")
+    assert ledger.refused() == ((str(REF.path), "why"),)
+    ledger.close()
+
+
 def test_unusable_folder(tmp_path: Path) -> None:
     """A state folder that is a file, and one of another version, are configuration errors with a remedy."""
     (tmp_path / "file").write_text("")

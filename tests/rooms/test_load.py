@@ -194,6 +194,28 @@ def write_key_of_another_name(path: Path) -> None:
     path.write_text('{"txt": "a b"}\n')
 
 
+def test_what_a_tokenizer_was_last_set_to_does_not_matter(tmp_path: Path) -> None:
+    """Truncation and padding saved with a tokenizer would cut or dilute the probe: they are switched off."""
+    from tokenizers import Tokenizer
+
+    write_tokenizer(tmp_path)
+    (tmp_path / "probe.txt").write_text("a b c d " * 400)
+    plain = load(tmp_path / "probe.txt")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=100_000)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load(tmp_path / "probe.txt").fingerprint == plain.fingerprint
+
+
+def test_damaged_tokenizer(tmp_path: Path) -> None:
+    """A tokenizer.json that cannot be read is a probe error, with its path."""
+    (tmp_path / "probe.txt").write_text("a b c d")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ProbeError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        load(tmp_path / "probe.txt")
+
+
 def write_no_parquet(path: Path) -> None:
     write_tokenizer(path.parent)
     path.write_text("no parquet")

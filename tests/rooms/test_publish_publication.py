@@ -72,12 +72,14 @@ def test_counts_of_layers_and_alerts() -> None:
 
 
 def test_step_and_timestamp_come_from_the_checkpoint() -> None:
-    """The timestamp is the commit time in milliseconds; a checkpoint without a step is published at step 0."""
+    """The timestamp is the commit time in milliseconds; a checkpoint without a step has no place in a series: it is a
+    file named by its fingerprint, without metrics and tags.
+    """
     one = published(FULL, committed_at=1_700_000_000.1234)
     assert (one.step, one.timestamp_ms) == (800, 1_700_000_000_123)
     unnumbered = published(dataclasses.replace(FULL, checkpoint=dataclasses.replace(FULL.checkpoint, step=None)))
-    assert unnumbered.step == 0
-    assert set(unnumbered.files) == {"peel/checkpoints/step-000000000.json"}
+    assert (unnumbered.metrics, unnumbered.tags) == ({}, {})
+    assert set(unnumbered.files) == {f"peel/checkpoints/{FULL.checkpoint.fingerprint}.json"}
 
 
 def test_files_hold_the_report_and_the_alerts() -> None:

@@ -64,15 +64,11 @@ class TestWhatIsSeen:
         write_checkpoint(tmp_path / "m")
         assert found(tmp_path / "m" / "model.safetensors") == [(".", "safetensors", "complete", None)]
 
-    def test_checkpoints_of_a_run_and_of_several_runs(self, tmp_path: Path) -> None:
-        """Checkpoints are seen one and two levels below the root, and no deeper."""
+    def test_checkpoints_of_one_run(self, tmp_path: Path) -> None:
+        """Checkpoints are seen directly below the root and no deeper: two runs must not become one series."""
         write_checkpoint(tmp_path / "checkpoint-5", 5)
         write_checkpoint(tmp_path / "exp1" / "checkpoint-7", 7)
-        write_checkpoint(tmp_path / "exp1" / "deep" / "checkpoint-9", 9)
-        assert found(tmp_path) == [
-            ("checkpoint-5", "transformers", "complete", 5),
-            ("exp1/checkpoint-7", "transformers", "complete", 7),
-        ]
+        assert found(tmp_path) == [("checkpoint-5", "transformers", "complete", 5)]
 
     def test_single_files_beside_each_other(self, tmp_path: Path) -> None:
         """Safetensors files in a folder that is no checkpoint are one checkpoint each, with a common config.json."""
@@ -84,10 +80,9 @@ class TestWhatIsSeen:
             ("step-5.safetensors", 5),
         ]
 
-    @pytest.mark.parametrize("below", ["", "exp1"])
-    def test_a_final_export_does_not_hide_the_checkpoints(self, tmp_path: Path, below: str) -> None:
+    def test_a_final_export_does_not_hide_the_checkpoints(self, tmp_path: Path) -> None:
         """A folder with checkpoint-N and Trainer's final export beside them yields the checkpoints, then itself."""
-        run = tmp_path / below
+        run = tmp_path
         write_checkpoint(run / "checkpoint-5", 5)
         write_checkpoint(run / "checkpoint-10", 10)
         write_checkpoint(run)
@@ -178,9 +173,9 @@ class TestWhatVanishes:
         ]
 
     def test_a_folder_that_cannot_be_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A stale sub-folder is passed over, the others are seen."""
-        write_checkpoint(tmp_path / "exp1" / "checkpoint-5", 5)
-        write_checkpoint(tmp_path / "exp2" / "checkpoint-7", 7)
+        """A stale folder is passed over, the others are seen."""
+        (tmp_path / "exp1").mkdir()
+        write_checkpoint(tmp_path / "checkpoint-7", 7)
         listed = os.scandir
 
         def stale(path: Path) -> object:
@@ -189,7 +184,7 @@ class TestWhatVanishes:
             return listed(path)
 
         monkeypatch.setattr(os, "scandir", stale)
-        assert [path for path, *_ in found(tmp_path)] == ["exp2/checkpoint-7"]
+        assert [path for path, *_ in found(tmp_path)] == ["checkpoint-7"]
 
     def test_a_root_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A root that may not be listed is a configuration error that names it, not an empty root."""

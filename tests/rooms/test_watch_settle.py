@@ -181,10 +181,10 @@ class TestFingerprint:
     def test_a_moved_folder_keeps_it(self, tmp_path: Path) -> None:
         """A checkpoint folder moved elsewhere is the same checkpoint."""
         path = write_checkpoint(tmp_path / "a" / "checkpoint-5", 5)
-        (before,) = scan(tmp_path, registry.formats())
+        (before,) = scan(tmp_path / "a", registry.formats())
         (tmp_path / "b").mkdir()
         path.rename(tmp_path / "b" / "checkpoint-5")
-        (after,) = scan(tmp_path, registry.formats())
+        (after,) = scan(tmp_path / "b", registry.formats())
         assert fingerprint(before.readiness.files) == fingerprint(after.readiness.files)
         assert before.path != after.path
 

@@ -58,6 +58,16 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (("scan", "{run}/checkpoint-5", "--probe", "{probe}", "--quantities", "x"), 2, ["`x`", "margin, bounds"]),
         (("scan", "{run}/checkpoint-5", "--probe", "{probe}", "--device", "cuda:7"), 2, ["cuda:7", "--device cpu"]),
+        (
+            ("scan", "{run}/checkpoint-5", "--probe", "{probe}", "--effort", "quick", "--fail-on", "caution"),
+            2,
+            ["--fail-on caution needs bounds"],
+        ),
+        (
+            ("scan", "{run}/checkpoint-5", "--probe", "{probe}", "--out", "{run}/no/f"),
+            2,
+            ["cannot write to {run}/no/f"],
+        ),
         (("scan",), 2, ["usage:"]),
         (("peel",), 2, ["invalid choice"]),
     ],
