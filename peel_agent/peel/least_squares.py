@@ -1,6 +1,7 @@
 """Ridge regression from running normal equations (METHOD 2).
 
-The Gram matrix is accumulated chunk by chunk in float64 and factorised per ridge; one factor serves every target.
+Products of a chunk are taken in the features' own dtype and summed over chunks in float64; a Gram matrix is factorised
+once a ridge, and one factor serves every target.
 Residuals are never taken from the normal equations: callers measure them in a second pass.
 """
 
@@ -17,6 +18,9 @@ RIDGES = (1e-2, 1e-4, 1e-6, 1e-8)
 
 DEAD_COLUMN = 1e-12
 """A feature whose energy is below this fraction of the largest one carries nothing; its weights are zero."""
+
+PRODUCT_ROWS = 1024
+"""Rows whose products are summed in float32, before the sum goes on in float64."""
 
 TOKENS_PER_COLUMN = 2
 """With fewer fit tokens than this times the number of unknowns a row, a least-squares fit is meaningless."""
@@ -52,10 +56,12 @@ class Gram:
         self._cross = torch.zeros(self.columns, targets, dtype=torch.float64, device=device)
 
     def update(self, features: Tensor, targets: Tensor) -> None:
-        """Adds rows: features [..., p] and targets [..., q] in float32."""
-        x = with_ones(features.flatten(0, -2).double()) if self._intercept else features.flatten(0, -2).double()
-        self._gram.addmm_(x.T, x)
-        self._cross.addmm_(x.T, targets.flatten(0, -2).double())
+        """Adds rows: features [..., p] and targets [..., q], PRODUCT_ROWS at a time."""
+        x, y = features.flatten(0, -2), targets.flatten(0, -2)
+        x = with_ones(x) if self._intercept else x
+        for rows, wanted in zip(x.split(PRODUCT_ROWS), y.split(PRODUCT_ROWS), strict=True):
+            self._gram += rows.T @ rows
+            self._cross += rows.T @ wanted
 
     def merge(self, other: Gram) -> None:
         """Adds the rows that another Gram of the same shape has seen."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from peel_agent.peel.intervals import estimate
-from peel_agent.peel.sweep import Losses, Order, Sweep, Target
+from peel_agent.peel.splices import Target, Variant
+from peel_agent.peel.sweep import Losses
 from peel_agent.records import Estimate, LayerReport, PartName, PartReport, Status
 
 MEDIAN_FRACTION = 0.1
@@ -37,14 +38,15 @@ def margin(trained: Losses, references: Mapping[str, Losses], selecting: int, *,
     return Margin(estimate(worse[best]), best, means, complete)
 
 
-def margins_of(swept: Sweep, order: Order) -> dict[tuple[int, Target], Margin]:
-    """The margin of every block and part that the sweep spliced, by block and target."""
+def margins_of(
+    trained: Losses, variants: Mapping[Variant, Losses], references: Sequence[str], selecting: int
+) -> dict[tuple[int, Target], Margin]:
+    """The margin of every block and part that has variants, by block and target; losses are over the same sequences."""
     spliced: dict[tuple[int, Target], dict[str, Losses]] = {}
-    for variant, losses in swept.variants.items():
+    for variant, losses in variants.items():
         spliced.setdefault((variant.block, variant.target), {})[variant.reference] = losses
-    trained = swept.trained[order.rows]
     return {
-        place: margin(trained, found, order.selecting, complete=set(found) >= reachable(*place, order.references))
+        place: margin(trained, found, selecting, complete=set(found) >= reachable(*place, references))
         for place, found in spliced.items()
     }
 

@@ -1,14 +1,20 @@
-"""Margins by a race (METHOD 8): every candidate is scored on a few sequences first, and again on all of them only where
-that leaves the answer open.
+"""Margins by a race (METHOD 8): every candidate is scored on a few sequences first; where that leaves the answer open,
+the candidate that won there is scored on all of confirm.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import dataclasses
+from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
+from peel_agent.peel.intervals import estimate
 from peel_agent.peel.margins import Margin, margins_of, of_target, thresholds
+from peel_agent.peel.splices import Target, Variant
 from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.sweep import Order, Sweep, Target, sweep
+from peel_agent.peel.sweep import TARGETS, Sweep, carry, sweep
 from peel_agent.records import Probe, Trace
 
 HEAT_FRACTION = 4
@@ -17,42 +23,50 @@ HEAT_FRACTION = 4
 HEAT_CONFIRM_SEQUENCES = 8
 """but never fewer confirm sequences than these: an interval needs them."""
 
-TARGETS: tuple[Target, ...] = ("block", "attention", "mlp")
-
 
 def race(
     trace: Trace, references: tuple[str, ...], keep: frozenset[int], stopwatch: Stopwatch
 ) -> tuple[Sweep, dict[tuple[int, Target], Margin]]:
-    """Margins of every block and part, and the sweep that gave them with the hidden states `keep`."""
-    final = everything(trace.probe, references)
-    order = (first_heat(trace.probe, references) if references else None) or final
-    swept = sweep(trace, order, keep, stopwatch)
-    margins = margins_of(swept, order)
-    if order is not final and (still := undecided(margins, len(trace.block_names))):
-        order = Order(references, final.rows, final.selecting, only=still)
-        margins |= margins_of(sweep(trace, order, frozenset(), stopwatch), order)
+    """Margins of every block and part, and the sweep that solved their references and kept the hidden states `keep`."""
+    rows, selecting = first_heat(trace.probe)
+    swept = sweep(trace, references, rows, keep, stopwatch)
+    margins = margins_of(swept.trained[rows], swept.variants, references, selecting)
+    if len(rows) < len(swept.trained):
+        margins |= _second_heat(trace, swept, margins, stopwatch)
     return swept, margins
 
 
-def everything(probe: Probe, references: tuple[str, ...]) -> Order:
-    """All score sequences."""
-    return Order(references, np.arange(len(probe.select) + len(probe.confirm)), len(probe.select))
+def first_heat(probe: Probe) -> tuple[NDArray[np.int64], int]:
+    """Places of the score sequences in the first heat, and how many of them are select: all, if few would be spared."""
+    select, confirm = len(probe.select), len(probe.confirm)
+    heat = max(HEAT_CONFIRM_SEQUENCES, confirm // HEAT_FRACTION)
+    if 2 * heat > confirm:
+        return np.arange(select + confirm), select
+    chosen = max(1, select // HEAT_FRACTION)
+    return np.concatenate([np.arange(chosen), select + np.arange(heat)]), chosen
 
 
-def first_heat(probe: Probe, references: tuple[str, ...]) -> Order | None:
-    """The first of the score sequences, a fraction of each part; None when that would spare less than half of them."""
-    select = max(1, len(probe.select) // HEAT_FRACTION)
-    confirm = max(HEAT_CONFIRM_SEQUENCES, len(probe.confirm) // HEAT_FRACTION)
-    if 2 * confirm > len(probe.confirm):
-        return None
-    rows = np.concatenate([np.arange(select), len(probe.select) + np.arange(confirm)])
-    return Order(references, rows, select)
+def _second_heat(
+    trace: Trace, swept: Sweep, margins: Mapping[tuple[int, Target], Margin], stopwatch: Stopwatch
+) -> dict[tuple[int, Target], Margin]:
+    """The margins that were open, measured on the whole of confirm."""
+    winners = {Variant(*place, margins[place].best): place for place in still_open(margins, len(trace.block_names))}
+    if not winners:
+        return {}
+    confirm = np.arange(len(trace.probe.select), len(swept.trained))
+    losses = carry(trace, {variant: swept.solved[variant] for variant in winners}, confirm, stopwatch)
+    found = {}
+    for variant, place in winners.items():
+        worse = losses[variant] - swept.trained[confirm]
+        references = {**margins[place].references, variant.reference: float(worse.mean())}
+        found[place] = dataclasses.replace(margins[place], estimate=estimate(worse), references=references)
+    return found
 
 
-def undecided(margins: dict[tuple[int, Target], Margin], depth: int) -> frozenset[tuple[int, Target]]:
+def still_open(margins: Mapping[tuple[int, Target], Margin], depth: int) -> frozenset[tuple[int, Target]]:
     """The blocks and parts whose interval straddles its threshold: more sequences may tell."""
     found = set()
-    for target in TARGETS:
+    for target in TARGETS if margins else ():
         own = of_target(margins, target, depth)
         for index, threshold in enumerate(thresholds(own)):
             if own[index].estimate.low <= threshold <= own[index].estimate.high:

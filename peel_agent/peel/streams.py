@@ -28,6 +28,11 @@ class Streams:
     def confirm(self) -> Tensor:
         return self.score[self.selecting :]
 
+    def first(self, tokens: int) -> Streams:
+        """The same with no more fit sequences than these tokens fill."""
+        sequences = -(-tokens // self.fit.shape[1])
+        return Streams(self.fit[:sequences], self.score, self.selecting)
+
     def through(self, function: Callable[[Tensor], Tensor], chunk: int) -> Streams:
         """Both parts run through `function` ([B, S, d] to [B, S, d]), `chunk` sequences at a time."""
         return Streams(through(function, self.fit, chunk), through(function, self.score, chunk), self.selecting)

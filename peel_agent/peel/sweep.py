@@ -6,58 +6,44 @@ trained head scores all streams at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from peel_agent.peel import splices
 from peel_agent.peel.least_squares import Gram, tokens_needed
 from peel_agent.peel.losses import sequence_losses
 from peel_agent.peel.references import Affine, columns_of_refit, pick_affine, refit
+from peel_agent.peel.splices import Site, Splice, Target, Variant
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import Streams, embedded, score_ids, through
 from peel_agent.records import Block, Skipped, Trace
 
-Target = Literal["block", "attention", "mlp"]
 Losses = NDArray[np.float64]
 
+REFIT_TOKENS = 8192
+REFIT_TOKENS_PER_COLUMN = 4
+"""`previous`, whose Gram is by far the dearest, is solved on the first fit tokens only: the larger of these two."""
 
-class Variant(NamedTuple):
-    """The trained model with one block, or one part of a block, replaced by a reference."""
-
-    block: int
-    target: Target
-    reference: str
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a sweep is to splice: `references` into every block and part, or only into `only`, scored on `rows`.
-
-    `rows` are places in the score sequences (select first, confirm after); `selecting` of them are select.
-    """
-
-    references: tuple[str, ...]
-    rows: NDArray[np.int64]
-    selecting: int
-    only: frozenset[tuple[int, Target]] | None = None
-
-    def wants(self, block: int, target: Target) -> bool:
-        return bool(self.references) and (self.only is None or (block, target) in self.only)
+TARGETS: tuple[Target, ...] = ("block", "attention", "mlp")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What one sweep found: losses of the trained model per score sequence (select first), losses of each variant on
-    the order's rows, and the hidden states that were asked for.
+    """What one sweep found.
+
+    `trained`: losses of the trained model per score sequence, select first. `variants`: losses of each variant on the
+    rows that were asked for. `solved`: the splice of each variant, to carry it again. `hidden`: the trained hidden
+    states that were asked for.
     """
 
     trained: Losses
     variants: Mapping[Variant, Losses]
+    solved: Mapping[Variant, Splice]
     stream_shares: tuple[float, ...]
     hidden: Mapping[int, Streams]
     skipped: tuple[Skipped, ...]
@@ -65,7 +51,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class _Visit:
-    """One block seen on the trained streams. A Gram is None when nothing asks for it, or its fit cannot be trusted."""
+    """One block seen on the trained streams. The Grams are None when an affine fit could not be trusted."""
 
     block: Block
     before: Streams
@@ -75,23 +61,32 @@ class _Visit:
     mid_gram: Gram | None
 
 
-def sweep(trace: Trace, order: Order, keep: frozenset[int], stopwatch: Stopwatch) -> Sweep:
-    """Visits every block once, splicing as ordered; keeps the trained hidden states `keep`."""
+def sweep(
+    trace: Trace, references: tuple[str, ...], rows: NDArray[np.int64], keep: frozenset[int], stopwatch: Stopwatch
+) -> Sweep:
+    """Visits every block once; splices `references` (none: only the trained streams) into each block and its parts.
+
+    `rows` are the places of the score sequences on which variants are scored; hidden states `keep` are kept.
+    """
     with stopwatch("capture"):
         h = embedded(trace)
     hidden = {0: h} if 0 in keep else {}
     streams: dict[Variant, Tensor] = {}
+    solved: dict[Variant, Splice] = {}
     shares = []
     skipped: dict[Skipped, None] = {}
     previous: _Visit | None = None
+    scored = torch.from_numpy(rows)
     for block in stopwatch.each("capture", trace.blocks()):
         with stopwatch("capture"):
-            visit = _visit(trace, block, h, order, skipped)
-        with stopwatch("score"):
-            for variant, stream in streams.items():
-                streams[variant] = through(block.run, stream, trace.chunk)
+            visit = _visit(trace, block, h, references, skipped)
         with stopwatch("solve"):
-            streams |= dict(_variants(trace, visit, previous, order, skipped))
+            found = _solve(trace, visit, previous, references, skipped)
+        with stopwatch("score"):
+            before = None if previous is None else (previous.block, previous.before.score[scored])
+            site = Site(block, h.score[scored], visit.mid[scored], before, trace.chunk)
+            _carry(block, streams, found, site)
+        solved |= found
         h = visit.after
         shares.append(_stream_share(visit))
         if block.index + 1 in keep:
@@ -100,80 +95,93 @@ def sweep(trace: Trace, order: Order, keep: frozenset[int], stopwatch: Stopwatch
     ids = score_ids(trace.probe)
     with stopwatch("score"):
         trained = sequence_losses(trace, h.score, ids)
-        losses = {variant: sequence_losses(trace, stream, ids[order.rows]) for variant, stream in streams.items()}
-    return Sweep(trained, losses, tuple(shares), hidden, tuple(skipped))
+        losses = {variant: sequence_losses(trace, stream, ids[rows]) for variant, stream in streams.items()}
+    return Sweep(trained, losses, solved, tuple(shares), hidden, tuple(skipped))
 
 
-def _visit(trace: Trace, block: Block, before: Streams, order: Order, skipped: dict[Skipped, None]) -> _Visit:
+def carry(
+    trace: Trace, chosen: Mapping[Variant, Splice], rows: NDArray[np.int64], stopwatch: Stopwatch
+) -> dict[Variant, Losses]:
+    """Losses of the chosen variants, solved by an earlier sweep, on these score sequences."""
+    ids = score_ids(trace.probe)[rows]
+    streams: dict[Variant, Tensor] = {}
+    with stopwatch("score"):
+        h = trace.embed(ids)
+        before: tuple[Block, Tensor] | None = None
+        for block in trace.blocks():
+            seen = [block.observe(part) for part in h.split(trace.chunk)]
+            site = Site(block, h, torch.cat([one.mid for one in seen]), before, trace.chunk)
+            _carry(block, streams, {v: splice for v, splice in chosen.items() if v.block == block.index}, site)
+            before, h = (block, h), torch.cat([one.output for one in seen])
+        return {variant: sequence_losses(trace, stream, ids) for variant, stream in streams.items()}
+
+
+def _carry(block: Block, streams: dict[Variant, Tensor], found: Mapping[Variant, Splice], site: Site) -> None:
+    """Runs the block on all streams spliced earlier, in one batch, and adds those that leave the trained one here."""
+    if streams:
+        batch = torch.cat(list(streams.values()))
+        streams |= zip(streams, through(block.run, batch, site.chunk).split(len(site.h)), strict=True)
+    for variant, splice in found.items():
+        streams[variant] = splice(site)
+
+
+def _visit(
+    trace: Trace, block: Block, before: Streams, references: tuple[str, ...], skipped: dict[Skipped, None]
+) -> _Visit:
     """Runs the block on the trained streams, adding up the Grams that its affine references need."""
-    input_gram, mid_gram = _affine_grams(trace, block.index, before.fit.device, order, skipped)
+    input_gram = mid_gram = None
+    if "affine" in references and _trusted(trace, "affine references", trace.width + 1, skipped):
+        device = before.fit.device
+        input_gram = Gram(trace.width, 2 * trace.width, intercept=True, device=device)
+        mid_gram = Gram(trace.width, trace.width, intercept=True, device=device)
     outputs = []
     for h in before.fit.split(trace.chunk):
         seen = block.observe(h)
         outputs.append(seen.output)
-        if input_gram is not None:
+        if input_gram is not None and mid_gram is not None:
             input_gram.update(h, torch.cat([seen.output - h, seen.mid - h], dim=-1))
-        if mid_gram is not None:
             mid_gram.update(seen.mid, seen.output - seen.mid)
     scored = [block.observe(h) for h in before.score.split(trace.chunk)]
     after = Streams(torch.cat(outputs), torch.cat([seen.output for seen in scored]), before.selecting)
     return _Visit(block, before, torch.cat([seen.mid for seen in scored]), after, input_gram, mid_gram)
 
 
-def _affine_grams(
-    trace: Trace, index: int, device: torch.device, order: Order, skipped: dict[Skipped, None]
-) -> tuple[Gram | None, Gram | None]:
-    """The Gram of the block's input, for the block and its attention, and that of the stream between its parts."""
-    if "affine" not in order.references or not _trusted(trace, "affine references", trace.width + 1, skipped):
-        return None, None
-    of_input = order.wants(index, "block") or order.wants(index, "attention")
-    return (
-        Gram(trace.width, 2 * trace.width, intercept=True, device=device) if of_input else None,
-        Gram(trace.width, trace.width, intercept=True, device=device) if order.wants(index, "mlp") else None,
-    )
-
-
-def _variants(
-    trace: Trace, visit: _Visit, previous: _Visit | None, order: Order, skipped: dict[Skipped, None]
-) -> Iterator[tuple[Variant, Tensor]]:
-    """The score streams behind this block with each reference in its place, or in the place of one of its parts."""
-    index, rows = visit.block.index, torch.from_numpy(order.rows)
-    h, mid, run_mlp_part = visit.before.score[rows], visit.mid[rows], visit.block.run_mlp_part
-    affine = _affine_maps(trace, visit)
-    if order.wants(index, "block"):
-        yield Variant(index, "block", "skip"), h
-        if (whole := affine.get("block")) is not None:
-            yield Variant(index, "block", "affine"), h + whole(h)
-        if "previous" in order.references and previous is not None:
-            columns = columns_of_refit(previous.block)
-            if _trusted(trace, "`previous` references", columns, skipped):
-                reaching = refit(previous.block, previous.before, visit.after, trace.chunk)
-                yield (
-                    Variant(index, "block", "previous"),
-                    through(reaching.run, previous.before.score[rows], trace.chunk),
-                )
-    if order.wants(index, "attention"):
-        yield Variant(index, "attention", "skip"), through(run_mlp_part, h, trace.chunk)
-        if (attention := affine.get("attention")) is not None:
-            yield Variant(index, "attention", "affine"), through(run_mlp_part, h + attention(h), trace.chunk)
-    if order.wants(index, "mlp"):
-        yield Variant(index, "mlp", "skip"), mid
-        if (mlp := affine.get("mlp")) is not None:
-            yield Variant(index, "mlp", "affine"), mid + mlp(mid)
+def _solve(
+    trace: Trace,
+    visit: _Visit,
+    previous: _Visit | None,
+    references: tuple[str, ...],
+    skipped: dict[Skipped, None],
+) -> dict[Variant, Splice]:
+    """The splice of every reference for this block and its parts."""
+    if not references:
+        return {}
+    index = visit.block.index
+    found = {Variant(index, target, "skip"): splices.skip(target) for target in TARGETS}
+    for target, added in _affine_maps(trace, visit).items():
+        found[Variant(index, target, "affine")] = splices.affine(target, added)
+    if "previous" in references and previous is not None:
+        columns = columns_of_refit(previous.block)
+        if _trusted(trace, "`previous` references", columns, skipped):
+            tokens = max(REFIT_TOKENS, REFIT_TOKENS_PER_COLUMN * columns)
+            inputs, targets = (own.first(tokens) for own in (previous.before, visit.after))
+            reaching = refit(previous.block, inputs, targets, trace.chunk)
+            found[Variant(index, "block", "previous")] = splices.previous(reaching.attention, reaching.mlp)
+    return found
 
 
 def _affine_maps(trace: Trace, visit: _Visit) -> dict[Target, Affine]:
     """The affine references of the block and its parts; the block's and the attention's share one Gram factor."""
+    if visit.input_gram is None or visit.mid_gram is None:
+        return {}
     selecting, width = visit.before.selecting, trace.width
     h, mid, after = visit.before.select, visit.mid[:selecting], visit.after.select
-    maps: dict[Target, Affine] = {}
-    if visit.input_gram is not None:
-        solutions = visit.input_gram.solve()
-        maps["block"] = pick_affine(solutions, slice(0, width), h, after - h)
-        maps["attention"] = pick_affine(solutions, slice(width, None), h, mid - h)
-    if visit.mid_gram is not None:
-        maps["mlp"] = pick_affine(visit.mid_gram.solve(), slice(0, width), mid, after - mid)
-    return maps
+    solutions = visit.input_gram.solve()
+    return {
+        "block": pick_affine(solutions, slice(0, width), h, after - h),
+        "attention": pick_affine(solutions, slice(width, None), h, mid - h),
+        "mlp": pick_affine(visit.mid_gram.solve(), slice(0, width), mid, after - mid),
+    }
 
 
 def _trusted(trace: Trace, what: str, columns: int, skipped: dict[Skipped, None]) -> bool:
