@@ -1,0 +1,33 @@
+"""Target maps the naive way: every map by itself, every hidden state computed anew, every solve by a pseudo-inverse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peel_agent.peel.maps import TargetMap
+from peel_agent.peel.streams import embedded, through
+from peel_agent.records import Block, Projection, Trace
+
+
+def naive_chain(trace: Trace, own: TargetMap) -> Tensor:
+    """The last fit stream of one map's chain of refitted blocks: nothing shared, nothing streamed, no ridge."""
+    hidden = [embedded(trace).fit]
+    for block in trace.blocks():
+        hidden.append(through(block.run, hidden[-1], trace.chunk))
+    stream = hidden[0]
+    for block, target in zip(trace.blocks(stop=len(own)), own, strict=True):
+        attention = _solved(block, stream, hidden[target], block.attention_projection, None)
+        mlp = _solved(block, stream, hidden[target], block.mlp_projection, attention)
+        stream = block.run(stream, attention=attention, mlp=mlp)
+    return stream
+
+
+def _solved(block: Block, stream: Tensor, target: Tensor, solved: Projection, attention: Any) -> Projection:
+    seen = block.observe(stream, attention=attention)
+    features = seen.attention_features if attention is None else seen.mlp_features
+    missing = (target - seen.output).flatten(0, 1).double()
+    change = torch.linalg.pinv(features.flatten(0, 1).double()) @ missing
+    return Projection(solved.weight + change.float(), None)
