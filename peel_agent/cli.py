@@ -168,7 +168,7 @@ def _scan(options: argparse.Namespace) -> int:
     _check_probe(settings)
     _check_fail_on(settings, options.fail_on)
     from peel_agent.pipeline import scan
-    from peel_agent.publish import report_line, table
+    from peel_agent.publish import Meter, report_line, table
     from peel_agent.worker import quieten_libraries
 
     quieten_libraries()
@@ -176,6 +176,7 @@ def _scan(options: argparse.Namespace) -> int:
     status = 0
     with _output(options.out) as output:
         for path in options.checkpoints:
+            meter = Meter(sys.stderr.write, time.monotonic, terminal=sys.stderr.isatty())
             try:
                 report = scan(
                     path,
@@ -183,11 +184,14 @@ def _scan(options: argparse.Namespace) -> int:
                     peeling=settings.peel,
                     device=settings.device.in_process,
                     clock=time.perf_counter,
+                    progress=meter,
                 )
             except PeelError as error:
                 say(f"peel-agent: {error}")
                 status = max(status, error.exit_code)
                 continue
+            finally:
+                meter.close()
             print(form(report), file=output, flush=True)
             status = max(status, int(_fails(report, options.fail_on)))
     return status

@@ -25,6 +25,7 @@ from peel_agent.records import (
     Plan,
     Probe,
     ProbeInfo,
+    Progress,
     Publication,
     Rule,
     RuleState,
@@ -67,6 +68,7 @@ def measure(
     device: str,
     clock: Callable[[], float],
     earlier: BoundMemory | None = None,
+    progress: Progress | None = None,
 ) -> Peeled:
     """Loads and peels one checkpoint on `device` ("cpu", "cuda:0"); `earlier` is what the one before handed on.
 
@@ -84,7 +86,7 @@ def measure(
         tokens = _probe(snapshot, probe, quick=peeling.effort == "quick")
         trace = open_trace(snapshot, tokens, device=device)
         loaded = clock()
-        findings = peel(trace, plan_of(peeling), clock, earlier=earlier)
+        findings = peel(trace, plan_of(peeling), clock, earlier=earlier, progress=progress)
     except FileNotFoundError as error:
         raise _torn(ref, f"{error.filename} vanished while it was read") from error
     _check_unchanged(ref, form)
@@ -142,10 +144,12 @@ def scan(
     device: str = "cpu",
     format_name: str = "auto",
     clock: Callable[[], float],
+    progress: Progress | None = None,
 ) -> PeelReport:
     """One checkpoint located and measured in this process."""
     ref = locate(Path(path), format_name)
-    return measure(ref, probe=probe, peeling=peeling, device=device, clock=clock).report
+    peeled = measure(ref, probe=probe, peeling=peeling, device=device, clock=clock, progress=progress)
+    return peeled.report
 
 
 def _probe(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool) -> Probe:

@@ -57,8 +57,9 @@ def main() -> int:
     share_processors(request.device)
     quieten_libraries()
     from peel_agent.pipeline import measure
-    from peel_agent.publish import report_json
+    from peel_agent.publish import Meter, report_json
 
+    meter = Meter(_to_stderr, time.monotonic, terminal=sys.stderr.isatty())
     try:
         peeled = measure(
             request.ref,
@@ -67,13 +68,20 @@ def main() -> int:
             device=request.device,
             clock=time.perf_counter,
             earlier=request.earlier,
+            progress=meter,
         )
         memory = None if peeled.memory is None else dataclasses.asdict(peeled.memory)
         answer: dict[str, Any] = {"report": report_json(peeled.report), "memory": memory}
     except PeelError as error:
         answer = {"error": {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy}}
+    meter.close()
     sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
     return 0
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def give_way(niceness: int) -> None:

@@ -16,17 +16,24 @@ from peel_agent.peel.margins import layer_reports
 from peel_agent.peel.race import race
 from peel_agent.peel.solvers import solver_named
 from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.records import BoundMemory, Findings, Plan, Trace
+from peel_agent.records import BoundMemory, Findings, Plan, Progress, Trace
 
 __all__ = ["peel", "tokens_needed"]
 
 
-def peel(trace: Trace, plan: Plan, clock: Callable[[], float], *, earlier: BoundMemory | None = None) -> Findings:
-    """Peels one checkpoint as planned; `earlier` is what the checkpoint before handed on.
+def peel(
+    trace: Trace,
+    plan: Plan,
+    clock: Callable[[], float],
+    *,
+    earlier: BoundMemory | None = None,
+    progress: Progress | None = None,
+) -> Findings:
+    """Peels one checkpoint as planned; `earlier` is what the checkpoint before handed on, `progress` is told how far.
 
     Raises ConfigurationError for maps that this model cannot have, CheckpointError when its loss is not a number.
     """
-    stopwatch = Stopwatch(clock)
+    stopwatch = Stopwatch(clock) if progress is None else Stopwatch(clock, progress)
     solver = solver_named(plan.solver)
     depth = len(trace.block_names)
     maps = suite(plan.maps, depth) if "bounds" in plan.quantities else {}

@@ -106,11 +106,13 @@ def _suite_losses(
     with stopwatch("solve"):
         ends = chain_ends(trace, chained(labelled, depth, solver), hidden, solver)
     ids, by_map = score_ids(trace.probe), dict[TargetMap, Losses]()
-    for own, streams in {(): hidden[depth], **ends}.items():
+    stopwatch.progress("bounds, maps", 0, len(ends) + 1)
+    for done, (own, streams) in enumerate({(): hidden[depth], **ends}.items(), 1):
         with stopwatch("solve"):
             head = fit_head(trace, streams)
         with stopwatch("score"):
             by_map[own] = sequence_losses(trace, streams.score, ids, head)
+        stopwatch.progress("bounds, maps", done, len(ends) + 1)
     return {label: by_map[own if label != HEAD and own in ends else ()] for label, own in labelled.items()}
 
 

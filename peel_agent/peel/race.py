@@ -1,5 +1,5 @@
-"""Margins by a race (METHOD 8): every candidate is scored on a few sequences first; where that leaves the answer open,
-the candidate that won there is scored on all of confirm.
+"""Margins by a race (METHOD 8): every candidate is scored on a few sequences first; where these do not already clear a
+block or part, the candidate that won there is scored on all of confirm. So nothing is accused on a few sequences.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def first_heat(probe: Probe) -> tuple[NDArray[np.int64], int]:
 def _second_heat(
     trace: Trace, swept: Sweep, margins: Mapping[tuple[int, Target], Margin], stopwatch: Stopwatch
 ) -> dict[tuple[int, Target], Margin]:
-    """The margins that were open, measured on the whole of confirm."""
+    """The margins that are still open, measured on the whole of confirm."""
     winners = {Variant(*place, margins[place].best): place for place in still_open(margins, len(trace.block_names))}
     if not winners:
         return {}
@@ -64,11 +64,11 @@ def _second_heat(
 
 
 def still_open(margins: Mapping[tuple[int, Target], Margin], depth: int) -> frozenset[tuple[int, Target]]:
-    """The blocks and parts whose interval straddles its threshold: more sequences may tell."""
+    """The blocks and parts that a few sequences do not show to be above their threshold."""
     found = set()
     for target in TARGETS if margins else ():
         own = of_target(margins, target, depth)
         for index, threshold in enumerate(thresholds(own)):
-            if own[index].estimate.low <= threshold <= own[index].estimate.high:
+            if own[index].estimate.low <= threshold:
                 found.add((index, target))
     return frozenset(found)

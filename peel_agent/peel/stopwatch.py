@@ -1,4 +1,4 @@
-"""Adds up seconds by kind of work; the clock is handed in, so that this room has none of its own."""
+"""Adds up seconds by kind of work and tells how far it is; clock and listener are handed in."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
-from peel_agent.records import Timing
+from peel_agent.records import Progress, Timing
 
 Kind = Literal["capture", "solve", "score"]
 Item = TypeVar("Item")
 
 
+def _silence(_stage: str, _done: int, _total: int) -> None:
+    """Tells nobody."""
+
+
 class Stopwatch:
     """`with stopwatch("solve"): ...` adds the time spent inside to `solve`."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], progress: Progress = _silence) -> None:
         self._clock = clock
+        self.progress = progress
         self._seconds: dict[Kind, float] = {"capture": 0.0, "solve": 0.0, "score": 0.0}
 
     @contextmanager

@@ -77,6 +77,8 @@ def sweep(
     skipped: dict[Skipped, None] = {}
     previous: _Visit | None = None
     scored = torch.from_numpy(rows)
+    depth = len(trace.block_names)
+    stopwatch.progress("blocks", 0, depth)
     for block in stopwatch.each("capture", trace.blocks()):
         with stopwatch("capture"):
             visit = _visit(trace, block, h, references, skipped)
@@ -92,6 +94,7 @@ def sweep(
         if block.index + 1 in keep:
             hidden[block.index + 1] = h
         previous = visit
+        stopwatch.progress("blocks", block.index + 1, depth)
     ids = score_ids(trace.probe)
     with stopwatch("score"):
         trained = sequence_losses(trace, h.score, ids)
@@ -108,11 +111,13 @@ def carry(
     with stopwatch("score"):
         h = trace.embed(ids)
         before: tuple[Block, Tensor] | None = None
+        stopwatch.progress("open margins, blocks", 0, len(trace.block_names))
         for block in trace.blocks():
             seen = [block.observe(part) for part in h.split(trace.chunk)]
             site = Site(block, h, torch.cat([one.mid for one in seen]), before, trace.chunk)
             _carry(block, streams, {v: splice for v, splice in chosen.items() if v.block == block.index}, site)
             before, h = (block, h), torch.cat([one.output for one in seen])
+            stopwatch.progress("open margins, blocks", block.index + 1, len(trace.block_names))
         return {variant: sequence_losses(trace, stream, ids) for variant, stream in streams.items()}
 
 

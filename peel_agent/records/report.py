@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 SCHEMA = "peel-agent/report/1"
 
@@ -12,6 +12,10 @@ Status = Literal["above", "below", "undecided"]
 Zone = Literal["effective", "caution", "ineffective", "undecided"]
 PartName = Literal["attention", "mlp"]
 Severity = Literal["info", "warning", "critical"]
+
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with a stage in words and how many of how many equal pieces of it are done, 0 when it begins."""
 
 
 @dataclass(frozen=True)
