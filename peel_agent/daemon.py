@@ -62,20 +62,24 @@ class Daemon:
             self.say(f"watching {self.root} ({hints.status}); findings are kept in {self.ledger.state_dir}")
             while not self._stopping:
                 observed = settling.observe(scan(self.root, formats), now=time.time())
-                todo = [ref for ref in observed.ready if not self.ledger.knows(ref.fingerprint)]
+                todo = [ref for ref in observed.ready if self._is_due(ref)]
                 for ref in todo:
                     if not self._stopping:
                         self._peel(ref)
                         delivery.deliver()
                 self._tell(observed.unreadable)
                 delivery.deliver()
-                retrying = any(not self.ledger.knows(ref.fingerprint) for ref in todo)
+                retrying = any(self._is_due(ref) for ref in todo)
                 if once and not observed.waiting and not retrying:
                     break
                 hints.wait(min(watch.poll_seconds, watch.settle_seconds) if observed.waiting else watch.poll_seconds)
                 time.sleep(SCAN_PAUSE_SECONDS)
         delivery.close()
         return self._outcome(once=once)
+
+    def _is_due(self, ref: CheckpointRef) -> bool:
+        """Neither done nor given up in this session."""
+        return not self.ledger.knows(ref.fingerprint) and self._attempts.get(ref.fingerprint, 0) < ATTEMPTS
 
     def _peel(self, ref: CheckpointRef) -> None:
         try:
@@ -85,23 +89,21 @@ class Daemon:
         except TornCheckpoint as error:
             self.say(error.what + "; it will be read again")
         except WorkerError as error:
-            self._attempts[ref.fingerprint] = self._attempts.get(ref.fingerprint, 0) + 1
-            if self._stopping:
-                return
-            if self._attempts[ref.fingerprint] >= ATTEMPTS:
-                self._give_up(ref, error)
-            else:
-                self.say(f"{ref.path}: {error.what}; trying again")
+            if not self._stopping:
+                self._try_again(ref, error.what)
         except PeelError as error:
-            self._give_up(ref, error)
+            self.ledger.refuse(ref, str(error))
+            self.say(f"cannot use {ref.path}: {error}")
         except Exception as error:  # one checkpoint must not end the watch over the run
-            self._give_up(ref, error)
+            self._try_again(ref, f"{type(error).__name__}: {error}")
         else:
             self._conclude(ref, peeled)
 
-    def _give_up(self, ref: CheckpointRef, error: Exception) -> None:
-        self.ledger.refuse(ref, str(error))
-        self.say(f"cannot use {ref.path}: {error}")
+    def _try_again(self, ref: CheckpointRef, why: str) -> None:
+        """What may have other causes than the checkpoint is no verdict on it: the next start tries it anew."""
+        attempts = self._attempts[ref.fingerprint] = self._attempts.get(ref.fingerprint, 0) + 1
+        rest = "trying again" if attempts < ATTEMPTS else f"left after {attempts} attempts, until the next start"
+        self.say(f"{ref.path}: {why}; {rest}")
 
     def _measure(self, ref: CheckpointRef) -> Peeled:
         """The checkpoint peeled in a child process of its own."""

@@ -76,7 +76,7 @@ def trie_against_naive(device: str) -> dict[str, float]:
     """Seconds of the naive implementation over those of the trie sweep, for the paper's eight 5-of-26 maps."""
     maps = PAPER_26_BLOCKS[:8]
     with tempfile.TemporaryDirectory() as folder:
-        path = model_at(Path(folder), width=64, blocks=26, vocabulary=VOCABULARY)
+        path = model_at(Path(folder), width=128, blocks=26, vocabulary=VOCABULARY)
         trace = trace_at(path, probe_of(11_264, VOCABULARY), device)
         solver = SOLVERS["closed_form"]
 
@@ -91,17 +91,11 @@ def trie_against_naive(device: str) -> dict[str, float]:
 
 
 def peak_memory(blocks: int) -> float:
-    """Peak resident MiB that margins add to a process which has loaded everything but the checkpoint."""
-    script = (
-        "import resource, tempfile, time, pathlib; from tests.bench.__main__ import MARGINS, VOCABULARY\n"
-        "from tests.bench.shapes import model_at, probe_of, trace_at; from peel_agent.peel import peel\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "folder = pathlib.Path(__import__('sys').argv[1]); before = peak()\n"
-        "peel(trace_at(folder, probe_of(22528, VOCABULARY), 'cpu'), MARGINS, time.perf_counter); print(peak() - before)"
-    )
+    """Peak resident MiB that margins add to a process which has imported everything (Linux)."""
     with tempfile.TemporaryDirectory() as folder:
         model_at(Path(folder), width=256, blocks=blocks, vocabulary=VOCABULARY)
-        finished = subprocess.run([sys.executable, "-c", script, folder], check=True, capture_output=True, text=True)
+        command = [sys.executable, "-m", "tests.bench.memory", folder]
+        finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(finished.stdout.split()[-1])
 
 
