@@ -18,17 +18,17 @@ from peel_agent.peel.sweep import TARGETS, Sweep, carry, sweep
 from peel_agent.records import Probe, Trace
 
 HEAT_FRACTION = 4
-"""The first heat takes one in so many of the select and of the confirm sequences,"""
+"""The first heat takes all of select, for the choice of a reference hangs on it, and one in so many of confirm,"""
 
 HEAT_CONFIRM_SEQUENCES = 8
-"""but never fewer confirm sequences than these: an interval needs them."""
+"""but never fewer than these: an interval needs them."""
 
 
 def race(
     trace: Trace, references: tuple[str, ...], keep: frozenset[int], stopwatch: Stopwatch
 ) -> tuple[Sweep, dict[tuple[int, Target], Margin]]:
     """Margins of every block and part, and the sweep that solved their references and kept the hidden states `keep`."""
-    rows, selecting = first_heat(trace.probe)
+    selecting, rows = len(trace.probe.select), first_heat(trace.probe)
     swept = sweep(trace, references, rows, keep, stopwatch)
     margins = margins_of(swept.trained[rows], swept.variants, references, selecting)
     if len(rows) < len(swept.trained):
@@ -36,14 +36,11 @@ def race(
     return swept, margins
 
 
-def first_heat(probe: Probe) -> tuple[NDArray[np.int64], int]:
-    """Places of the score sequences in the first heat, and how many of them are select: all, if few would be spared."""
+def first_heat(probe: Probe) -> NDArray[np.int64]:
+    """Places of the score sequences in the first heat, select first: all of them, if few would be spared."""
     select, confirm = len(probe.select), len(probe.confirm)
     heat = max(HEAT_CONFIRM_SEQUENCES, confirm // HEAT_FRACTION)
-    if 2 * heat > confirm:
-        return np.arange(select + confirm), select
-    chosen = max(1, select // HEAT_FRACTION)
-    return np.concatenate([np.arange(chosen), select + np.arange(heat)]), chosen
+    return np.arange(select + (heat if 2 * heat <= confirm else confirm))
 
 
 def _second_heat(

@@ -81,7 +81,7 @@ def trie_against_naive(device: str) -> dict[str, float]:
         solver = SOLVERS["closed_form"]
 
         def trie() -> None:
-            rows, _ = first_heat(trace.probe)
+            rows = first_heat(trace.probe)
             swept = sweep(trace, (), rows, hidden_states_of(maps, solver), Stopwatch(time.perf_counter))
             chain_ends(trace, maps, swept.hidden, solver)
 
