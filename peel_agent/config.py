@@ -112,6 +112,8 @@ CHOICES = {
     "peel.effort": ("quick", "standard", "full"),
     "peel.solver": ("closed_form", "descent", "descent_cold"),
     "peel.quantities": ("margin", "bounds"),
+    "rule.kind": ("layer_below",),
+    "rule.severity": ("info", "warning", "critical"),
 }
 
 
@@ -326,8 +328,6 @@ CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "Severity": (str, "a severity"),
 }
 
-CHOICES_OF_RULES = {"rule.kind": ("layer_below",), "rule.severity": ("info", "warning", "critical")}
-
 
 def _converted(dotted: str, kind: str, value: Any) -> Any:
     convert, words = CONVERTERS[kind]
@@ -335,7 +335,7 @@ def _converted(dotted: str, kind: str, value: Any) -> Any:
         converted = convert(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigurationError(f"`{dotted}` is {value!r}", remedy=f"it must be {words}") from error
-    choices = (CHOICES | CHOICES_OF_RULES).get(dotted)
+    choices = CHOICES.get(dotted)
     wrong = [
         one for one in (converted if isinstance(converted, tuple) else (converted,)) if choices and one not in choices
     ]

@@ -33,7 +33,7 @@ def peel(
 
     Raises ConfigurationError for maps that this model cannot have, CheckpointError when its loss is not a number.
     """
-    stopwatch = Stopwatch(clock) if progress is None else Stopwatch(clock, progress)
+    stopwatch = Stopwatch(clock, progress)
     solver = solver_named(plan.solver)
     depth = len(trace.block_names)
     maps = suite(plan.maps, depth) if "bounds" in plan.quantities else {}

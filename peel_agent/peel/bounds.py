@@ -10,7 +10,7 @@ import numpy as np
 from peel_agent.peel.chains import chain_ends, chained, is_direct
 from peel_agent.peel.heads import fit_head
 from peel_agent.peel.intervals import estimate
-from peel_agent.peel.least_squares import tokens_needed
+from peel_agent.peel.least_squares import shortfall
 from peel_agent.peel.losses import sequence_losses
 from peel_agent.peel.maps import HEAD, TargetMap
 from peel_agent.peel.references import columns_of_refit
@@ -123,9 +123,8 @@ def _trusted(
     solved = [label for label, own in labelled.items() if label != HEAD and not is_direct(own)]
     if not solver.least_squares or not solved:
         return dict(labelled), ()
-    tokens, columns = trace.probe.fit.size, columns_of_refit(next(iter(trace.blocks(stop=1))))
-    if tokens >= tokens_needed(columns):
+    why = shortfall(trace.probe.fit.size, columns_of_refit(next(iter(trace.blocks(stop=1)))))
+    if why is None:
         return dict(labelled), ()
-    why = f"{tokens:,} fit tokens; a fit of {columns:,} columns needs {tokens_needed(columns):,}"
     kept = {label: own for label, own in labelled.items() if label not in solved}
     return kept, tuple(Skipped(f"map {label}", why) for label in solved)

@@ -46,6 +46,14 @@ def tokens_needed(columns: int) -> int:
     return TOKENS_PER_COLUMN * columns
 
 
+def shortfall(tokens: int, columns: int) -> str | None:
+    """Why a fit of this many columns to this many fit tokens cannot be trusted; None when it can."""
+    needed = tokens_needed(columns)
+    if tokens >= needed:
+        return None
+    return f"{tokens:,} fit tokens; a fit of {columns:,} columns needs {needed:,}"
+
+
 class Gram:
     """Running X'X [p, p] and X'Y [p, q]: update, merge, solve. With `intercept`, X gets a column of ones at its end."""
 

@@ -19,9 +19,9 @@ def _silence(_stage: str, _done: int, _total: int) -> None:
 class Stopwatch:
     """`with stopwatch("solve"): ...` adds the time spent inside to `solve`."""
 
-    def __init__(self, clock: Callable[[], float], progress: Progress = _silence) -> None:
+    def __init__(self, clock: Callable[[], float], progress: Progress | None = None) -> None:
         self._clock = clock
-        self.progress = progress
+        self.progress = progress or _silence
         self._seconds: dict[Kind, float] = {"capture": 0.0, "solve": 0.0, "score": 0.0}
 
     @contextmanager

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peel_agent.peel import splices
-from peel_agent.peel.least_squares import Gram, tokens_needed
+from peel_agent.peel.least_squares import Gram, shortfall
 from peel_agent.peel.losses import sequence_losses
 from peel_agent.peel.references import Affine, columns_of_refit, pick_affine, refit
 from peel_agent.peel.splices import Site, Splice, Target, Variant
@@ -191,11 +191,10 @@ def _affine_maps(trace: Trace, visit: _Visit) -> dict[Target, Affine]:
 
 def _trusted(trace: Trace, what: str, columns: int, skipped: dict[Skipped, None]) -> bool:
     """Are there enough fit tokens for a least-squares fit of so many columns? If not, it is told once."""
-    tokens, needed = trace.probe.fit.size, tokens_needed(columns)
-    if tokens >= needed:
-        return True
-    skipped[Skipped(what, f"{tokens:,} fit tokens; a fit of {columns:,} columns needs {needed:,}")] = None
-    return False
+    why = shortfall(trace.probe.fit.size, columns)
+    if why is not None:
+        skipped[Skipped(what, why)] = None
+    return why is None
 
 
 def _stream_share(visit: _Visit) -> float:
