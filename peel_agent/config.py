@@ -49,12 +49,13 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class PeelSettings:
-    """`[peel]`: what to compute."""
+    """`[peel]`: what to compute; what `time_budget_seconds` do not suffice for is left out and said."""
 
     effort: str = "standard"
     quantities: tuple[str, ...] | None = None
     maps: str | tuple[tuple[int, ...], ...] = "ends"
     solver: str = "closed_form"
+    time_budget_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ class Settings:
 RESERVED = {
     "watch": {"backlog"},
     "model": {"factory", "precision"},
-    "peel": {"time_budget_seconds"},
     "device": {"memory_fraction"},
     "health": {"listen"},
     "engine": {"use"},
@@ -237,6 +237,8 @@ def _check_ranges(settings: Settings) -> None:
             raise ConfigurationError(
                 f"a rule is called `{rule.name}`", remedy="letters, digits, `_`, `-` and `.` make a rule's name"
             )
+    if settings.peel.time_budget_seconds is not None:
+        least["peel.time_budget_seconds"] = (settings.peel.time_budget_seconds, 0)
     for dotted, (value, bound) in least.items():
         if not bound <= value < float("inf"):
             raise ConfigurationError(f"`{dotted}` is {value:g}", remedy=f"it must be {bound:g} or more")
@@ -319,6 +321,7 @@ CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "int": (_whole, "a whole number"),
     "int | None": (_whole, "a whole number"),
     "float": (float, "a number"),
+    "float | None": (float, "a number"),
     "Path | None": (lambda value: Path(value).expanduser(), "a path"),
     "tuple[str, ...]": (_texts, "a list of names"),
     "tuple[str, ...] | None": (_texts, "a list of names"),

@@ -35,8 +35,9 @@ from peel_agent.records import (
 from peel_agent.spi import Format
 from peel_agent.watch import checkpoint_ref, fingerprint
 
-QUICK_SELECT_TOKENS = 2048
-QUICK_CONFIRM_TOKENS = 4096
+QUICK_SEQUENCE_LENGTH = 64
+QUICK_SELECT_TOKENS = 256
+QUICK_CONFIRM_TOKENS = 1024
 
 
 def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
@@ -109,10 +110,16 @@ def measure(
 
 
 def plan_of(peeling: PeelSettings) -> Plan:
-    """What the settings ask for: `quick` is margins from `skip` and `affine`; `quantities` overrides."""
-    default = ("margin",) if peeling.effort == "quick" else ("margin", "bounds")
-    references = ("skip", "affine") if peeling.effort == "quick" else ("skip", "affine", "previous")
-    return Plan(frozenset(peeling.quantities or default), references, peeling.maps, peeling.solver)
+    """What the settings ask for: `quick` is margins of blocks from `skip` and `affine`; `quantities` overrides."""
+    quick = peeling.effort == "quick"
+    return Plan(
+        quantities=frozenset(peeling.quantities or (("margin",) if quick else ("margin", "bounds"))),
+        references=("skip", "affine") if quick else ("skip", "affine", "previous"),
+        maps=peeling.maps,
+        solver=peeling.solver,
+        parts=not quick,
+        seconds=peeling.time_budget_seconds,
+    )
 
 
 def conclude(
@@ -162,11 +169,12 @@ def _probe(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool) -> Probe
         )
     sizes = ProbeSizes(settings.fit_tokens, settings.select_tokens, settings.confirm_tokens, settings.sequence_length)
     if quick:
+        length = sizes.sequence_length or min(snapshot.context, QUICK_SEQUENCE_LENGTH)
         sizes = ProbeSizes(
-            min(sizes.fit, tokens_needed(snapshot.width + 1) + snapshot.context),
+            min(sizes.fit, tokens_needed(snapshot.width + 1) + length),
             min(sizes.select, QUICK_SELECT_TOKENS),
             min(sizes.confirm, QUICK_CONFIRM_TOKENS),
-            sizes.sequence_length,
+            length,
         )
     folder = snapshot.ref.path if snapshot.ref.path.is_dir() else snapshot.ref.path.parent
     return load_probe(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,12 @@ from torch.func import functional_call
 from peel_agent.records import Anatomy, Observation, Projection
 
 
-def projection_of(module: nn.Module, layout: Literal["out_in", "in_out"]) -> Projection:
-    """The module's weight as [in, out] and its bias."""
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    return Projection(weight.T if layout == "out_in" else weight, bias)
-
-
 class ResidentBlock:
-    """See records.Block. All tensors are float32; nothing here records gradients."""
+    """See records.Block. All tensors are float32; nothing but `run_with` records gradients.
+
+    The module stays on the meta device and is called with the block's own tensors, so that a block's weights take
+    memory exactly as long as somebody holds the block.
+    """
 
     def __init__(
         self,
@@ -30,6 +27,7 @@ class ResidentBlock:
         index: int,
         name: str,
         module: nn.Module,
+        parameters: Mapping[str, Tensor],
         anatomy: Anatomy,
         arguments: tuple[Any, ...],
         keywords: Mapping[str, Any],
@@ -42,10 +40,14 @@ class ResidentBlock:
         self._arguments = arguments
         self._keywords = dict(keywords)
         self._initialise = initialise
-        self.parameters: Mapping[str, Tensor] = dict(module.named_parameters())
-        layout = anatomy.projection_layout
-        self.attention_projection = projection_of(module.get_submodule(anatomy.attention_output), layout)
-        self.mlp_projection = projection_of(module.get_submodule(anatomy.mlp_output), layout)
+        self.parameters = parameters
+        self.attention_projection = self._projection(anatomy.attention_output)
+        self.mlp_projection = self._projection(anatomy.mlp_output)
+
+    def _projection(self, name: str) -> Projection:
+        weight = self.parameters[f"{name}.weight"]
+        as_linear = self._anatomy.projection_layout == "out_in"
+        return Projection(weight.T if as_linear else weight, self.parameters.get(f"{name}.bias"))
 
     @torch.no_grad()
     def run(self, h: Tensor, *, attention: Projection | None = None, mlp: Projection | None = None) -> Tensor:
@@ -54,15 +56,16 @@ class ResidentBlock:
         return self.run_with(h, substitutes)
 
     def run_with(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        returned = functional_call(self._module, dict(parameters), (h, *self._arguments), self._keywords)
+        state = {**self.parameters, **parameters}
+        returned = functional_call(self._module, state, (h, *self._arguments), self._keywords)
         output: Tensor = returned[0] if isinstance(returned, tuple) else returned
         return output
 
     def initial_parameters(self) -> Mapping[str, Tensor]:
-        fresh = copy.deepcopy(self._module)
+        fresh = copy.deepcopy(self._module).to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.index)
-            fresh.cpu().apply(self._initialise)
+            fresh.apply(self._initialise)
         return {name: tensor.to(self.parameters[name].device) for name, tensor in fresh.named_parameters()}
 
     def _stored(self, name: str, projection: Projection | None) -> dict[str, Tensor]:
@@ -101,8 +104,18 @@ class ResidentBlock:
                 handle.remove()
 
     @torch.no_grad()
-    def run_mlp_part(self, mid: Tensor) -> Tensor:
-        norm = self._module.get_submodule(self._anatomy.mlp_norm)
-        mlp = self._module.get_submodule(self._anatomy.mlp)
-        output: Tensor = mid + mlp(norm(mid))
+    def run_mlp_part(self, mid: Tensor, *, mlp: Projection | None = None) -> Tensor:
+        return mid + self._part(self._anatomy.mlp, self._part(self._anatomy.mlp_norm, mid), mlp)
+
+    @torch.no_grad()
+    def observe_mlp_part(self, mid: Tensor) -> tuple[Tensor, Tensor]:
+        with self._inputs_of(self._anatomy.mlp_output) as inputs:
+            output = self.run_mlp_part(mid)
+        return inputs[self._anatomy.mlp_output], output
+
+    def _part(self, name: str, x: Tensor, mlp: Projection | None = None) -> Tensor:
+        """A submodule called with the block's tensors, its output projection replaced when one is given."""
+        state = {**self.parameters, **self._stored(self._anatomy.mlp_output, mlp)}
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+        output: Tensor = functional_call(self._module.get_submodule(name), own, (x,))
         return output

@@ -1,4 +1,4 @@
-"""Runs a checkpoint block by block, with the weights of at most two blocks resident.
+"""Runs a checkpoint block by block; a block's weights are read when it is visited and dropped with it.
 
 The model's own forward is run once with every block replaced by a tap: that gives the embeddings and the exact
 arguments (positions, masks) which the model hands to each block, for any architecture and with no copy of its code.
@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peel_agent.capture.block import ResidentBlock, projection_of
+from peel_agent.capture.block import ResidentBlock
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import Block, Probe, Snapshot, TokenIds
+from peel_agent.records import Block, Chunk, Probe, Projection, Snapshot, TokenIds
 
-RESIDENT_BLOCKS = 2
 CHUNK_TOKENS = 4096
 
 
@@ -63,7 +62,7 @@ class BlockwiseTrace:
         self._model = snapshot.model
         self._body: Any = snapshot.model.base_model
         self._initialise: Any = snapshot.model._init_weights
-        self.chunk = max(1, CHUNK_TOKENS // probe.sequence_length)
+        self.chunk = Chunk(max(1, CHUNK_TOKENS // probe.sequence_length))
         container = self._model.get_submodule(snapshot.anatomy.blocks)
         assert isinstance(container, nn.ModuleList)
         self._blocks = list(container)
@@ -71,20 +70,22 @@ class BlockwiseTrace:
         for index, tap in enumerate(self._taps):
             container[index] = tap
         self.block_names = tuple(f"{snapshot.anatomy.blocks}.{index}" for index in range(len(self._blocks)))
-        self._materialise(self._model, "")
-        self.head = projection_of(self._model.get_submodule(snapshot.anatomy.head), "out_in")
+        for block in self._blocks:
+            _settle_buffers(block, device)
+        self._model.load_state_dict(self._read(self._model, ""), strict=True, assign=True)
+        self._model.to(device).requires_grad_(requires_grad=False)
+        head: Any = self._model.get_submodule(snapshot.anatomy.head)
+        self.head = Projection(head.weight.T, head.bias)
         self._rehearse(probe.fit[:1])
         self.width = int(self.embed(probe.fit[:1]).shape[-1])
 
-    def _materialise(self, module: nn.Module, prefix: str) -> None:
-        """Reads the module's parameters and stored buffers from the checkpoint, as float32 on the device."""
+    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """The module's parameters and stored buffers from the checkpoint, floating ones as float32, on the device."""
         state = {}
         for name, tensor in module.state_dict().items():
             values = self._snapshot.weights.read(prefix + name)
             state[name] = values.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
-        module.load_state_dict(state, strict=True, assign=True)
-        module.to(self.device)
-        module.requires_grad_(requires_grad=False)
+        return state
 
     def _rehearse(self, ids: TokenIds) -> Tensor:
         """Runs the model without its blocks; the taps then hold each block's arguments. Returns h_0."""
@@ -95,31 +96,38 @@ class BlockwiseTrace:
         return stream
 
     def embed(self, ids: TokenIds) -> Tensor:
-        parts = [self._rehearse(ids[start : start + self.chunk]) for start in range(0, len(ids), self.chunk)]
+        step = self.chunk.sequences
+        parts = [self._rehearse(ids[start : start + step]) for start in range(0, len(ids), step)]
         self._rehearse(ids[:1])
         return torch.cat(parts)
 
-    def blocks(self, stop: int | None = None) -> Iterator[Block]:
-        resident: list[nn.Module] = []
-        for index, module in enumerate(self._blocks[:stop]):
-            self._materialise(module, self.block_names[index] + ".")
-            resident.append(module)
-            if len(resident) > RESIDENT_BLOCKS:
-                resident.pop(0).to("meta")
-            tap = self._taps[index]
-            yield ResidentBlock(
-                index=index,
-                name=self.block_names[index],
-                module=module,
-                anatomy=self._snapshot.anatomy,
-                arguments=tap.arguments,
-                keywords=tap.keywords,
-                initialise=self._initialise,
-            )
-        for module in resident:
-            module.to("meta")
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        for index in range(len(self._blocks))[start:stop]:
+            yield self._block(index)
+
+    def _block(self, index: int) -> Block:
+        module, tap = self._blocks[index], self._taps[index]
+        return ResidentBlock(
+            index=index,
+            name=self.block_names[index],
+            module=module,
+            parameters=self._read(module, self.block_names[index] + "."),
+            anatomy=self._snapshot.anatomy,
+            arguments=tap.arguments,
+            keywords=tap.keywords,
+            initialise=self._initialise,
+        )
 
     def normalise(self, h: Tensor) -> Tensor:
         norm: Callable[[Tensor], Tensor] = self._model.get_submodule(self._snapshot.anatomy.final_norm)
         with torch.no_grad():
             return norm(h)
+
+
+def _settle_buffers(block: nn.Module, device: torch.device) -> None:
+    """Moves the buffers that no checkpoint stores to the device; parameters stay on the meta device."""
+    for module in block.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = getattr(module, name)
+            if buffer is not None:
+                setattr(module, name, buffer.to(device))

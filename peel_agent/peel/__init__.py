@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from peel_agent.peel.margins import layer_reports
 from peel_agent.peel.race import race
 from peel_agent.peel.solvers import solver_named
 from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.records import BoundMemory, Findings, Plan, Progress, Trace
+from peel_agent.records import BoundMemory, Findings, Plan, Progress, Skipped, Trace
 
 __all__ = ["peel", "tokens_needed"]
 
@@ -33,20 +34,24 @@ def peel(
 
     Raises ConfigurationError for maps that this model cannot have, CheckpointError when its loss is not a number.
     """
-    stopwatch = Stopwatch(clock, progress)
+    stopwatch = Stopwatch(clock, progress, budget=plan.seconds)
     solver = solver_named(plan.solver)
     depth = len(trace.block_names)
     maps = suite(plan.maps, depth) if "bounds" in plan.quantities else {}
-    references = plan.references if "margin" in plan.quantities else ()
+    if "margin" not in plan.quantities:
+        plan = replace(plan, references=())
     keep = hidden_states_of(chained(maps, depth, solver), solver) | {depth} if maps else frozenset[int]()
-    swept, margins = race(trace, references, keep, stopwatch)
+    swept, margins = race(trace, plan, keep, stopwatch)
     if not np.isfinite(swept.trained).all():
         raise CheckpointError(
             "the loss of this checkpoint is not a finite number",
             remedy="its weights hold NaN or infinity, or the training diverged: take an earlier checkpoint",
         )
     selecting = len(trace.probe.select)
-    layers = layer_reports(margins, trace.block_names, swept.stream_shares) if references else ()
+    skipped = swept.skipped
+    if plan.references and not plan.parts:
+        skipped += (Skipped("margins of attention and MLP parts", "not planned: effort quick judges whole blocks"),)
+    layers = layer_reports(margins, trace.block_names, swept.stream_shares) if plan.references else ()
     bounds = NONE
     if maps:
         bounds = measure_bounds(
@@ -66,6 +71,6 @@ def peel(
         bounds=bounds.reports,
         layers=layers,
         memory=bounds.memory,
-        skipped=swept.skipped + bounds.skipped,
+        skipped=skipped + bounds.skipped,
         timing=stopwatch.timing(),
     )

@@ -11,13 +11,12 @@ from peel_agent.peel.chains import chain_ends, chained, is_direct
 from peel_agent.peel.heads import fit_head
 from peel_agent.peel.intervals import estimate
 from peel_agent.peel.least_squares import shortfall
-from peel_agent.peel.losses import sequence_losses
+from peel_agent.peel.losses import Losses, sequence_losses
 from peel_agent.peel.maps import HEAD, TargetMap
 from peel_agent.peel.references import columns_of_refit
 from peel_agent.peel.solvers import Solver
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import Streams, score_ids
-from peel_agent.peel.sweep import Losses
 from peel_agent.records import BoundMemory, BoundReport, Estimate, Skipped, Trace, Zone
 
 
@@ -51,6 +50,7 @@ def measure_bounds(
     """
     labelled, skipped = _trusted(trace, labelled, solver)
     losses = _suite_losses(trace, labelled, solver, hidden, stopwatch)
+    skipped += tuple(Skipped(f"map {label}", stopwatch.refusal()) for label in labelled if label not in losses)
     selecting = len(trace.probe.select)
     memory = remember(losses, selecting, trace.probe.fingerprint, earlier)
     confirm = np.array(memory.confirm)
@@ -65,6 +65,7 @@ def measure_bounds(
             within_class=not trace.tied_head,  # a head fitted apart from tied embeddings is outside the model's class
         )
         for label, own in labelled.items()
+        if label in losses
     )
     return Bounds(reports, estimate(confirm), gap, zone_of(gap), memory, skipped)
 
@@ -101,19 +102,25 @@ def _suite_losses(
     hidden: Mapping[int, Streams],
     stopwatch: Stopwatch,
 ) -> dict[str, Losses]:
-    """Losses per score sequence of each map's construction: its chain, and a head fitted to the chain's last stream."""
+    """Losses per score sequence of each map's construction: its chain, and a head fitted to the chain's last stream.
+
+    Without the maps that the time budget does not suffice for; `head` is always there.
+    """
     depth = len(trace.block_names)
-    with stopwatch("solve"):
-        ends = chain_ends(trace, chained(labelled, depth, solver), hidden, solver)
+    needed = chained(labelled, depth, solver)
+    ends = chain_ends(trace, needed, hidden, solver, stopwatch)
     ids, by_map = score_ids(trace.probe), dict[TargetMap, Losses]()
     stopwatch.progress("bounds, maps", 0, len(ends) + 1)
     for done, (own, streams) in enumerate({(): hidden[depth], **ends}.items(), 1):
+        if by_map and not stopwatch.affords(stopwatch.last("solve")):
+            break
         with stopwatch("solve"):
             head = fit_head(trace, streams)
         with stopwatch("score"):
             by_map[own] = sequence_losses(trace, streams.score, ids, head)
         stopwatch.progress("bounds, maps", done, len(ends) + 1)
-    return {label: by_map[own if label != HEAD and own in ends else ()] for label, own in labelled.items()}
+    construction = {label: own if own in needed and label != HEAD else () for label, own in labelled.items()}
+    return {label: by_map[own] for label, own in construction.items() if own in by_map}
 
 
 def _trusted(

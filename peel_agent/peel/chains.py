@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from peel_agent.peel.maps import HEAD, TargetMap
 from peel_agent.peel.solvers import Solver
+from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import Streams
 from peel_agent.records import Trace
 
@@ -36,26 +37,32 @@ def hidden_states_of(maps: Iterable[TargetMap], solver: Solver) -> frozenset[int
 
 
 def chain_ends(
-    trace: Trace, maps: Iterable[TargetMap], hidden: Mapping[int, Streams], solver: Solver
+    trace: Trace, maps: Iterable[TargetMap], hidden: Mapping[int, Streams], solver: Solver, stopwatch: Stopwatch
 ) -> dict[TargetMap, Streams]:
     """The last stream of each map's chain: block i is fed by the chain, fitted to h_{pi(i)}, then frozen.
 
     `hidden` holds the trained hidden states named by `hidden_states_of`. Blocks are visited once for all maps.
+    Maps that the time budget does not suffice for are not among the results.
     """
     wanted = set(maps)
     if not wanted:
         return {}
     level: dict[TargetMap, Streams] = {(): hidden[0]}
     ends: dict[TargetMap, Streams] = {}
-    for block in trace.blocks(stop=max(len(own) for own in wanted)):
+    deepest = max(len(own) for own in wanted)
+    for block in trace.blocks(stop=deepest):
+        stopwatch.progress("bounds, blocks", block.index, deepest)
         place = block.index + 1
         above, level = level, {}
-        for prefix in dict.fromkeys(own[:place] for own in wanted if len(own) >= place):
-            if costs_nothing(prefix, solver):
-                level[prefix] = hidden[place]
-            else:
-                inputs = above[prefix[:-1]]
-                run = solver.solve(block, inputs, hidden[prefix[-1]], trace.chunk)
-                level[prefix] = inputs.through(run, trace.chunk)
-        ends |= {prefix: streams for prefix, streams in level.items() if prefix in wanted}
+        prefixes = dict.fromkeys(own[:place] for own in wanted if len(own) >= place)
+        for parent, inputs in above.items():
+            grown = [own for own in prefixes if own[:-1] == parent and not costs_nothing(own, solver)]
+            if grown and not stopwatch.affords(stopwatch.last("solve")):
+                return ends
+            if grown:
+                targets = [hidden[own[-1]] for own in grown]
+                with stopwatch("solve"):
+                    level |= zip(grown, solver.solve(block, inputs, targets, trace.chunk), strict=True)
+        level |= {own: hidden[place] for own in prefixes if costs_nothing(own, solver)}
+        ends |= {own: streams for own, streams in level.items() if own in wanted}
     return ends

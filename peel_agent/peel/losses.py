@@ -8,7 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from peel_agent.peel.streams import pieces
 from peel_agent.records import Projection, TokenIds, Trace
+
+Losses = NDArray[np.float64]
 
 LOGIT_ROWS = 2048
 """Positions whose logits are held at once."""
@@ -19,13 +22,13 @@ def sequence_losses(trace: Trace, stream: Tensor, ids: TokenIds, head: Projectio
 
     Position t predicts token t + 1, so S - 1 positions count.
     """
-    losses = []
-    for start in range(0, len(ids), trace.chunk):
-        part = stream[start : start + trace.chunk]
+
+    def losses(part: Tensor, own_ids: Tensor) -> Tensor:
         features = trace.normalise(part)[:, :-1].flatten(0, 1)
-        targets = torch.from_numpy(ids[start : start + trace.chunk, 1:]).to(features.device).flatten()
-        losses.append(position_losses(features, targets, head or trace.head).view(len(part), -1).mean(dim=1))
-    return torch.cat(losses).cpu().numpy()
+        return position_losses(features, own_ids[:, 1:].flatten(), head or trace.head).view(len(part), -1).mean(dim=1)
+
+    found = pieces(losses, trace.chunk, stream, torch.from_numpy(ids).to(stream.device))
+    return torch.cat(list(found)).cpu().numpy()
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+
 from peel_agent.peel.intervals import estimate
+from peel_agent.peel.losses import Losses
 from peel_agent.peel.splices import Target, Variant
-from peel_agent.peel.sweep import Losses
 from peel_agent.records import Estimate, LayerReport, PartName, PartReport, Status
 
 MEDIAN_FRACTION = 0.1
@@ -16,39 +18,65 @@ MEDIAN_FRACTION = 0.1
 
 PARTS: tuple[PartName, ...] = ("attention", "mlp")
 
+Place = tuple[int, Target]
+"""A block, or a part of one."""
+
 
 @dataclass(frozen=True)
 class Margin:
     """loss(best reference) - loss(trained); the best is picked on `select`, everything here measured on `confirm`.
 
-    `complete` is False when a reference was left out because its fit could not be trusted.
+    `references` holds the same for every reference, `least` the least lower limit among them. `complete` is False when
+    a reference was left out because its fit could not be trusted, `whole` when only a part of confirm was measured.
     """
 
     estimate: Estimate
     best: str
     references: Mapping[str, float]
+    least: float
     complete: bool
+    whole: bool
 
 
 def margin(trained: Losses, references: Mapping[str, Losses], selecting: int, *, complete: bool) -> Margin:
-    """Margin from losses per sequence [n], the first `selecting` of which are `select`."""
-    best = min(references, key=lambda name: float(references[name][:selecting].mean()))
-    worse = {name: losses[selecting:] - trained[selecting:] for name, losses in references.items()}
-    means = {name: float(difference.mean()) for name, difference in worse.items()}
-    return Margin(estimate(worse[best]), best, means, complete)
+    """Margin from losses per score sequence [n], the first `selecting` of which are `select`.
+
+    A reference's losses are NaN on the sequences where it was not measured; the best is one of those measured on most.
+    """
+    measured = {name: np.isfinite(losses) for name, losses in references.items()}
+    most = max(int(own.sum()) for own in measured.values())
+    contenders = [name for name, own in measured.items() if own.sum() == most]
+    best = min(contenders, key=lambda name: float(np.nanmean(references[name][:selecting])))
+    differences = {
+        name: estimate((losses - trained)[selecting:][measured[name][selecting:]])
+        for name, losses in references.items()
+    }
+    return Margin(
+        estimate=differences[best],
+        best=best,
+        references={name: own.value for name, own in differences.items()},
+        least=min(own.low for own in differences.values()),
+        complete=complete,
+        whole=bool(measured[best].all()),
+    )
 
 
 def margins_of(
     trained: Losses, variants: Mapping[Variant, Losses], references: Sequence[str], selecting: int
-) -> dict[tuple[int, Target], Margin]:
-    """The margin of every block and part that has variants, by block and target; losses are over the same sequences."""
-    spliced: dict[tuple[int, Target], dict[str, Losses]] = {}
-    for variant, losses in variants.items():
-        spliced.setdefault((variant.block, variant.target), {})[variant.reference] = losses
+) -> dict[Place, Margin]:
+    """The margin of every block and part that has variants, by block and target."""
     return {
         place: margin(trained, found, selecting, complete=set(found) >= reachable(*place, references))
-        for place, found in spliced.items()
+        for place, found in by_place(variants).items()
     }
+
+
+def by_place(variants: Mapping[Variant, Losses]) -> dict[Place, dict[str, Losses]]:
+    """The losses of each place's references by name."""
+    spliced: dict[Place, dict[str, Losses]] = {}
+    for variant, losses in variants.items():
+        spliced.setdefault((variant.block, variant.target), {})[variant.reference] = losses
+    return spliced
 
 
 def reachable(block: int, target: Target, references: Sequence[str]) -> set[str]:
@@ -66,11 +94,12 @@ def thresholds(margins: Sequence[Margin]) -> tuple[float, ...]:
 def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
     """Each block's status against the others (METHOD 4).
 
-    A margin whose reference set is incomplete is only an upper limit: it can be `below`, never `above`.
+    A margin whose reference set is incomplete is only an upper limit: it can be `below`, never `above`. One that was
+    not measured on the whole of confirm can be `above`, never `below`.
     """
     found: list[Status] = []
     for own, threshold in zip(margins, thresholds(margins), strict=True):
-        if own.estimate.high < threshold:
+        if own.estimate.high < threshold and own.whole:
             found.append("below")
         elif own.estimate.low > threshold and own.complete:
             found.append("above")
@@ -80,27 +109,37 @@ def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
 
 
 def layer_reports(
-    margins: Mapping[tuple[int, Target], Margin], names: Sequence[str], stream_shares: Sequence[float]
+    margins: Mapping[Place, Margin], names: Sequence[str], stream_shares: Sequence[float]
 ) -> tuple[LayerReport, ...]:
-    """One report a block, its parts included."""
-    blocks = of_target(margins, "block", len(names))
-    parts = {part: of_target(margins, part, len(names)) for part in PARTS}
-    part_statuses = {part: statuses(found) for part, found in parts.items()}
-    return tuple(
-        LayerReport(
-            index=index,
-            name=name,
-            status=status,
-            margin=blocks[index].estimate,
-            best_reference=blocks[index].best,
-            references=blocks[index].references,
-            parts={part: PartReport(part_statuses[part][index], parts[part][index].estimate) for part in PARTS},
-            stream_share=stream_shares[index],
+    """One report a block, its parts included; `undecided` without a margin where none was measured."""
+    verdicts = {target: _verdicts(margins, target) for target in ("block", *PARTS)}
+    nothing = PartReport("undecided", None)
+    found = []
+    for index, name in enumerate(names):
+        own = margins.get((index, "block"))
+        whole = verdicts["block"].get(index, nothing)
+        found.append(
+            LayerReport(
+                index=index,
+                name=name,
+                status=whole.status,
+                margin=whole.margin,
+                best_reference=None if own is None else own.best,
+                references={} if own is None else own.references,
+                parts={part: verdicts[part].get(index, nothing) for part in PARTS},
+                stream_share=stream_shares[index],
+            )
         )
-        for index, (name, status) in enumerate(zip(names, statuses(blocks), strict=True))
-    )
+    return tuple(found)
 
 
-def of_target(margins: Mapping[tuple[int, Target], Margin], target: Target, depth: int) -> list[Margin]:
-    """The margins of one kind in the order of the blocks."""
-    return [margins[index, target] for index in range(depth)]
+def _verdicts(margins: Mapping[Place, Margin], target: str) -> dict[int, PartReport]:
+    """Status and margin of everything of one kind, by block."""
+    own = of_target(margins, target)
+    found = statuses(list(own.values()))
+    return {index: PartReport(status, own[index].estimate) for index, status in zip(own, found, strict=True)}
+
+
+def of_target(margins: Mapping[Place, Margin], target: str) -> dict[int, Margin]:
+    """The margins of one kind by block."""
+    return {index: own for (index, kind), own in margins.items() if kind == target}

@@ -1,71 +1,81 @@
-"""Margins by a race (METHOD 8): every candidate is scored on a few sequences first; where these do not already clear a
-block or part, the candidate that won there is scored on all of confirm. So nothing is accused on a few sequences.
+"""Margins by a race (METHOD 8): every reference is scored on a few sequences first. A block or part that even the
+least of its references leaves above its threshold is cleared; at the others, the references that may still be the best
+are scored on everything. So nothing is accused on a few sequences.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peel_agent.peel.intervals import estimate
-from peel_agent.peel.margins import Margin, margins_of, of_target, thresholds
-from peel_agent.peel.splices import Target, Variant
+from peel_agent.peel.losses import Losses
+from peel_agent.peel.margins import Margin, Place, by_place, margins_of, of_target, thresholds
+from peel_agent.peel.splices import Variant
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.sweep import TARGETS, Sweep, carry, sweep
-from peel_agent.records import Probe, Trace
+from peel_agent.records import Plan, Probe, Skipped, Trace
 
-HEAT_FRACTION = 4
-"""The first heat takes all of select, for the choice of a reference hangs on it, and one in so many of confirm,"""
+HEAT_FRACTION = 8
+"""The first heat takes one in so many sequences of select and of confirm,"""
 
+HEAT_SELECT_SEQUENCES = 4
 HEAT_CONFIRM_SEQUENCES = 8
 """but never fewer than these: an interval needs them."""
 
 
-def race(
-    trace: Trace, references: tuple[str, ...], keep: frozenset[int], stopwatch: Stopwatch
-) -> tuple[Sweep, dict[tuple[int, Target], Margin]]:
-    """Margins of every block and part, and the sweep that solved their references and kept the hidden states `keep`."""
+def race(trace: Trace, plan: Plan, keep: frozenset[int], stopwatch: Stopwatch) -> tuple[Sweep, dict[Place, Margin]]:
+    """Margins as planned, and the sweep that solved their references and kept the hidden states `keep`."""
     selecting, rows = len(trace.probe.select), first_heat(trace.probe)
-    swept = sweep(trace, references, rows, keep, stopwatch)
-    margins = margins_of(swept.trained[rows], swept.variants, references, selecting)
-    if len(rows) < len(swept.trained):
-        margins |= _second_heat(trace, swept, margins, stopwatch)
-    return swept, margins
+    swept = sweep(trace, plan, rows, keep, stopwatch)
+    margins = margins_of(swept.trained, swept.variants, plan.references, selecting)
+    rest = np.setdiff1d(np.arange(len(swept.trained)), rows)
+    again = contenders(swept.variants, margins) if len(rest) else ()
+    if not again:
+        return swept, margins
+    work = len(rest) * sum(len(trace.block_names) - variant.block for variant in again)
+    if not stopwatch.affords(work * swept.seconds_per_work):
+        return replace(
+            swept, skipped=(*swept.skipped, Skipped("open margins on all sequences", stopwatch.refusal()))
+        ), margins
+    carried = carry(trace, {variant: swept.solved[variant] for variant in again}, rest, stopwatch)
+    merged = {variant: losses.copy() for variant, losses in swept.variants.items()}
+    for variant, losses in carried.items():
+        merged[variant][rest] = losses
+    return swept, margins_of(swept.trained, merged, plan.references, selecting)
 
 
 def first_heat(probe: Probe) -> NDArray[np.int64]:
     """Places of the score sequences in the first heat, select first: all of them, if few would be spared."""
-    select, confirm = len(probe.select), len(probe.confirm)
-    heat = max(HEAT_CONFIRM_SEQUENCES, confirm // HEAT_FRACTION)
-    return np.arange(select + (heat if 2 * heat <= confirm else confirm))
+    selecting, confirming = len(probe.select), len(probe.confirm)
+    select = min(selecting, max(HEAT_SELECT_SEQUENCES, selecting // HEAT_FRACTION))
+    confirm = min(confirming, max(HEAT_CONFIRM_SEQUENCES, confirming // HEAT_FRACTION))
+    if 4 * (select + confirm) > 3 * (selecting + confirming):
+        select, confirm = selecting, confirming
+    return np.concatenate([np.arange(select), selecting + np.arange(confirm)])
 
 
-def _second_heat(
-    trace: Trace, swept: Sweep, margins: Mapping[tuple[int, Target], Margin], stopwatch: Stopwatch
-) -> dict[tuple[int, Target], Margin]:
-    """The margins that are still open, measured on the whole of confirm."""
-    winners = {Variant(*place, margins[place].best): place for place in still_open(margins, len(trace.block_names))}
-    if not winners:
-        return {}
-    confirm = np.arange(len(trace.probe.select), len(swept.trained))
-    losses = carry(trace, {variant: swept.solved[variant] for variant in winners}, confirm, stopwatch)
-    found = {}
-    for variant, place in winners.items():
-        worse = losses[variant] - swept.trained[confirm]
-        references = {**margins[place].references, variant.reference: float(worse.mean())}
-        found[place] = dataclasses.replace(margins[place], estimate=estimate(worse), references=references)
-    return found
+def contenders(variants: Mapping[Variant, Losses], margins: Mapping[Place, Margin]) -> tuple[Variant, ...]:
+    """What is to be measured on everything: at each open place, the references that may yet be its best."""
+    found = []
+    losses = by_place(variants)
+    for place in still_open(margins):
+        best = losses[place][margins[place].best]
+        for name, own in losses[place].items():
+            measured = np.isfinite(own)
+            if estimate((own - best)[measured]).low <= 0.0:
+                found.append(Variant(*place, name))
+    return tuple(found)
 
 
-def still_open(margins: Mapping[tuple[int, Target], Margin], depth: int) -> frozenset[tuple[int, Target]]:
-    """The blocks and parts that a few sequences do not show to be above their threshold."""
-    found = set()
-    for target in TARGETS if margins else ():
-        own = of_target(margins, target, depth)
-        for index, threshold in enumerate(thresholds(own)):
-            if own[index].estimate.low <= threshold:
-                found.add((index, target))
-    return frozenset(found)
+def still_open(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
+    """The blocks and parts that are not above their threshold with every one of their references."""
+    found = []
+    for target in TARGETS:
+        own = of_target(margins, target)
+        limits = thresholds(list(own.values()))
+        found += [(index, target) for index, limit in zip(own, limits, strict=True) if own[index].least <= limit]
+    return tuple(found)

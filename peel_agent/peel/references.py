@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from peel_agent.peel.least_squares import Gram, Solution
-from peel_agent.peel.streams import Streams, through
-from peel_agent.records import Block, Projection
+from peel_agent.peel.losses import logits
+from peel_agent.peel.streams import Streams, pieces
+from peel_agent.records import Block, Chunk, Projection
 
 
 @dataclass(frozen=True)
@@ -44,34 +47,81 @@ def _as_affine(solution: Solution, targets: slice, like: Tensor) -> Affine:
 
 @dataclass(frozen=True)
 class Refit:
-    """A trained block with its two output projections solved anew; everything else stays as trained."""
+    """A trained block with its two output projections solved anew; everything else stays as trained.
+
+    `mid` [N_f, S, d] is the stream between its parts on `fit`: what the MLP part of the block now gets.
+    """
 
     block: Block
     attention: Projection
     mlp: Projection
+    mid: Tensor
 
     def run(self, h: Tensor) -> Tensor:
         return self.block.run(h, attention=self.attention, mlp=self.mlp)
 
 
-def refit(block: Block, inputs: Streams, targets: Streams, chunk: int) -> Refit:
-    """The block refitted to map `inputs` to `targets`: its attention output projection, then its MLP's.
+def refit(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chunk) -> Iterator[Refit]:
+    """The block refitted to map `inputs` to each of `targets`: its attention output projection, then its MLP's.
 
     Each step solves for the *change* of one projection that explains what the block so far misses of the target, so
-    a ridge pulls toward the trained weights; the strength, or no change at all, is picked on `select` by the block's
-    actual output. The second step sees the first one's output.
+    a ridge pulls toward the trained weights; the strength, or no change at all, is picked on `select` by the output
+    that the block then has. The first steps share the block's features and one factor; the second step sees the first
+    one's output, for what a change of the projection adds to the stream between the parts is linear in it.
     """
-    attention = _refit_projection(
-        block.attention_projection,
-        _gram(block, inputs, targets, chunk, attention=None),
-        lambda candidate: _missed(lambda h: block.run(h, attention=candidate), inputs, targets, chunk),
-    )
-    mlp = _refit_projection(
-        block.mlp_projection,
-        _gram(block, inputs, targets, chunk, attention=attention),
-        lambda candidate: _missed(lambda h: block.run(h, attention=attention, mlp=candidate), inputs, targets, chunk),
-    )
-    return Refit(block, attention, mlp)
+    fit, select = (_Seen.of(block, h, chunk) for h in (inputs.fit, inputs.select))
+    width = inputs.fit.shape[-1]
+    gram = _gram_of(block.attention_projection, len(targets))
+    for features, output, *wanted in _rows(chunk, fit.features, fit.output, *(own.fit for own in targets)):
+        gram.update(features, torch.cat([own - output for own in wanted], dim=-1))
+    solutions = gram.solve()
+    for place, target in enumerate(targets):
+        columns = slice(place * width, (place + 1) * width)
+        changes = _changes(solutions, columns, block.attention_projection)
+        change = min(changes, key=partial(_missed, block, select, target.select, chunk))
+        attention = _changed(block.attention_projection, change)
+        mid = fit.mid + logits(fit.features, change)
+        selected = select.mid + logits(select.features, change)
+        yield Refit(block, attention, _refit_mlp(block, mid, selected, target, chunk), mid)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A block on one part of the probe: attention features, stream between the parts and output, [N, S, .] each."""
+
+    features: Tensor
+    mid: Tensor
+    output: Tensor
+
+    @classmethod
+    def of(cls, block: Block, h: Tensor, chunk: Chunk) -> _Seen:
+        seen = list(pieces(block.observe, chunk, h))
+        return cls(
+            *(torch.cat(own) for own in zip(*((s.attention_features, s.mid, s.output) for s in seen), strict=True))
+        )
+
+
+def _missed(block: Block, select: _Seen, target: Tensor, chunk: Chunk, change: Projection) -> float:
+    """Squared error on `select` of the block with this change of its attention projection."""
+
+    def error(features: Tensor, mid: Tensor, wanted: Tensor) -> float:
+        return _squared(block.run_mlp_part(mid + logits(features, change)) - wanted)
+
+    return sum(pieces(error, chunk, select.features, select.mid, target))
+
+
+def _refit_mlp(block: Block, mid: Tensor, selected: Tensor, target: Streams, chunk: Chunk) -> Projection:
+    """The second step, from the stream between the parts on `fit` and on `select`."""
+    gram = _gram_of(block.mlp_projection)
+    for (features, output), wanted in pieces(
+        lambda own, wanted: (block.observe_mlp_part(own), wanted), chunk, mid, target.fit
+    ):
+        gram.update(features, wanted - output)
+    scored = list(pieces(block.observe_mlp_part, chunk, selected))
+    features, output = (torch.cat(own) for own in zip(*scored, strict=True))
+    changes = _changes(gram.solve(), slice(None), block.mlp_projection)
+    best = min(changes, key=lambda change: _squared(output + logits(features, change) - target.select))
+    return _changed(block.mlp_projection, best)
 
 
 def columns_of_refit(block: Block) -> int:
@@ -83,36 +133,32 @@ def _columns(projection: Projection) -> int:
     return len(projection.weight) + int(projection.bias is not None)
 
 
-def _gram(block: Block, inputs: Streams, targets: Streams, chunk: int, *, attention: Projection | None) -> Gram:
-    """Features of the projection to be solved against what the block misses on `fit`.
-
-    With `attention` None the attention projection is solved; else the MLP's, under that attention projection.
-    """
-    solved = block.attention_projection if attention is None else block.mlp_projection
-    rows, columns = solved.weight.shape
-    gram = Gram(rows, columns, intercept=solved.bias is not None, device=solved.weight.device)
-    for h, target in zip(inputs.fit.split(chunk), targets.fit.split(chunk), strict=True):
-        seen = block.observe(h, attention=attention)
-        features = seen.attention_features if attention is None else seen.mlp_features
-        gram.update(features, target - seen.output)
-    return gram
+def _gram_of(projection: Projection, targets: int = 1) -> Gram:
+    """An empty Gram for changes of this projection toward so many targets at once."""
+    rows, columns = projection.weight.shape
+    return Gram(rows, targets * columns, intercept=projection.bias is not None, device=projection.weight.device)
 
 
-def _missed(run: Callable[[Tensor], Tensor], inputs: Streams, targets: Streams, chunk: int) -> float:
-    """Squared error on `select` of the block run with a candidate projection."""
-    return float((through(run, inputs.select, chunk) - targets.select).double().square().sum())
+def _rows(chunk: Chunk, *streams: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return pieces(lambda *own: own, chunk, *streams)
 
 
-def _refit_projection(trained: Projection, gram: Gram, missed: Callable[[Projection], float]) -> Projection:
-    candidates = [trained] + [_changed(trained, solution) for solution in gram.solve()]
-    return min(candidates, key=missed)
+def _squared(missing: Tensor) -> float:
+    return float(missing.double().square().sum())
 
 
-def _changed(trained: Projection, solution: Solution) -> Projection:
-    change = solution.weight
-    if trained.bias is None:
-        return Projection((trained.weight.double() + change).to(trained.weight.dtype), None)
-    return Projection(
-        (trained.weight.double() + change[:-1]).to(trained.weight.dtype),
-        (trained.bias.double() + change[-1]).to(trained.bias.dtype),
+def _changes(solutions: Sequence[Solution], columns: slice, trained: Projection) -> list[Projection]:
+    """The changes of a projection to choose among: none, and one a ridge."""
+    none = Projection(
+        torch.zeros_like(trained.weight), None if trained.bias is None else torch.zeros_like(trained.bias)
     )
+    found = [none]
+    for solution in solutions:
+        change = solution.weight[:, columns].to(trained.weight.dtype)
+        found.append(Projection(change, None) if trained.bias is None else Projection(change[:-1], change[-1]))
+    return found
+
+
+def _changed(trained: Projection, change: Projection) -> Projection:
+    bias = None if trained.bias is None or change.bias is None else trained.bias + change.bias
+    return Projection(trained.weight + change.weight, bias)

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from peel_agent.errors import ConfigurationError
 from peel_agent.peel.references import refit
-from peel_agent.peel.streams import Streams
-from peel_agent.records import Block
+from peel_agent.peel.streams import Streams, pieces, through
+from peel_agent.records import Block, Chunk
 
 DESCENT_STEPS = 6
 DESCENT_LEARNING_RATE = 1e-3
 
-Run = Callable[[Tensor], Tensor]
+Fit = Callable[[Block, Streams, Sequence[Streams], Chunk], Iterator[Streams]]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """`solve` fits a block that is fed `inputs` to `targets` and returns the fitted block's function.
+    """`solve(block, inputs, targets, chunk)` fits a block that is fed `inputs` to each target; the fitted outputs.
 
     `warm` solvers start from the trained block, so that one aimed at its own output, and fed its own input, stays as it
     is. `least_squares` solvers need enough fit tokens for their widths.
     """
 
     name: str
-    solve: Callable[[Block, Streams, Streams, int], Run]
+    solve: Fit
     warm: bool
     least_squares: bool
 
@@ -40,16 +41,18 @@ def solver_named(name: str) -> Solver:
     return SOLVERS[name]
 
 
-def _closed_form(block: Block, inputs: Streams, targets: Streams, chunk: int) -> Run:
-    return refit(block, inputs, targets, chunk).run
+def _closed_form(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chunk) -> Iterator[Streams]:
+    for fitted in refit(block, inputs, targets, chunk):
+        fit = through(partial(block.run_mlp_part, mlp=fitted.mlp), fitted.mid, chunk)
+        yield Streams(fit, through(fitted.run, inputs.score, chunk), inputs.selecting)
 
 
-def _descent(block: Block, inputs: Streams, targets: Streams, chunk: int) -> Run:
-    return descend(block, block.parameters, inputs, targets, chunk)
+def _descent(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chunk) -> Iterator[Streams]:
+    return (descend(block, block.parameters, inputs, target, chunk) for target in targets)
 
 
-def _descent_cold(block: Block, inputs: Streams, targets: Streams, chunk: int) -> Run:
-    return descend(block, block.initial_parameters(), inputs, targets, chunk)
+def _descent_cold(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chunk) -> Iterator[Streams]:
+    return (descend(block, block.initial_parameters(), inputs, target, chunk) for target in targets)
 
 
 SOLVERS = {
@@ -62,7 +65,7 @@ SOLVERS = {
 }
 
 
-def descend(block: Block, start: Mapping[str, Tensor], inputs: Streams, targets: Streams, chunk: int) -> Run:
+def descend(block: Block, start: Mapping[str, Tensor], inputs: Streams, targets: Streams, chunk: Chunk) -> Streams:
     """The paper's fit: 6 AdamW steps at 1e-3 on the mean squared error to the target over all of `fit`.
 
     Every parameter of the block is free. Each step uses the gradient over the whole of `fit`, added up chunk by chunk.
@@ -70,11 +73,16 @@ def descend(block: Block, start: Mapping[str, Tensor], inputs: Streams, targets:
     free = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
     optimiser = torch.optim.AdamW(free.values(), lr=DESCENT_LEARNING_RATE, weight_decay=0.0)
     elements = inputs.fit.numel()
+
+    def gradients(h: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        loss = (block.run_with(h, free) - target).square().sum() / elements
+        return torch.autograd.grad(loss, list(free.values()))
+
     for _ in range(DESCENT_STEPS):
         optimiser.zero_grad()
-        for h, target in zip(inputs.fit.split(chunk), targets.fit.split(chunk), strict=True):
-            loss = (block.run_with(h, free) - target).square().sum() / elements
-            loss.backward()
+        for found in pieces(gradients, chunk, inputs.fit, targets.fit):
+            for tensor, gradient in zip(free.values(), found, strict=True):
+                tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
         optimiser.step()
     fitted = {name: tensor.detach() for name, tensor in free.items()}
-    return lambda h: block.run_with(h, fitted)
+    return inputs.through(lambda h: block.run_with(h, fitted), chunk)

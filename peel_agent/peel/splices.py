@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peel_agent.peel.references import Affine
 from peel_agent.peel.streams import through
-from peel_agent.records import Block, Projection
+from peel_agent.records import Block, Chunk, Projection
 
 Target = Literal["block", "attention", "mlp"]
 
@@ -34,7 +34,7 @@ class Site:
     h: Tensor
     mid: Tensor
     before: tuple[Block, Tensor] | None
-    chunk: int
+    chunk: Chunk
 
 
 Splice = Callable[[Site], Tensor]

@@ -1,4 +1,4 @@
-"""Adds up seconds by kind of work and tells how far it is; clock and listener are handed in."""
+"""Adds up seconds by kind of work, tells how far it is and what time is left; clock and listener are handed in."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ def _silence(_stage: str, _done: int, _total: int) -> None:
 class Stopwatch:
     """`with stopwatch("solve"): ...` adds the time spent inside to `solve`."""
 
-    def __init__(self, clock: Callable[[], float], progress: Progress | None = None) -> None:
+    def __init__(
+        self, clock: Callable[[], float], progress: Progress | None = None, *, budget: float | None = None
+    ) -> None:
         self._clock = clock
+        self._began = clock()
+        self.budget = budget
         self.progress = progress or _silence
+        self._last: dict[Kind, float] = {}
         self._seconds: dict[Kind, float] = {"capture": 0.0, "solve": 0.0, "score": 0.0}
 
     @contextmanager
@@ -30,7 +35,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._seconds[kind] += self._clock() - start
+            self._last[kind] = self._clock() - start
+            self._seconds[kind] += self._last[kind]
 
     def each(self, kind: Kind, items: Iterator[Item]) -> Iterator[Item]:
         """The items, with the time that it takes to come by each of them added to `kind`."""
@@ -40,6 +46,22 @@ class Stopwatch:
             if item is None:
                 return
             yield item
+
+    def last(self, kind: Kind) -> float:
+        """What the last piece of this kind of work took, 0 before the first."""
+        return self._last.get(kind, 0.0)
+
+    def seconds(self, kind: Kind) -> float:
+        """Spent so far on this kind of work."""
+        return self._seconds[kind]
+
+    def affords(self, seconds: float) -> bool:
+        """Whether so much of the time budget is left."""
+        return self.budget is None or self._clock() - self._began + seconds <= self.budget
+
+    def refusal(self) -> str:
+        """Why work that is not afforded is left out."""
+        return f"the time budget of {self.budget:g} s does not suffice"
 
     def timing(self) -> Timing:
         return Timing(**self._seconds)

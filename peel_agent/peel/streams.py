@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from peel_agent.records import Probe, TokenIds, Trace
+from peel_agent.records import Chunk, Probe, TokenIds, Trace
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,48 @@ class Streams:
         sequences = -(-tokens // self.fit.shape[1])
         return Streams(self.fit[:sequences], self.score, self.selecting)
 
-    def through(self, function: Callable[[Tensor], Tensor], chunk: int) -> Streams:
+    def through(self, function: Callable[[Tensor], Tensor], chunk: Chunk) -> Streams:
         """Both parts run through `function` ([B, S, d] to [B, S, d]), `chunk` sequences at a time."""
         return Streams(through(function, self.fit, chunk), through(function, self.score, chunk), self.selecting)
 
 
-def through(function: Callable[[Tensor], Tensor], stream: Tensor, chunk: int) -> Tensor:
+def pieces(function: Callable[..., Result], chunk: Chunk, *streams: Tensor) -> Iterator[Result]:
+    """Results of `function` for one piece after another of streams [N, ...] of one length, `chunk` sequences each.
+
+    When a piece does not fit into the device's memory the chunk is halved, for everything that comes after too, and
+    the same sequences are run again; a single sequence that does not fit is torch's own error.
+    """
+    start = 0
+    while start < len(streams[0]):
+        stop = start + chunk.sequences
+        try:
+            result = function(*(stream[start:stop] for stream in streams))
+        except RuntimeError as error:
+            if not _out_of_memory(error) or not chunk.halve():
+                raise
+        else:
+            yield result
+            start = stop
+            continue
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def through(function: Callable[[Tensor], Tensor], stream: Tensor, chunk: Chunk) -> Tensor:
     """A stream [N, S, d] run through `function`, `chunk` sequences at a time."""
-    return torch.cat([function(part) for part in stream.split(chunk)])
+    return torch.cat(list(pieces(function, chunk, stream)))
+
+
+def rewrite(function: Callable[[Tensor], Tensor], stream: Tensor, chunk: Chunk) -> None:
+    """The same in place."""
+    start = 0
+    for result in pieces(function, chunk, stream):
+        stream[start : start + len(result)] = result
+        start += len(result)
 
 
 def score_ids(probe: Probe) -> TokenIds:

@@ -7,7 +7,7 @@ trained head scores all streams at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,18 +16,20 @@ from torch import Tensor
 
 from peel_agent.peel import splices
 from peel_agent.peel.least_squares import Gram, shortfall
-from peel_agent.peel.losses import sequence_losses
+from peel_agent.peel.losses import Losses, sequence_losses
 from peel_agent.peel.references import Affine, columns_of_refit, pick_affine, refit
 from peel_agent.peel.splices import Site, Splice, Target, Variant
 from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.streams import Streams, embedded, score_ids, through
-from peel_agent.records import Block, Skipped, Trace
-
-Losses = NDArray[np.float64]
+from peel_agent.peel.streams import Streams, embedded, pieces, score_ids
+from peel_agent.peel.tails import Tails
+from peel_agent.records import Block, Plan, Skipped, Trace
 
 REFIT_TOKENS = 8192
 REFIT_TOKENS_PER_COLUMN = 4
 """`previous`, whose Gram is by far the dearest, is solved on the first fit tokens only: the larger of these two."""
+
+TAIL_SHARE = 2
+"""Spliced streams may take so many times the memory of one hidden state over `fit`."""
 
 TARGETS: tuple[Target, ...] = ("block", "attention", "mlp")
 
@@ -36,9 +38,9 @@ TARGETS: tuple[Target, ...] = ("block", "attention", "mlp")
 class Sweep:
     """What one sweep found.
 
-    `trained`: losses of the trained model per score sequence, select first. `variants`: losses of each variant on the
-    rows that were asked for. `solved`: the splice of each variant, to carry it again. `hidden`: the trained hidden
-    states that were asked for.
+    `trained`: losses of the trained model per score sequence, select first. `variants`: losses of each variant, NaN on
+    the rows that were not asked for. `solved`: the splice of each variant, to carry it again. `hidden`: the trained
+    hidden states that were asked for. `seconds_per_work`: what it takes to run one spliced sequence through one block.
     """
 
     trained: Losses
@@ -47,11 +49,12 @@ class Sweep:
     stream_shares: tuple[float, ...]
     hidden: Mapping[int, Streams]
     skipped: tuple[Skipped, ...]
+    seconds_per_work: float
 
 
 @dataclass(frozen=True)
 class _Visit:
-    """One block seen on the trained streams. The Grams are None when an affine fit could not be trusted."""
+    """One block seen on the trained streams. The Grams are None where no affine fit is wanted or to be trusted."""
 
     block: Block
     before: Streams
@@ -61,33 +64,34 @@ class _Visit:
     mid_gram: Gram | None
 
 
-def sweep(
-    trace: Trace, references: tuple[str, ...], rows: NDArray[np.int64], keep: frozenset[int], stopwatch: Stopwatch
-) -> Sweep:
-    """Visits every block once; splices `references` (none: only the trained streams) into each block and its parts.
+def sweep(trace: Trace, plan: Plan, rows: NDArray[np.int64], keep: frozenset[int], stopwatch: Stopwatch) -> Sweep:
+    """Visits every block once; splices the plan's references (none: only the trained streams) into each block.
 
     `rows` are the places of the score sequences on which variants are scored; hidden states `keep` are kept.
     """
     with stopwatch("capture"):
         h = embedded(trace)
     hidden = {0: h} if 0 in keep else {}
-    streams: dict[Variant, Tensor] = {}
     solved: dict[Variant, Splice] = {}
     shares = []
     skipped: dict[Skipped, None] = {}
     previous: _Visit | None = None
-    scored = torch.from_numpy(rows)
+    ids, scored = score_ids(trace.probe), torch.from_numpy(rows)
+    tails = Tails(trace, ids[rows], TAIL_SHARE * h.fit.numel())
     depth = len(trace.block_names)
     stopwatch.progress("blocks", 0, depth)
     for block in stopwatch.each("capture", trace.blocks()):
+        if plan.references and not stopwatch.affords(_seconds_ahead(tails, block.index, depth, stopwatch)):
+            skipped[Skipped(f"margins of {block.name} and the blocks after it", stopwatch.refusal())] = None
+            plan = replace(plan, references=())
         with stopwatch("capture"):
-            visit = _visit(trace, block, h, references, skipped)
+            visit = _visit(trace, block, h, plan, skipped)
         with stopwatch("solve"):
-            found = _solve(trace, visit, previous, references, skipped)
+            found = _solve(trace, visit, previous, plan, skipped)
         with stopwatch("score"):
             before = None if previous is None else (previous.block, previous.before.score[scored])
-            site = Site(block, h.score[scored], visit.mid[scored], before, trace.chunk)
-            _carry(block, streams, found, site)
+            tails.advance(block)
+            tails.splice(found, Site(block, h.score[scored], visit.mid[scored], before, trace.chunk))
         solved |= found
         h = visit.after
         shares.append(_stream_share(visit))
@@ -95,11 +99,37 @@ def sweep(
             hidden[block.index + 1] = h
         previous = visit
         stopwatch.progress("blocks", block.index + 1, depth)
-    ids = score_ids(trace.probe)
     with stopwatch("score"):
         trained = sequence_losses(trace, h.score, ids)
-        losses = {variant: sequence_losses(trace, stream, ids[rows]) for variant, stream in streams.items()}
-    return Sweep(trained, losses, solved, tuple(shares), hidden, tuple(skipped))
+        tails.score()
+    return Sweep(
+        trained=trained,
+        variants={variant: _spread(losses, rows, len(ids)) for variant, losses in tails.losses.items()},
+        solved=solved,
+        stream_shares=tuple(shares),
+        hidden=hidden,
+        skipped=tuple(skipped),
+        seconds_per_work=_seconds_per_work(tails, stopwatch),
+    )
+
+
+def _spread(losses: Losses, rows: NDArray[np.int64], count: int) -> Losses:
+    """Losses on these rows among so many, NaN on the others."""
+    spread = np.full(count, np.nan)
+    spread[rows] = losses
+    return spread
+
+
+def _seconds_ahead(tails: Tails, index: int, depth: int, stopwatch: Stopwatch) -> float:
+    """How long the sweep would still take if this block were the last to have references, by what it took so far."""
+    ahead = depth - index
+    each = (stopwatch.seconds("capture") + stopwatch.seconds("solve")) / max(1, index)
+    new = tails.spliced / max(1, index)
+    return ahead * each + ahead * (tails.waiting + new) * _seconds_per_work(tails, stopwatch)
+
+
+def _seconds_per_work(tails: Tails, stopwatch: Stopwatch) -> float:
+    return stopwatch.seconds("score") / max(1, tails.work)
 
 
 def carry(
@@ -107,46 +137,39 @@ def carry(
 ) -> dict[Variant, Losses]:
     """Losses of the chosen variants, solved by an earlier sweep, on these score sequences."""
     ids = score_ids(trace.probe)[rows]
-    streams: dict[Variant, Tensor] = {}
     with stopwatch("score"):
         h = trace.embed(ids)
+        tails = Tails(trace, ids, TAIL_SHARE * trace.probe.fit.size * trace.width)
         before: tuple[Block, Tensor] | None = None
         stopwatch.progress("open margins, blocks", 0, len(trace.block_names))
         for block in trace.blocks():
-            seen = [block.observe(part) for part in h.split(trace.chunk)]
+            seen = list(pieces(block.observe, trace.chunk, h))
             site = Site(block, h, torch.cat([one.mid for one in seen]), before, trace.chunk)
-            _carry(block, streams, {v: splice for v, splice in chosen.items() if v.block == block.index}, site)
+            tails.advance(block)
+            tails.splice({v: splice for v, splice in chosen.items() if v.block == block.index}, site)
             before, h = (block, h), torch.cat([one.output for one in seen])
             stopwatch.progress("open margins, blocks", block.index + 1, len(trace.block_names))
-        return {variant: sequence_losses(trace, stream, ids) for variant, stream in streams.items()}
+        tails.score()
+    return tails.losses
 
 
-def _carry(block: Block, streams: dict[Variant, Tensor], found: Mapping[Variant, Splice], site: Site) -> None:
-    """Runs the block on all streams spliced earlier, in one batch, and adds those that leave the trained one here."""
-    if streams:
-        batch = torch.cat(list(streams.values()))
-        streams |= zip(streams, through(block.run, batch, site.chunk).split(len(site.h)), strict=True)
-    for variant, splice in found.items():
-        streams[variant] = splice(site)
-
-
-def _visit(
-    trace: Trace, block: Block, before: Streams, references: tuple[str, ...], skipped: dict[Skipped, None]
-) -> _Visit:
+def _visit(trace: Trace, block: Block, before: Streams, plan: Plan, skipped: dict[Skipped, None]) -> _Visit:
     """Runs the block on the trained streams, adding up the Grams that its affine references need."""
     input_gram = mid_gram = None
-    if "affine" in references and _trusted(trace, "affine references", trace.width + 1, skipped):
+    if "affine" in plan.references and _trusted(trace, "affine references", trace.width + 1, skipped):
         device = before.fit.device
-        input_gram = Gram(trace.width, 2 * trace.width, intercept=True, device=device)
-        mid_gram = Gram(trace.width, trace.width, intercept=True, device=device)
+        input_gram = Gram(trace.width, (2 if plan.parts else 1) * trace.width, intercept=True, device=device)
+        if plan.parts:
+            mid_gram = Gram(trace.width, trace.width, intercept=True, device=device)
     outputs = []
-    for h in before.fit.split(trace.chunk):
-        seen = block.observe(h)
+    for h, seen in pieces(lambda h: (h, block.observe(h)), trace.chunk, before.fit):
         outputs.append(seen.output)
-        if input_gram is not None and mid_gram is not None:
-            input_gram.update(h, torch.cat([seen.output - h, seen.mid - h], dim=-1))
+        if input_gram is not None:
+            added = seen.output - h
+            input_gram.update(h, torch.cat([added, seen.mid - h], dim=-1) if plan.parts else added)
+        if mid_gram is not None:
             mid_gram.update(seen.mid, seen.output - seen.mid)
-    scored = [block.observe(h) for h in before.score.split(trace.chunk)]
+    scored = list(pieces(block.observe, trace.chunk, before.score))
     after = Streams(torch.cat(outputs), torch.cat([seen.output for seen in scored]), before.selecting)
     return _Visit(block, before, torch.cat([seen.mid for seen in scored]), after, input_gram, mid_gram)
 
@@ -155,38 +178,39 @@ def _solve(
     trace: Trace,
     visit: _Visit,
     previous: _Visit | None,
-    references: tuple[str, ...],
+    plan: Plan,
     skipped: dict[Skipped, None],
 ) -> dict[Variant, Splice]:
-    """The splice of every reference for this block and its parts."""
-    if not references:
-        return {}
+    """The splice of every reference for this block and, if planned, its parts."""
     index = visit.block.index
-    found = {Variant(index, target, "skip"): splices.skip(target) for target in TARGETS}
+    found: dict[Variant, Splice] = {}
+    if "skip" in plan.references:
+        targets = TARGETS if plan.parts else TARGETS[:1]
+        found |= {Variant(index, target, "skip"): splices.skip(target) for target in targets}
     for target, added in _affine_maps(trace, visit).items():
         found[Variant(index, target, "affine")] = splices.affine(target, added)
-    if "previous" in references and previous is not None:
+    if "previous" in plan.references and previous is not None:
         columns = columns_of_refit(previous.block)
         if _trusted(trace, "`previous` references", columns, skipped):
             tokens = max(REFIT_TOKENS, REFIT_TOKENS_PER_COLUMN * columns)
-            inputs, targets = (own.first(tokens) for own in (previous.before, visit.after))
-            reaching = refit(previous.block, inputs, targets, trace.chunk)
+            inputs, aim = (own.first(tokens) for own in (previous.before, visit.after))
+            (reaching,) = refit(previous.block, inputs, [aim], trace.chunk)
             found[Variant(index, "block", "previous")] = splices.previous(reaching.attention, reaching.mlp)
     return found
 
 
 def _affine_maps(trace: Trace, visit: _Visit) -> dict[Target, Affine]:
     """The affine references of the block and its parts; the block's and the attention's share one Gram factor."""
-    if visit.input_gram is None or visit.mid_gram is None:
+    if visit.input_gram is None:
         return {}
     selecting, width = visit.before.selecting, trace.width
     h, mid, after = visit.before.select, visit.mid[:selecting], visit.after.select
     solutions = visit.input_gram.solve()
-    return {
-        "block": pick_affine(solutions, slice(0, width), h, after - h),
-        "attention": pick_affine(solutions, slice(width, None), h, mid - h),
-        "mlp": pick_affine(visit.mid_gram.solve(), slice(0, width), mid, after - mid),
-    }
+    found: dict[Target, Affine] = {"block": pick_affine(solutions, slice(0, width), h, after - h)}
+    if visit.mid_gram is not None:
+        found["attention"] = pick_affine(solutions, slice(width, None), h, mid - h)
+        found["mlp"] = pick_affine(visit.mid_gram.solve(), slice(0, width), mid, after - mid)
+    return found
 
 
 def _trusted(trace: Trace, what: str, columns: int, skipped: dict[Skipped, None]) -> bool:

@@ -14,6 +14,7 @@ from peel_agent.records.checkpoint import (
 from peel_agent.records.model import (
     Anatomy,
     Block,
+    Chunk,
     Observation,
     Probe,
     Projection,
@@ -61,6 +62,7 @@ __all__ = [
     "BoundReport",
     "CheckpointInfo",
     "CheckpointRef",
+    "Chunk",
     "Estimate",
     "FileStamp",
     "Findings",

@@ -126,8 +126,24 @@ class Block(Protocol):
     def initial_parameters(self) -> Mapping[str, Tensor]:
         """Parameters as the architecture initialises them, by a fixed seed."""
 
-    def run_mlp_part(self, mid: Tensor) -> Tensor:
+    def run_mlp_part(self, mid: Tensor, *, mlp: Projection | None = None) -> Tensor:
         """The block's output mid + mlp(mlp_norm(mid)) from the stream between its parts, both [B, S, d]."""
+
+    def observe_mlp_part(self, mid: Tensor) -> tuple[Tensor, Tensor]:
+        """The MLP's features [B, S, d_ff] and the block's output [B, S, d] from the stream between its parts."""
+
+
+@dataclass
+class Chunk:
+    """How many sequences are run at once: the one thing here that changes, for when memory runs out it is halved."""
+
+    sequences: int
+
+    def halve(self) -> bool:
+        """Whether there was anything left to halve."""
+        possible = self.sequences > 1
+        self.sequences = max(1, self.sequences // 2)
+        return possible
 
 
 class Trace(Protocol):
@@ -140,16 +156,18 @@ class Trace(Protocol):
     probe: Probe
     block_names: tuple[str, ...]
     width: int
-    chunk: int
-    """Sequences to run at once."""
+    chunk: Chunk
     tied_head: bool
     head: Projection
 
     def embed(self, ids: TokenIds) -> Tensor:
         """h_0 [N, S, d] for token ids [N, S]."""
 
-    def blocks(self, stop: int | None = None) -> Iterator[Block]:
-        """The first `stop` blocks (all, when None) in order. A block's weights may be dropped two steps later."""
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """The blocks from `start` to before `stop` (all, by default) in order, each one's weights read when it comes.
+
+        Weights take memory as long as their block is held, and no longer.
+        """
 
     def normalise(self, h: Tensor) -> Tensor:
         """The final norm, [B, S, d] to [B, S, d]: the features that the head multiplies."""

@@ -26,6 +26,10 @@ class Plan:
     references: tuple[str, ...]
     maps: str | tuple[tuple[int, ...], ...]
     solver: str = "closed_form"
+    parts: bool = True
+    """Whether the two parts of each block get margins too."""
+    seconds: float | None = None
+    """The time budget; what it does not suffice for is left out and said."""
 
 
 @dataclass(frozen=True)

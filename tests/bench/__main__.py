@@ -32,10 +32,11 @@ from tests.bench.shapes import forward_seconds, model_at, probe_of, synchronise,
 
 VOCABULARY = 1024
 MARGINS = Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends")
+BOUNDS = Plan(frozenset({"bounds"}), (), "ends")
 PLANS = {
     "quick margins (skip, affine)": Plan(frozenset({"margin"}), ("skip", "affine"), "ends"),
     "margins of all blocks and parts": MARGINS,
-    "default suite of bounds": Plan(frozenset({"bounds"}), (), "ends"),
+    "default suite of bounds": BOUNDS,
 }
 
 
@@ -82,8 +83,9 @@ def trie_against_naive(device: str) -> dict[str, float]:
 
         def trie() -> None:
             rows = first_heat(trace.probe)
-            swept = sweep(trace, (), rows, hidden_states_of(maps, solver), Stopwatch(time.perf_counter))
-            chain_ends(trace, maps, swept.hidden, solver)
+            stopwatch = Stopwatch(time.perf_counter)
+            swept = sweep(trace, BOUNDS, rows, hidden_states_of(maps, solver), stopwatch)
+            chain_ends(trace, maps, swept.hidden, solver, stopwatch)
 
         ours = seconds(trie, device)
         naive = seconds(lambda: [naive_chain(trace, own) for own in maps], device)

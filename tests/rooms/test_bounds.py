@@ -79,7 +79,7 @@ def sweep_of(trace: Any) -> Any:
 
 
 def sweep_keeping(trace: Any, keep: frozenset[int]) -> Any:
-    return sweep(trace, (), np.arange(0), keep, Stopwatch(itertools.count().__next__))
+    return sweep(trace, bounds_only("ends"), np.arange(0), keep, Stopwatch(itertools.count().__next__))
 
 
 def test_prefixes_are_solved_once(pair: tuple[Any, Any]) -> None:
@@ -89,14 +89,14 @@ def test_prefixes_are_solved_once(pair: tuple[Any, Any]) -> None:
     solved: list[int] = []
     real = SOLVERS["closed_form"]
 
-    def counting(block: Any, *arguments: Any) -> Any:
-        solved.append(block.index)
-        return real.solve(block, *arguments)
+    def counting(block: Any, inputs: Any, targets: Any, chunk: Any) -> Any:
+        solved.extend([block.index] * len(targets))
+        return real.solve(block, inputs, targets, chunk)
 
     counted = type(real)(real.name, counting, real.warm, real.least_squares)
     keep = hidden_states_of(maps, counted)
     swept = sweep_keeping(trace, keep)
-    chain_ends(trace, maps, swept.hidden, counted)
+    chain_ends(trace, maps, swept.hidden, counted, Stopwatch(itertools.count().__next__))
     prefixes = {own[:n] for own in maps for n in range(1, len(own) + 1)}
     assert len(solved) == len([own for own in prefixes if own != tuple(range(1, len(own) + 1))]) == 4
 

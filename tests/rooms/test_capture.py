@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +75,24 @@ def test_substitute_projections(pair: tuple[Any, Any]) -> None:
     torch.testing.assert_close(block.run(h), before)
 
 
-def test_two_blocks_are_resident_at_most(pair: tuple[Any, Any]) -> None:
-    """While a block is visited, only it and the one before it hold memory."""
+def test_weights_live_as_long_as_their_block(pair: tuple[Any, Any]) -> None:
+    """A visited block's weights are dropped with it: one block is in memory while a loop looks at the next."""
     _, trace = pair
-    for _ in trace.blocks():
-        resident = [block for block in trace._blocks if next(block.parameters()).device.type != "meta"]
-        assert len(resident) <= 2
+    alive: list[weakref.ref[torch.Tensor]] = []
+    for block in trace.blocks():
+        alive.append(weakref.ref(block.parameters[next(iter(block.parameters))]))
+        assert sum(reference() is not None for reference in alive) <= 2  # the loop's variable, and the one being read
+    del block
+    gc.collect()
+    assert all(reference() is None for reference in alive)
     assert all(next(block.parameters()).device.type == "meta" for block in trace._blocks)
+
+
+def test_blocks_from_the_middle(pair: tuple[Any, Any]) -> None:
+    """Any stretch of blocks can be visited, again and again."""
+    _, trace = pair
+    assert [block.index for block in trace.blocks(1, 3)] == [1, 2]
+    assert [block.index for block in trace.blocks(2)] == list(range(2, zoo.BLOCKS))
 
 
 def test_global_random_state_is_left_alone(tmp_path: Path) -> None:

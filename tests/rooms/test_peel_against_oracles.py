@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ class Case:
         self.decoder: Decoder = zoo.decoder_of(model)
         probe = self.trace.probe
         self.parts = (probe.fit, probe.select, probe.confirm)
-        self.findings: Findings = peel(self.trace, PLAN, itertools.count().__next__)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(importlib.import_module("peel_agent.peel.race"), "HEAT_FRACTION", 1)  # one heat: everything
+            self.findings: Findings = peel(self.trace, PLAN, itertools.count().__next__)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -116,7 +119,7 @@ def test_refit(case: Case, target: int) -> None:
         return Streams(torch.from_numpy(fit[index]).float(), torch.from_numpy(score).float(), len(select[0]))
 
     block = next(iter(case.trace.blocks(stop=1)))
-    ours = refit(block, streams(0), streams(target), case.trace.chunk)
+    *_, ours = refit(block, streams(0), [streams(2), streams(target)], case.trace.chunk)
     close(ours.run(streams(0).confirm), case.decoder.block(0, confirm[0], *theirs), 1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The race of margins: what is decided early would be decided the same way, and what is open is measured in full."""
+"""The race of margins: what is cleared early is clear in full, and what is open is measured in full."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peel_agent.peel.race import first_heat, race, still_open
+from peel_agent.peel.margins import of_target, statuses
+from peel_agent.peel.race import contenders, first_heat, race, still_open
 from peel_agent.peel.splices import Variant
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.sweep import carry
+from peel_agent.records import Plan
 from tests import zoo
 
 race_module = importlib.import_module("peel_agent.peel.race")  # the package exports the function of that name
-REFERENCES = ("skip", "affine", "previous")
+tails_module = importlib.import_module("peel_agent.peel.sweep")
+PLAN = Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends")
+
+
+def watch() -> Stopwatch:
+    return Stopwatch(itertools.count().__next__)
 
 
 def raced(trace: Any) -> Any:
-    return race(trace, REFERENCES, frozenset(), Stopwatch(itertools.count().__next__))
+    return race(trace, PLAN, frozenset(), watch())
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +38,50 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return zoo.trace_of(path, zoo.probe(fit=80, select=40, confirm=160))
 
 
-@pytest.mark.parametrize(("select", "confirm", "heat"), [(40, 160, 40), (10, 20, 8), (10, 16, 8), (10, 15, 15)])
-def test_the_first_heat_takes_a_part_of_confirm(select: int, confirm: int, heat: int) -> None:
-    """All of select and a quarter of confirm, never fewer than eight, and everything when little would be spared."""
-    assert first_heat(zoo.probe(select=select, confirm=confirm)).tolist() == list(range(select + heat))
+@pytest.mark.parametrize(
+    ("select", "confirm", "heat"), [(40, 160, (5, 20)), (8, 16, (4, 8)), (2, 16, (2, 8)), (4, 9, (4, 9))]
+)
+def test_the_first_heat_takes_a_part(select: int, confirm: int, heat: tuple[int, int]) -> None:
+    """An eighth, never fewer than four of select and eight of confirm, and everything when little would be spared."""
+    expected = [*range(heat[0]), *range(select, select + heat[1])]
+    assert first_heat(zoo.probe(select=select, confirm=confirm)).tolist() == expected
 
 
 def test_open_places_are_measured_in_full(trace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An open block's margin is what the full measurement gives; a decided one keeps the heat's."""
-    _, margins = raced(trace)
+    """An open block's margin is what the full measurement gives; a cleared one keeps the heat's."""
+    swept, margins = raced(trace)
+    rows = first_heat(trace.probe)
+    heat = race_module.margins_of(swept.trained, swept.variants, PLAN.references, 40)
     with monkeypatch.context() as patched:
         patched.setattr(race_module, "HEAT_FRACTION", 1)
         full_sweep, full = raced(trace)
-    assert len(full_sweep.variants[Variant(1, "block", "skip")]) == 200
-    with monkeypatch.context() as patched:
-        patched.setattr(race_module, "_second_heat", lambda *_: {})
-        _, heat = raced(trace)
-    opened = still_open(heat, zoo.BLOCKS)
+    assert np.isfinite(full_sweep.variants[Variant(1, "block", "skip")]).all()
+    assert np.isfinite(swept.variants[Variant(1, "block", "skip")]).nonzero()[0].tolist() == rows.tolist()
+    opened = still_open(heat)
     assert opened
     for place, own in margins.items():
         if place in opened:
+            assert own.whole
             assert own.best == full[place].best
             assert own.estimate.value == pytest.approx(full[place].estimate.value, abs=1e-6)
             assert own.estimate.low == pytest.approx(full[place].estimate.low, abs=1e-6)
         else:
             assert own == heat[place]
+            assert not own.whole
+
+
+def test_only_references_that_may_be_the_best_go_on(trace: Any) -> None:
+    """A reference that a few sequences show to be worse than another is not carried again; the best always is."""
+    swept, _ = raced(trace)
+    margins = race_module.margins_of(swept.trained, swept.variants, PLAN.references, 40)
+    again = contenders(swept.variants, margins)
+    for place in still_open(margins):
+        assert Variant(*place, margins[place].best) in again
+    worse = {
+        variant: losses + (1.0 if variant.reference == "skip" else 0.0) for variant, losses in swept.variants.items()
+    }
+    margins = race_module.margins_of(swept.trained, worse, PLAN.references, 40)
+    assert not [variant for variant in contenders(worse, margins) if variant.reference == "skip"]
 
 
 def test_carrying_again_gives_the_same_losses(trace: Any) -> None:
@@ -63,15 +89,34 @@ def test_carrying_again_gives_the_same_losses(trace: Any) -> None:
     rows = first_heat(trace.probe)
     swept, _ = raced(trace)
     chosen = {variant: swept.solved[variant] for variant in list(swept.variants)[::3]}
-    again = carry(trace, chosen, rows, Stopwatch(itertools.count().__next__))
+    again = carry(trace, chosen, rows, watch())
     for variant, losses in again.items():
-        np.testing.assert_allclose(losses, swept.variants[variant], atol=1e-5)
+        np.testing.assert_allclose(losses, swept.variants[variant][rows], atol=1e-5)
 
 
-def test_decisions_are_those_of_the_full_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_for_spliced_streams_is_bounded(trace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams that may not wait are run to the end block by block, with the same losses to the last digits."""
+    waiting, _ = raced(trace)
+    held: list[int] = []
+    real = tails_module.Tails
+
+    class Watched(real):
+        def splice(self, *arguments: Any) -> None:
+            super().splice(*arguments)
+            held.append(self.waiting)
+
+    monkeypatch.setattr(tails_module, "Tails", Watched)
+    monkeypatch.setattr(tails_module, "TAIL_SHARE", 0)
+    at_once, _ = raced(trace)
+    assert set(held) == {0}
+    for variant, losses in waiting.variants.items():
+        np.testing.assert_allclose(losses, at_once.variants[variant], atol=1e-6)
+
+
+def test_a_silenced_block_is_below_and_the_others_are_judged_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a silenced block, race and full measurement agree on which blocks are decided and how."""
-    from peel_agent.peel.margins import of_target, statuses
-
     model = zoo.build("llama", steps=200)
     for projection in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
         projection.weight.data.zero_()
@@ -79,6 +124,6 @@ def test_decisions_are_those_of_the_full_measurement(tmp_path: Path, monkeypatch
     _, margins = raced(trace)
     monkeypatch.setattr(race_module, "HEAT_FRACTION", 1)
     _, full = raced(trace)
-    short, whole = (statuses(of_target(own, "block", zoo.BLOCKS)) for own in (margins, full))
+    short, whole = (statuses(list(of_target(own, "block").values())) for own in (margins, full))
     assert short[2] == whole[2] == "below"
     assert all(one == other for one, other in zip(short, whole, strict=True) if "undecided" not in (one, other))

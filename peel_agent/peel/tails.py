@@ -1,0 +1,64 @@
+"""Spliced streams on their way to the head (METHOD 8): each leaves the trained one at its block and runs through every
+later trained block.
+
+Streams wait in memory for the next block, so that a block's weights are read once for all of them, until they take
+more than their share; then they are run to the end at once, for which the later blocks are read once more. So memory
+does not grow with the depth of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peel_agent.peel.losses import Losses, sequence_losses
+from peel_agent.peel.splices import Site, Splice, Variant
+from peel_agent.peel.streams import rewrite
+from peel_agent.records import Block, TokenIds, Trace
+
+
+class Tails:
+    """Streams spliced so far, and the losses of those that have reached the head.
+
+    `ids` [n, S] are the score sequences on which variants are scored, `share` is the most elements that streams may
+    hold between two blocks. `spliced` counts sequences added so far, `work` those run through a block.
+    """
+
+    def __init__(self, trace: Trace, ids: TokenIds, share: int) -> None:
+        self.losses: dict[Variant, Losses] = {}
+        self.spliced = 0
+        self.work = 0
+        self._trace = trace
+        self._ids = ids
+        self._share = share
+        self._bundles: list[tuple[tuple[Variant, ...], Tensor]] = []
+
+    @property
+    def waiting(self) -> int:
+        """Sequences on their way, over all variants."""
+        return sum(len(bundle) for _, bundle in self._bundles)
+
+    def advance(self, block: Block) -> None:
+        """Runs the block on every stream that was spliced before it."""
+        for _, bundle in self._bundles:
+            rewrite(block.run, bundle, self._trace.chunk)
+        self.work += self.waiting
+
+    def splice(self, found: Mapping[Variant, Splice], site: Site) -> None:
+        """Adds the streams that leave the trained one at this site; runs all to the end when they hold too much."""
+        if found:
+            self._bundles.append((tuple(found), torch.cat([splice(site) for splice in found.values()])))
+            self.spliced += len(found) * len(self._ids)
+        if sum(bundle.numel() for _, bundle in self._bundles) > self._share:
+            for block in self._trace.blocks(site.block.index + 1):
+                self.advance(block)
+            self.score()
+
+    def score(self) -> None:
+        """Scores the streams, which have passed the last block, with the trained head."""
+        for variants, bundle in self._bundles:
+            for variant, stream in zip(variants, bundle.split(len(self._ids)), strict=True):
+                self.losses[variant] = sequence_losses(self._trace, stream, self._ids)
+        self._bundles = []
