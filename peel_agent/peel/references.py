@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from peel_agent.peel.least_squares import Gram, Solution
 from peel_agent.peel.losses import logits
-from peel_agent.peel.streams import Streams, pieces
+from peel_agent.peel.streams import Streams, pieces, through
 from peel_agent.records import Block, Chunk, Projection
 
 
@@ -49,13 +48,15 @@ def _as_affine(solution: Solution, targets: slice, like: Tensor) -> Affine:
 class Refit:
     """A trained block with its two output projections solved anew; everything else stays as trained.
 
-    `mid` [N_f, S, d] is the stream between its parts on `fit`: what the MLP part of the block now gets.
+    `mid` [N_f, S, d] is the stream between its parts on `fit`: what the MLP part of the block now gets. `select`
+    [N_s, S, d] is its output on `select`.
     """
 
     block: Block
     attention: Projection
     mlp: Projection
     mid: Tensor
+    select: Tensor
 
     def run(self, h: Tensor) -> Tensor:
         return self.block.run(h, attention=self.attention, mlp=self.mlp)
@@ -78,11 +79,12 @@ def refit(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chun
     for place, target in enumerate(targets):
         columns = slice(place * width, (place + 1) * width)
         changes = _changes(solutions, columns, block.attention_projection)
-        change = min(changes, key=partial(_missed, block, select, target.select, chunk))
+        outputs = [select.output] + [_with_change(block, select, change, chunk) for change in changes[1:]]
+        change = _nearest(changes, outputs, target.select)[0]
         attention = _changed(block.attention_projection, change)
         mid = fit.mid + logits(fit.features, change)
-        selected = select.mid + logits(select.features, change)
-        yield Refit(block, attention, _refit_mlp(block, mid, selected, target, chunk), mid)
+        mlp, output = _refit_mlp(block, mid, select.mid + logits(select.features, change), target, chunk)
+        yield Refit(block, attention, mlp, mid, output)
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,20 @@ class _Seen:
         )
 
 
-def _missed(block: Block, select: _Seen, target: Tensor, chunk: Chunk, change: Projection) -> float:
-    """Squared error on `select` of the block with this change of its attention projection."""
-
-    def error(features: Tensor, mid: Tensor, wanted: Tensor) -> float:
-        return _squared(block.run_mlp_part(mid + logits(features, change)) - wanted)
-
-    return sum(pieces(error, chunk, select.features, select.mid, target))
+def _with_change(block: Block, seen: _Seen, change: Projection, chunk: Chunk) -> Tensor:
+    """The block's output with this change of its attention projection."""
+    return through(block.run_mlp_part, seen.mid + logits(seen.features, change), chunk)
 
 
-def _refit_mlp(block: Block, mid: Tensor, selected: Tensor, target: Streams, chunk: Chunk) -> Projection:
-    """The second step, from the stream between the parts on `fit` and on `select`."""
+def _nearest(changes: Sequence[Projection], outputs: Sequence[Tensor], target: Tensor) -> tuple[Projection, Tensor]:
+    """The change whose output has the least squared error to the target, with that output."""
+    errors = [float((output - target).double().square().sum()) for output in outputs]
+    best = errors.index(min(errors))
+    return changes[best], outputs[best]
+
+
+def _refit_mlp(block: Block, mid: Tensor, selected: Tensor, target: Streams, chunk: Chunk) -> tuple[Projection, Tensor]:
+    """The second step, from the stream between the parts on `fit` and on `select`; the output on `select` with it."""
     gram = _gram_of(block.mlp_projection)
     for (features, output), wanted in pieces(
         lambda own, wanted: (block.observe_mlp_part(own), wanted), chunk, mid, target.fit
@@ -120,8 +125,8 @@ def _refit_mlp(block: Block, mid: Tensor, selected: Tensor, target: Streams, chu
     scored = list(pieces(block.observe_mlp_part, chunk, selected))
     features, output = (torch.cat(own) for own in zip(*scored, strict=True))
     changes = _changes(gram.solve(), slice(None), block.mlp_projection)
-    best = min(changes, key=lambda change: _squared(output + logits(features, change) - target.select))
-    return _changed(block.mlp_projection, best)
+    best, reached = _nearest(changes, [output + logits(features, change) for change in changes], target.select)
+    return _changed(block.mlp_projection, best), reached
 
 
 def columns_of_refit(block: Block) -> int:
@@ -141,10 +146,6 @@ def _gram_of(projection: Projection, targets: int = 1) -> Gram:
 
 def _rows(chunk: Chunk, *streams: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return pieces(lambda *own: own, chunk, *streams)
-
-
-def _squared(missing: Tensor) -> float:
-    return float(missing.double().square().sum())
 
 
 def _changes(solutions: Sequence[Solution], columns: slice, trained: Projection) -> list[Projection]:

@@ -44,7 +44,8 @@ def solver_named(name: str) -> Solver:
 def _closed_form(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chunk) -> Iterator[Streams]:
     for fitted in refit(block, inputs, targets, chunk):
         fit = through(partial(block.run_mlp_part, mlp=fitted.mlp), fitted.mid, chunk)
-        yield Streams(fit, through(fitted.run, inputs.score, chunk), inputs.selecting)
+        confirm = through(fitted.run, inputs.confirm, chunk)
+        yield Streams(fit, torch.cat([fitted.select, confirm]), inputs.selecting)
 
 
 def _descent(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chunk) -> Iterator[Streams]:

@@ -28,7 +28,7 @@ REFIT_TOKENS = 8192
 REFIT_TOKENS_PER_COLUMN = 4
 """`previous`, whose Gram is by far the dearest, is solved on the first fit tokens only: the larger of these two."""
 
-TAIL_SHARE = 2
+TAIL_SHARE = 1
 """Spliced streams may take so many times the memory of one hidden state over `fit`."""
 
 TARGETS: tuple[Target, ...] = ("block", "attention", "mlp")

@@ -13,11 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from peel_agent.config import PeelSettings, ProbeSettings
 from peel_agent.peel import peel
 from peel_agent.peel.chains import chain_ends, hidden_states_of
 from peel_agent.peel.least_squares import Gram
@@ -26,18 +29,14 @@ from peel_agent.peel.race import first_heat
 from peel_agent.peel.solvers import SOLVERS
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.sweep import sweep
-from peel_agent.records import Plan
+from peel_agent.pipeline import scan
+from peel_agent.records import Plan, Probe
 from tests.bench.naive import naive_chain
-from tests.bench.shapes import forward_seconds, model_at, probe_of, synchronise, trace_at
+from tests.bench.shapes import SEQUENCE, Shape, earning, forward_seconds, idle, synchronise, trace_at
 
-VOCABULARY = 1024
 MARGINS = Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends")
 BOUNDS = Plan(frozenset({"bounds"}), (), "ends")
-PLANS = {
-    "quick margins (skip, affine)": Plan(frozenset({"margin"}), ("skip", "affine"), "ends"),
-    "margins of all blocks and parts": MARGINS,
-    "default suite of bounds": BOUNDS,
-}
+SMALL = Shape(width=128, blocks=6, tokens=45_056)
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -47,17 +46,28 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def costs(device: str, *, width: int, blocks: int, tokens: int, plans: dict[str, Plan], steps: int) -> dict[str, float]:
-    """Forward passes that each plan costs, for one shape."""
+def peel_seconds(path: Path, probe: Probe, plan: Plan, device: str) -> float:
+    return seconds(lambda: peel(trace_at(path, probe, device), plan, time.perf_counter), device)
+
+
+def costs(device: str, shape: Shape, plans: dict[str, Plan]) -> dict[str, float]:
+    """Forward passes that each plan costs when every block earns, and margins when none does."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = model_at(Path(folder), width=width, blocks=blocks, vocabulary=VOCABULARY, steps=steps)
-        probe = probe_of(tokens, VOCABULARY)
-        forward = forward_seconds(path, probe, device)
-        found = {"forward_seconds": forward}
+        path = Path(folder)
+        probe = earning(path, shape, device)
+        forward = found["forward_seconds"] = forward_seconds(path, probe, device)
         for name, plan in plans.items():
-            trace = trace_at(path, probe, device)
-            found[name] = seconds(lambda t=trace, p=plan: peel(t, p, time.perf_counter), device) / forward
+            found[name] = peel_seconds(path, probe, plan, device) / forward
     return found
+
+
+def worst_case(device: str, shape: Shape) -> float:
+    """Forward passes that margins cost when every one of them stays open."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        probe = idle(path, shape)
+        return peel_seconds(path, probe, MARGINS, device) / forward_seconds(path, probe, device)
 
 
 def gram_rate(device: str, width: int) -> float:
@@ -73,54 +83,82 @@ def gram_rate(device: str, width: int) -> float:
     return times[0] / times[1]
 
 
-def trie_against_naive(device: str) -> dict[str, float]:
-    """Seconds of the naive implementation over those of the trie sweep, for the paper's eight 5-of-26 maps."""
-    maps = PAPER_26_BLOCKS[:8]
+def trie_against_naive(device: str, counts: tuple[int, ...] = (1, 2, 4, 8)) -> dict[str, Any]:
+    """The trie sweep beside the naive implementation for the paper's 5-of-26 maps, and its cost by number of maps."""
     with tempfile.TemporaryDirectory() as folder:
-        path = model_at(Path(folder), width=128, blocks=26, vocabulary=VOCABULARY)
-        trace = trace_at(path, probe_of(11_264, VOCABULARY), device)
+        path = Path(folder)
+        probe = earning(path, Shape(width=128, blocks=26, tokens=11_264), device)
+        trace = trace_at(path, probe, device)
         solver = SOLVERS["closed_form"]
 
-        def trie() -> None:
-            rows = first_heat(trace.probe)
+        def trie(count: int) -> None:
+            maps = PAPER_26_BLOCKS[:count]
             stopwatch = Stopwatch(time.perf_counter)
-            swept = sweep(trace, BOUNDS, rows, hidden_states_of(maps, solver), stopwatch)
+            swept = sweep(trace, BOUNDS, first_heat(trace.probe), hidden_states_of(maps, solver), stopwatch)
             chain_ends(trace, maps, swept.hidden, solver, stopwatch)
 
-        ours = seconds(trie, device)
-        naive = seconds(lambda: [naive_chain(trace, own) for own in maps], device)
-    return {"trie_seconds": ours, "naive_seconds": naive, "ratio": naive / ours}
+        forward = forward_seconds(path, probe, device)
+        ours = {count: min(seconds(lambda n=count: trie(n), device) for _ in range(2)) for count in counts}
+        naive = min(
+            seconds(lambda: [naive_chain(trace, own) for own in PAPER_26_BLOCKS[: counts[-1]]], device)
+            for _ in range(2)
+        )
+    return {
+        "naive / trie": naive / ours[counts[-1]],
+        "forward passes by maps": {count: spent / forward for count, spent in ours.items()},
+    }
 
 
 def peak_memory(blocks: int) -> float:
     """Peak resident MiB that margins add to a process which has imported everything (Linux)."""
     with tempfile.TemporaryDirectory() as folder:
-        model_at(Path(folder), width=256, blocks=blocks, vocabulary=VOCABULARY)
+        path = Path(folder)
+        probe = earning(path, Shape(width=256, blocks=blocks, tokens=22_528), "cpu")
+        np.savez(path / "probe.npz", fit=probe.fit, select=probe.select, confirm=probe.confirm)
         command = [sys.executable, "-m", "tests.bench.memory", folder]
         finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(finished.stdout.split()[-1])
 
 
-def scaling(device: str) -> dict[str, dict[str, float]]:
+def quick(device: str, shape: Shape) -> dict[str, float]:
+    """What `scan --effort quick` costs, load included, in tokens' worth of plain forward passes of the same model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        probe = earning(path, replace(shape, tokens=11_264), device)
+        ids = np.concatenate([probe.fit, probe.select, probe.confirm])
+        np.save(path / "probe.npy", ids)
+        a_token = forward_seconds(path, probe, device) / ids.size
+        spent = seconds(
+            lambda: scan(
+                path,
+                probe=ProbeSettings(path=path / "probe.npy"),
+                peeling=PeelSettings(effort="quick"),
+                device=device,
+                clock=time.perf_counter,
+            ),
+            device,
+        )
+        parameters = sum(parameter.numel() for parameter in shape.model().parameters())
+    return {"parameters": parameters, "seconds": spent, "tokens' worth": spent / a_token}
+
+
+def scaling(device: str) -> dict[str, float]:
     """Forward passes that margins cost, as tokens, width and depth double from one shape."""
-    base = {"width": 128, "blocks": 6, "tokens": 11_264}
-    found = {}
-    for name, change in {
-        "base": {},
-        "tokens x2": {"tokens": 22_528},
-        "width x2": {"width": 256},
-        "depth x2": {"blocks": 12},
-    }.items():
-        found[name] = costs(device, **{**base, **change}, plans={"margins": MARGINS}, steps=60)
-    return found
+    shapes = {
+        "base": SMALL,
+        "tokens x2": replace(SMALL, tokens=2 * SMALL.tokens),
+        "width x2": replace(SMALL, width=2 * SMALL.width),
+        "depth x2": replace(SMALL, blocks=2 * SMALL.blocks),
+    }
+    return {name: costs(device, shape, {"margins": MARGINS})["margins"] for name, shape in shapes.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=22_528)
+    parser.add_argument("--width", type=int, default=Shape.width)
+    parser.add_argument("--blocks", type=int, default=Shape.blocks)
+    parser.add_argument("--tokens", type=int, default=Shape.tokens)
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     options = parser.parse_args()
     device = options.device
@@ -130,16 +168,19 @@ def main() -> None:
         results[name] = value
         print(f"{name}: {json.dumps(value, default=float)}", flush=True)
 
-    shape = {"width": options.width, "blocks": options.blocks, "tokens": options.tokens}
-    told("shape", shape)
-    told("cost in forward passes", costs(device, **shape, plans=PLANS, steps=60))
+    shape = Shape(width=options.width, blocks=options.blocks, tokens=options.tokens)
+    told("shape", asdict(shape) | {"sequence": SEQUENCE})
     told("Gram rate / matmul rate", gram_rate(device, options.width))
-    told("eight 5-of-26 maps, naive / trie", trie_against_naive(device))
+    plans = {"margins of all blocks and parts": MARGINS, "default suite of bounds": BOUNDS}
+    told("forward passes, every block earning", costs(device, shape, plans))
+    told("forward passes for margins, no block earning", worst_case(device, replace(SMALL, blocks=options.blocks)))
+    told("the paper's 5-of-26 maps", trie_against_naive(device))
     if device == "cpu":
         peaks = {blocks: peak_memory(blocks) for blocks in (4, 8, 16)}
         told("peak MiB by blocks", peaks)
         told("peak memory, 16 blocks / 4 blocks", peaks[16] / peaks[4])
-    told("cost of margins as a shape doubles", scaling(device))
+    told("quick effort, 124 M parameters", quick(device, Shape(width=768, blocks=12, vocabulary=16_384)))
+    told("forward passes for margins as a shape doubles", scaling(device))
     options.out.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -12,17 +12,18 @@ from peel_agent.peel.streams import embedded, through
 from peel_agent.records import Block, Projection, Trace
 
 
-def naive_chain(trace: Trace, own: TargetMap) -> Tensor:
-    """The last fit stream of one map's chain of refitted blocks: nothing shared, nothing streamed, no ridge."""
-    hidden = [embedded(trace).fit]
+def naive_chain(trace: Trace, own: TargetMap) -> tuple[Tensor, Tensor]:
+    """The last streams (fit, score) of one map's chain of refitted blocks: nothing shared or streamed, no ridge."""
+    start = embedded(trace)
+    hidden = [start.fit]
     for block in trace.blocks():
         hidden.append(through(block.run, hidden[-1], trace.chunk))
-    stream = hidden[0]
+    fit, score = start.fit, start.score
     for block, target in zip(trace.blocks(stop=len(own)), own, strict=True):
-        attention = _solved(block, stream, hidden[target], block.attention_projection, None)
-        mlp = _solved(block, stream, hidden[target], block.mlp_projection, attention)
-        stream = block.run(stream, attention=attention, mlp=mlp)
-    return stream
+        attention = _solved(block, fit, hidden[target], block.attention_projection, None)
+        mlp = _solved(block, fit, hidden[target], block.mlp_projection, attention)
+        fit, score = (block.run(stream, attention=attention, mlp=mlp) for stream in (fit, score))
+    return fit, score
 
 
 def _solved(block: Block, stream: Tensor, target: Tensor, solved: Projection, attention: Any) -> Projection:

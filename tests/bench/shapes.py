@@ -1,8 +1,9 @@
-"""Models and probes of given shapes: weights trained for a moment, random tokens that can be learned."""
+"""Models and probes of given shapes."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +22,69 @@ SEQUENCE = 64
 BATCH = 4096 // SEQUENCE
 
 
-def token_ids(sequences: int, vocabulary: int, seed: int) -> Any:
-    """int64 [sequences, SEQUENCE]: noisy arithmetic progressions, so that there is something to learn."""
-    rng = np.random.default_rng(seed)
-    start, stride = rng.integers(0, vocabulary, size=(sequences, 1)), rng.integers(1, 4, size=(sequences, 1))
-    ids = (start + stride * np.arange(SEQUENCE)) % vocabulary
-    return np.where(rng.random(ids.shape) < 0.2, rng.integers(0, vocabulary, size=ids.shape), ids)
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: `tokens` is what its probe holds, `gain` the spread of its initial weights times sqrt(width)."""
+
+    width: int = 512
+    blocks: int = 12
+    tokens: int = 90_112
+    vocabulary: int = 1024
+    gain: float = 1.0
+
+    def model(self) -> Any:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.width,
+            intermediate_size=4 * self.width,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=max(1, self.width // 64),
+            max_position_embeddings=SEQUENCE,
+            initializer_range=self.gain / self.width**0.5,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Sequences in select and in confirm, in the contract's proportions."""
+        count = self.tokens // SEQUENCE
+        return count // 11, 2 * count // 11
 
 
-def model_at(folder: Path, *, width: int, blocks: int, vocabulary: int, steps: int = 0) -> Path:
-    """A Llama of this shape, trained for so many steps, saved."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=blocks,
-        num_attention_heads=max(1, width // 64),
-        max_position_embeddings=SEQUENCE,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(steps):
-        ids = torch.from_numpy(token_ids(16, vocabulary, 1000 + step))
-        optimiser.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        optimiser.step()
+def earning(folder: Path, shape: Shape, device: str) -> Probe:
+    """Saves a random model; the probe is sampled from it.
+
+    No model predicts its own samples better than itself, so every block earns its place, as in a run that goes well:
+    the race clears it at once.
+    """
+    model = shape.model().to(device)
+    ids = torch.randint(shape.vocabulary, (shape.tokens // SEQUENCE, 1), device=device)
+    current, cache = ids, None
+    with torch.no_grad():
+        for _ in range(SEQUENCE - 1):
+            out = model(current, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            current = torch.multinomial(torch.softmax(out.logits[:, -1], -1), 1)
+            ids = torch.cat([ids, current], dim=1)
     model.save_pretrained(folder)
-    return folder
+    return _split(ids.cpu().numpy(), shape)
 
 
-def probe_of(tokens: int, vocabulary: int) -> Probe:
-    """A probe of so many tokens in the contract's proportions."""
-    ids = token_ids(tokens // SEQUENCE, vocabulary, 0)
-    select, confirm = len(ids) // 11, 2 * len(ids) // 11
+def idle(folder: Path, shape: Shape) -> Probe:
+    """Saves a random model; the probe has nothing to do with it.
+
+    No block earns anything, as before the first steps of a run: every margin stays open, the race's worst case.
+    """
+    shape.model().save_pretrained(folder)
+    ids = np.random.default_rng(0).integers(0, shape.vocabulary, size=(shape.tokens // SEQUENCE, SEQUENCE))
+    return _split(ids, shape)
+
+
+def _split(ids: Any, shape: Shape) -> Probe:
+    select, confirm = shape.counts
     return Probe(ids[select + confirm :], ids[:select], ids[select : select + confirm], "bench")
 
 

@@ -1,0 +1,56 @@
+"""On a GPU the numbers are those of the CPU, to the digits that matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from peel_agent import registry
+from peel_agent.capture import open_trace
+from peel_agent.load import open_snapshot
+from peel_agent.peel import peel
+from peel_agent.pipeline import locate
+from peel_agent.records import Findings, Plan
+from tests import zoo
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+PLAN = Plan(frozenset({"margin", "bounds"}), ("skip", "affine", "previous"), "paper")
+
+
+def peeled(path: Path, device: str, plan: Plan = PLAN) -> Findings:
+    ref = locate(path)
+    (form,) = registry.formats(ref.format)
+    trace = open_trace(open_snapshot(ref, form, registry.family), zoo.probe(80, 40, 160), device=device)
+    return peel(trace, plan, itertools.count().__next__)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_margins_and_bounds_are_the_cpu_s(kind: str, tmp_path: Path) -> None:
+    """Losses, margins, shares and closed-form bounds agree between the devices; statuses and zone are the same."""
+    path = zoo.save(zoo.build(kind), tmp_path)
+    cpu, gpu = (peeled(path, device) for device in ("cpu", "cuda:0"))
+    assert gpu.loss.value == pytest.approx(cpu.loss.value, abs=1e-5)
+    assert gpu.zone == cpu.zone
+    for one, other in zip(cpu.layers, gpu.layers, strict=True):
+        assert one.status == other.status
+        assert one.margin is not None
+        assert other.margin is not None
+        assert other.margin.value == pytest.approx(one.margin.value, abs=5e-4)
+        assert other.stream_share == pytest.approx(one.stream_share, rel=1e-4)
+    for mine, theirs in zip(cpu.bounds, gpu.bounds, strict=True):
+        assert mine.label == theirs.label
+        assert theirs.value.value == pytest.approx(mine.value.value, abs=2e-3)
+
+
+def test_descent_is_the_cpu_s(tmp_path: Path) -> None:
+    """The paper's solver too, as far as Adam on float32 gradients allows."""
+    path = zoo.save(zoo.build("llama"), tmp_path)
+    plan = dataclasses.replace(PLAN, quantities=frozenset({"bounds"}), solver="descent", maps=((1, 4), (4, 4)))
+    cpu, gpu = (peeled(path, device, plan) for device in ("cpu", "cuda:0"))
+    for mine, theirs in zip(cpu.bounds, gpu.bounds, strict=True):
+        assert theirs.value.value == pytest.approx(mine.value.value, abs=1e-2)
