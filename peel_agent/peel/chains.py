@@ -50,8 +50,8 @@ def chain_ends(
     level: dict[TargetMap, Streams] = {(): hidden[0]}
     ends: dict[TargetMap, Streams] = {}
     deepest = max(len(own) for own in wanted)
+    stopwatch.progress("bounds, blocks", 0, deepest)
     for block in trace.blocks(stop=deepest):
-        stopwatch.progress("bounds, blocks", block.index, deepest)
         place = block.index + 1
         above, level = level, {}
         prefixes = dict.fromkeys(own[:place] for own in wanted if len(own) >= place)
@@ -65,4 +65,5 @@ def chain_ends(
                     level |= zip(grown, solver.solve(block, inputs, targets, trace.chunk), strict=True)
         level |= {own: hidden[place] for own in prefixes if costs_nothing(own, solver)}
         ends |= {own: streams for own, streams in level.items() if own in wanted}
+        stopwatch.progress("bounds, blocks", place, deepest)
     return ends
