@@ -15,21 +15,23 @@ __all__ = ["scan"]
 def scan(path: str | Path, *, probe: str | Path, device: str = "cpu", **options: Any) -> PeelReport:
     """Peels one checkpoint in this process, as `peel-agent scan` does, and returns its report.
 
-    `options` are keys of the configuration's `[probe]` (`sequence_length`, `fit_tokens`, ...) and `[peel]` sections
-    (`effort`, `quantities`, `maps`, `solver`). Raises the errors of `peel_agent.errors`.
+    `options` are keys of the configuration's `[probe]` (`sequence_length`, `fit_tokens`, ...), `[peel]` (`effort`,
+    `quantities`, `maps`, `solver`) and `[model]` sections (`precision`). Raises the errors of `peel_agent.errors`.
     """
     import dataclasses
 
-    from peel_agent.config import ProbeSettings, load_settings
+    from peel_agent.config import Settings, load_settings
     from peel_agent.pipeline import scan as scan_one
 
-    of_probe = {field.name for field in dataclasses.fields(ProbeSettings)}
-    flags = {f"{'probe' if key in of_probe else 'peel'}.{key}": value for key, value in options.items()}
+    sections = ("probe", "model", "peel")
+    homes = {field.name: name for name in sections for field in dataclasses.fields(getattr(Settings, name))}
+    flags = {f"{homes.get(key, 'peel')}.{key}": value for key, value in options.items()}
     settings = load_settings(None, flags | {"probe.path": str(probe), "device.select": device})
     return scan_one(
         path,
         probe=settings.probe,
         peeling=settings.peel,
+        model=settings.model,
         device=settings.device.in_process,
         clock=time.perf_counter,
     )

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_watch(commands.add_parser("watch", help="the sidecar: peel every checkpoint that a run writes"))
     _add_scan(commands.add_parser("scan", help="peel checkpoints once, without a tracker"))
+    _add_witness(commands.add_parser("witness", help="write a better block's weights, and prove them"))
     _add_demo(commands.add_parser("demo", help="a real small training with a block held back, and the sidecar on it"))
     plugins = commands.add_parser("plugins", help="every plug-in by kind, and whether it can be used")
     plugins.set_defaults(run=_plugins)
@@ -53,6 +54,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_probe(parser)
+    parser.add_argument(
+        "--effort", choices=("quick", "standard", "full"), help="how much to compute (default: standard)"
+    )
+    parser.add_argument(
+        "--quantities", metavar="LIST", help="of margin,bounds,headroom,redundancy (default: by effort)"
+    )
+    parser.add_argument(
+        "--maps", metavar="SUITE", help="direct, ends, paper, or lists such as [[1,4],[2,4]] (default: ends)"
+    )
+    parser.add_argument("--solver", metavar="NAME", help="closed_form (default), descent, or descent_cold")
+    _add_model(parser)
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="peel.toml")
     parser.add_argument(
         "--probe", metavar="FILE", help="held-out token ids (.npy .bin .safetensors) or text (.txt ...)"
@@ -63,14 +79,16 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequence-length", type=int, metavar="N", help="tokens a sequence (default: min(context, 1024))"
     )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--effort", choices=("quick", "standard", "full"), help="how much to compute (default: standard)"
+        "--precision",
+        action="append",
+        default=[],
+        metavar="GLOB=SET",
+        help="weights that hold low-bit latents, e.g. 'model.layers.*_proj.weight=ternary' (repeatable)",
     )
-    parser.add_argument("--quantities", metavar="LIST", help="margin,bounds (default: by effort)")
-    parser.add_argument(
-        "--maps", metavar="SUITE", help="direct, ends, paper, or lists such as [[1,4],[2,4]] (default: ends)"
-    )
-    parser.add_argument("--solver", metavar="NAME", help="closed_form (default), descent, or descent_cold")
     parser.add_argument("--device", metavar="D", help="cpu, cuda:N or a GPU uuid that the training does not use")
 
 
@@ -81,14 +99,25 @@ def _common_flags(options: argparse.Namespace) -> dict[str, Any]:
             maps = json.loads(maps)
         except json.JSONDecodeError as error:
             raise ConfigurationError(f"--maps is {maps!r}: {error}", remedy="write it like [[1,4],[2,4]]") from error
-    return {
-        "probe.path": options.probe,
-        "probe.tokenizer": options.tokenizer,
-        "probe.sequence_length": options.sequence_length,
+    return _probe_flags(options) | {
         "peel.effort": options.effort,
         "peel.quantities": options.quantities,
         "peel.maps": maps,
         "peel.solver": options.solver,
+    }
+
+
+def _probe_flags(options: argparse.Namespace) -> dict[str, Any]:
+    precision = dict(entry.rpartition("=")[::2] for entry in options.precision)
+    if "" in precision:
+        raise ConfigurationError(
+            f"--precision is `{precision['']}`", remedy="write it as GLOB=SET: 'model.layers.*_proj.weight=ternary'"
+        )
+    return {
+        "probe.path": options.probe,
+        "probe.tokenizer": options.tokenizer,
+        "probe.sequence_length": options.sequence_length,
+        "model.precision": precision or None,
         "device.select": options.device,
     }
 
@@ -159,7 +188,7 @@ def _add_scan(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table", help="json: one report a line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
-    parser.add_argument("--fail-on", choices=("below", "caution"), help="exit 1 when a report says so")
+    parser.add_argument("--fail-on", choices=("below", "improvable", "caution"), help="exit 1 when a report says so")
     parser.set_defaults(run=_scan)
 
 
@@ -182,6 +211,7 @@ def _scan(options: argparse.Namespace) -> int:
                     path,
                     probe=settings.probe,
                     peeling=settings.peel,
+                    model=settings.model,
                     device=settings.device.in_process,
                     clock=time.perf_counter,
                     progress=meter,
@@ -211,7 +241,7 @@ def _output(file: Path | None) -> AbstractContextManager[TextIO]:
 
 def _check_fail_on(settings: Settings, what: str | None) -> None:
     """A condition on something that is not computed would never be met."""
-    needed = {"below": "margin", "caution": "bounds"}.get(what or "")
+    needed = {"below": "margin", "improvable": "headroom", "caution": "bounds"}.get(what or "")
     if needed is not None and needed not in plan_of(settings.peel).quantities:
         raise ConfigurationError(
             f"--fail-on {what} needs {needed}, which this scan does not compute",
@@ -222,7 +252,50 @@ def _check_fail_on(settings: Settings, what: str | None) -> None:
 def _fails(report: PeelReport, what: str | None) -> bool:
     if what == "below":
         return any(layer.status == "below" for layer in report.layers)
+    if what == "improvable":
+        return any(layer.headroom is not None and layer.headroom.low > 0.0 for layer in report.layers)
     return what is not None and report.zone == what
+
+
+# ---------------------------------------------------------------- witness
+
+
+def _add_witness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint folder or .safetensors")
+    _add_probe(parser)
+    _add_model(parser)
+    parser.add_argument("--layer", type=int, required=True, metavar="N", help="the block's index, from 0")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the patch, a .safetensors file")
+    parser.set_defaults(run=_witness)
+
+
+def _witness(options: argparse.Namespace) -> int:
+    settings = load_settings(options.config, _probe_flags(options))
+    _check_probe(settings)
+    from peel_agent.publish import Meter
+    from peel_agent.witness import witness
+    from peel_agent.worker import quieten_libraries
+
+    quieten_libraries()
+    meter = Meter(sys.stderr.write, time.monotonic, terminal=sys.stderr.isatty())
+    try:
+        proven = witness(
+            options.checkpoint,
+            layer=options.layer,
+            out=options.out,
+            probe=settings.probe,
+            model=settings.model,
+            device=settings.device.in_process,
+            clock=time.perf_counter,
+            progress=meter,
+        )
+    finally:
+        meter.close()
+    print(f"loss as trained     {proven.trained} nats per token, on held-out tokens of the probe")
+    print(f"loss with the patch {proven.patched}, measured again from {options.out} in a fresh process")
+    print(f"headroom            {proven.headroom}, paired by sequence")
+    print(f"in the patch: {', '.join(proven.names)}")
+    return 0
 
 
 # ---------------------------------------------------------------- demo, plugins

@@ -19,10 +19,11 @@ from typing import Any, TypeAlias, cast
 import tomli
 
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import Rule
+from peel_agent.records import SETS, Rule, WeightSet
 
 PREFIX = "PEEL__"
 Device: TypeAlias = str
+Precision: TypeAlias = Mapping[str, WeightSet]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class WatchSettings:
     format: str = "auto"
     settle_seconds: float = 10.0
     poll_seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """`[model]`: `precision` says by glob which matrices hold the latents of a quantiser, and of which."""
+
+    precision: Precision = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class StateSettings:
 @dataclass(frozen=True)
 class Settings:
     watch: WatchSettings = WatchSettings()
+    model: ModelSettings = ModelSettings()
     probe: ProbeSettings = ProbeSettings()
     peel: PeelSettings = PeelSettings()
     device: DeviceSettings = DeviceSettings()
@@ -100,7 +109,7 @@ class Settings:
 
 RESERVED = {
     "watch": {"backlog"},
-    "model": {"factory", "precision"},
+    "model": {"factory"},
     "device": {"memory_fraction"},
     "health": {"listen"},
     "engine": {"use"},
@@ -111,7 +120,7 @@ RESERVED = {
 CHOICES = {
     "peel.effort": ("quick", "standard", "full"),
     "peel.solver": ("closed_form", "descent", "descent_cold"),
-    "peel.quantities": ("margin", "bounds"),
+    "peel.quantities": ("margin", "bounds", "headroom", "redundancy"),
     "rule.kind": ("layer_below",),
     "rule.severity": ("info", "warning", "critical"),
 }
@@ -312,6 +321,12 @@ def _maps(value: Any) -> str | tuple[tuple[int, ...], ...]:
     return tuple(tuple(_whole(entry) for entry in own) for own in value)
 
 
+def _precision(value: Any) -> Precision:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {glob: WeightSet.named(str(name)) for glob, name in value.items()}
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     return tuple(value.split(",")) if isinstance(value, str) else tuple(str(entry) for entry in value)
 
@@ -326,6 +341,7 @@ CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tuple[str, ...]": (_texts, "a list of names"),
     "tuple[str, ...] | None": (_texts, "a list of names"),
     "str | tuple[tuple[int, ...], ...]": (_maps, "the name of a suite or a list of maps such as [[1, 4], [2, 4]]"),
+    "Precision": (_precision, f'a table such as {{ "model.layers.*_proj.weight" = "ternary" }}, with sets like {SETS}'),
     "Device": (_device, "auto, cpu, cuda:N, or a GPU's uuid as nvidia-smi -L prints it"),
     "RuleKind": (str, "a rule kind"),
     "Severity": (str, "a severity"),

@@ -5,27 +5,26 @@ The only module with a broad `except`: whatever goes wrong with one checkpoint, 
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from peel_agent import errors, registry
+from peel_agent import registry
 from peel_agent.config import Settings, worker_environment
-from peel_agent.errors import CheckpointError, ConfigurationError, PeelError, TornCheckpoint, WorkerError
+from peel_agent.errors import ConfigurationError, PeelError, TornCheckpoint, WorkerError
 from peel_agent.ledger import Ledger
 from peel_agent.pipeline import conclude
-from peel_agent.publish import Delivery, alert_line, headline, report_from_json, report_line
-from peel_agent.records import BoundMemory, CheckpointRef, Peeled
+from peel_agent.publish import Delivery, alert_line, headline, report_line
+from peel_agent.records import CheckpointRef, Peeled
 from peel_agent.spi import Tracker
 from peel_agent.watch import Hints, Settling, scan
-from peel_agent.worker import Request
+from peel_agent.worker import Request, ask
 
 ATTEMPTS = 3
 """How often a checkpoint is tried whose worker dies, before it is given up."""
@@ -107,29 +106,21 @@ class Daemon:
 
     def _measure(self, ref: CheckpointRef) -> Peeled:
         """The checkpoint peeled in a child process of its own."""
-        environment, device = worker_environment(self.settings.device.select)
         settings = self.settings
-        request = Request(ref, settings.probe, settings.peel, device, settings.device.nice, self.ledger.bound_memory())
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "peel_agent.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
+        environment, device = worker_environment(settings.device.select)
+        request = Request(
+            ref=ref,
+            probe=settings.probe,
+            peel=settings.peel,
+            model=settings.model,
+            device=device,
+            nice=settings.device.nice,
+            earlier=self.ledger.bound_memory(),
         )
         try:
-            answer, _ = self._child.communicate(request.to_json())
+            return ask(request, environment, started=partial(setattr, self, "_child"))
         finally:
-            self._child.kill()
-            status = self._child.wait()
             self._child = None
-        if status != 0:
-            cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            raise WorkerError(
-                f"the worker that peeled it ended with {cause}",
-                remedy="its output stands above; SIGKILL usually means that memory ran out",
-            )
-        return _peeled_from(json.loads(answer.splitlines()[-1]))  # a library may have printed before
 
     def _conclude(self, ref: CheckpointRef, peeled: Peeled) -> None:
         """Judged, made final in the ledger, and told; what the trackers get is in the outbox by then."""
@@ -217,12 +208,3 @@ class _Handlers:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _peeled_from(answer: dict[str, Any]) -> Peeled:
-    if "error" in answer:
-        error = answer["error"]
-        kind: type[PeelError] = getattr(errors, error["kind"], CheckpointError)  # a plug-in may have its own
-        raise kind(error["what"], remedy=error["remedy"])
-    memory = answer["memory"]
-    return Peeled(report_from_json(answer["report"]), None if memory is None else BoundMemory.restored(memory))

@@ -8,6 +8,7 @@ PeelError
 │   ├── TornCheckpoint         changed or vanished while it was read                  retryable
 │   ├── UnknownFamily          no family plug-in knows this architecture
 │   └── WeightsMismatch        missing, unexpected or misshapen weights
+├── NoWitness              no better weights were proven
 ├── WorkerError            the child process that peels a checkpoint died             retryable
 ├── TrackerError           a tracker refused what was sent
 │   └── TrackerUnavailable     a tracker cannot be reached now                        retryable
@@ -66,6 +67,10 @@ class UnknownFamily(CheckpointError):
 
 
 class WeightsMismatch(CheckpointError):
+    pass
+
+
+class NoWitness(PeelError):
     pass
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peel_agent import registry
-from peel_agent.config import PeelSettings, ProbeSettings
+from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
 from peel_agent.errors import CheckpointError, ConfigurationError, IncompleteCheckpoint, TornCheckpoint
 from peel_agent.judge import judge
 from peel_agent.publish import alert_line, publication
@@ -66,12 +66,16 @@ def measure(
     *,
     probe: ProbeSettings,
     peeling: PeelSettings,
+    model: ModelSettings,
     device: str,
     clock: Callable[[], float],
+    patch: Path | None = None,
     earlier: BoundMemory | None = None,
     progress: Progress | None = None,
 ) -> Peeled:
     """Loads and peels one checkpoint on `device` ("cpu", "cuda:0"); `earlier` is what the one before handed on.
+
+    A `patch` of safetensors replaces weights of the same names.
 
     Raises CheckpointError, ConfigurationError (a probe or a map that does not suit the model), and TornCheckpoint when
     the files changed while they were read.
@@ -83,8 +87,8 @@ def measure(
     start = clock()
     (form,) = registry.formats(ref.format)
     try:
-        snapshot = open_snapshot(ref, form, registry.family)
-        tokens = _probe(snapshot, probe, quick=peeling.effort == "quick")
+        snapshot = open_snapshot(ref, form, registry.family, sets=model.precision, patch=patch)
+        tokens = probe_for(snapshot, probe, quick=peeling.effort == "quick")
         trace = open_trace(snapshot, tokens, device=device)
         loaded = clock()
         findings = peel(trace, plan_of(peeling), clock, earlier=earlier, progress=progress)
@@ -103,6 +107,7 @@ def measure(
         zone=findings.zone,
         bounds=findings.bounds,
         layers=findings.layers,
+        redundancy=findings.redundancy,
         skipped=findings.skipped,
         timing=dataclasses.replace(findings.timing, load=loaded - start),
     )
@@ -112,8 +117,10 @@ def measure(
 def plan_of(peeling: PeelSettings) -> Plan:
     """What the settings ask for: `quick` is margins of blocks from `skip` and `affine`; `quantities` overrides."""
     quick = peeling.effort == "quick"
+    default = {"quick": ("margin",), "full": ("margin", "bounds", "headroom", "redundancy")}
+    usual = default.get(peeling.effort, ("margin", "bounds"))
     return Plan(
-        quantities=frozenset(peeling.quantities or (("margin",) if quick else ("margin", "bounds"))),
+        quantities=frozenset(usual if peeling.quantities is None else peeling.quantities),
         references=("skip", "affine") if quick else ("skip", "affine", "previous"),
         maps=peeling.maps,
         solver=peeling.solver,
@@ -148,6 +155,7 @@ def scan(
     *,
     probe: ProbeSettings,
     peeling: PeelSettings,
+    model: ModelSettings | None = None,
     device: str = "cpu",
     format_name: str = "auto",
     clock: Callable[[], float],
@@ -155,11 +163,20 @@ def scan(
 ) -> PeelReport:
     """One checkpoint located and measured in this process."""
     ref = locate(Path(path), format_name)
-    peeled = measure(ref, probe=probe, peeling=peeling, device=device, clock=clock, progress=progress)
+    peeled = measure(
+        ref,
+        probe=probe,
+        peeling=peeling,
+        model=model or ModelSettings(),
+        device=device,
+        clock=clock,
+        progress=progress,
+    )
     return peeled.report
 
 
-def _probe(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool) -> Probe:
+def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = False) -> Probe:
+    """The probe of the settings, for this model."""
     from peel_agent.load import ProbeSizes, load_probe
     from peel_agent.peel import tokens_needed
 

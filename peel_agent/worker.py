@@ -9,14 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peel_agent.config import PeelSettings, ProbeSettings
-from peel_agent.errors import PeelError
-from peel_agent.records import BoundMemory, CheckpointRef, FileStamp
+from peel_agent import errors
+from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
+from peel_agent.errors import PeelError, WorkerError
+from peel_agent.publish import report_from_json
+from peel_agent.records import BoundMemory, CheckpointRef, FileStamp, Peeled, WeightSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +31,11 @@ class Request:
     ref: CheckpointRef
     probe: ProbeSettings
     peel: PeelSettings
+    model: ModelSettings
     device: str
     nice: int
-    earlier: BoundMemory | None
+    earlier: BoundMemory | None = None
+    patch: Path | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), default=str)
@@ -44,10 +51,50 @@ class Request:
             ref=CheckpointRef(**(ref | {"path": Path(ref["path"]), "files": files})),
             probe=ProbeSettings(**(probe | paths)),
             peel=PeelSettings(**(peel | {"maps": maps})),
+            model=ModelSettings({glob: WeightSet(**own) for glob, own in raw["model"]["precision"].items()}),
             device=raw["device"],
             nice=raw["nice"],
             earlier=None if raw["earlier"] is None else BoundMemory.restored(raw["earlier"]),
+            patch=None if raw["patch"] is None else Path(raw["patch"]),
         )
+
+
+def ask(
+    request: Request, environment: Mapping[str, str], *, started: Callable[[subprocess.Popen[str]], None]
+) -> Peeled:
+    """The request answered by a child process of its own; `started` gets the child, to end it early.
+
+    Raises WorkerError when it dies, and what it answers with when that is an error of the tree.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", "peel_agent.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    started(child)
+    try:
+        answer, _ = child.communicate(request.to_json())
+    finally:
+        child.kill()
+        status = child.wait()
+    if status != 0:
+        cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        raise WorkerError(
+            f"the worker that peeled it ended with {cause}",
+            remedy="its output stands above; SIGKILL usually means that memory ran out",
+        )
+    return _peeled_from(json.loads(answer.splitlines()[-1]))  # a library may have printed before
+
+
+def _peeled_from(answer: dict[str, Any]) -> Peeled:
+    if "error" in answer:
+        error = answer["error"]
+        kind: type[PeelError] = getattr(errors, error["kind"], errors.CheckpointError)  # a plug-in may have its own
+        raise kind(error["what"], remedy=error["remedy"])
+    memory = answer["memory"]
+    return Peeled(report_from_json(answer["report"]), None if memory is None else BoundMemory.restored(memory))
 
 
 def main() -> int:
@@ -65,6 +112,8 @@ def main() -> int:
             request.ref,
             probe=request.probe,
             peeling=request.peel,
+            model=request.model,
+            patch=request.patch,
             device=request.device,
             clock=time.perf_counter,
             earlier=request.earlier,

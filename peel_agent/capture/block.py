@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from peel_agent.records import Anatomy, Observation, Projection
+from peel_agent.precision import Quantisers
+from peel_agent.records import Anatomy, Gradient, Observation, Projection, WeightSet
 
 
 class ResidentBlock:
-    """See records.Block. All tensors are float32; nothing but `run_with` records gradients.
+    """See records.Block. All tensors are float32; gradients are recorded by `run_with` and `backward` only.
 
     The module stays on the meta device and is called with the block's own tensors, so that a block's weights take
     memory exactly as long as somebody holds the block.
@@ -27,7 +28,8 @@ class ResidentBlock:
         index: int,
         name: str,
         module: nn.Module,
-        parameters: Mapping[str, Tensor],
+        stored: Mapping[str, Tensor],
+        quantisers: Quantisers,
         anatomy: Anatomy,
         arguments: tuple[Any, ...],
         keywords: Mapping[str, Any],
@@ -40,9 +42,17 @@ class ResidentBlock:
         self._arguments = arguments
         self._keywords = dict(keywords)
         self._initialise = initialise
-        self.parameters = parameters
+        self._quantisers = quantisers
+        sets = {key: quantisers.of(f"{name}.{key}", weight) for key, weight in stored.items()}
+        self.sets: Mapping[str, WeightSet] = {key: own for key, own in sets.items() if own.restricts}
+        self.latents: Mapping[str, Tensor] = {key: stored[key] for key in self.sets}
+        self.parameters: Mapping[str, Tensor] = {
+            key: quantisers.effective(weight, sets[key]) for key, weight in stored.items()
+        }
         self.attention_projection = self._projection(anatomy.attention_output)
         self.mlp_projection = self._projection(anatomy.mlp_output)
+        self.attention_set = sets[f"{anatomy.attention_output}.weight"]
+        self.mlp_set = sets[f"{anatomy.mlp_output}.weight"]
 
     def _projection(self, name: str) -> Projection:
         weight = self.parameters[f"{name}.weight"]
@@ -51,11 +61,28 @@ class ResidentBlock:
 
     @torch.no_grad()
     def run(self, h: Tensor, *, attention: Projection | None = None, mlp: Projection | None = None) -> Tensor:
-        substitutes = self._stored(self._anatomy.attention_output, attention)
-        substitutes |= self._stored(self._anatomy.mlp_output, mlp)
-        return self.run_with(h, substitutes)
+        return self._call(h, self.stored(attention=attention, mlp=mlp))
+
+    def stored(self, *, attention: Projection | None = None, mlp: Projection | None = None) -> dict[str, Tensor]:
+        return self._named(self._anatomy.attention_output, attention) | self._named(self._anatomy.mlp_output, mlp)
 
     def run_with(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        return self._call(h, {key: self._straight_through(key, weight) for key, weight in parameters.items()})
+
+    def _straight_through(self, key: str, latents: Tensor) -> Tensor:
+        if key not in self.sets:
+            return latents
+        return latents + (self._quantisers.effective(latents, self.sets[key]) - latents).detach()
+
+    def backward(self, h: Tensor, gradient: Tensor) -> Gradient:
+        names = (self._anatomy.attention_output, self._anatomy.mlp_norm, self._anatomy.mlp_output)
+        with torch.enable_grad(), self._inputs_of(*names) as inputs:
+            h = h.detach().requires_grad_()
+            output = self._call(h, {})
+            mid, entering = torch.autograd.grad(output, (inputs[names[1]], h), gradient)
+        return Gradient(inputs[names[0]].detach(), inputs[names[2]].detach(), mid, entering)
+
+    def _call(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         state = {**self.parameters, **parameters}
         returned = functional_call(self._module, state, (h, *self._arguments), self._keywords)
         output: Tensor = returned[0] if isinstance(returned, tuple) else returned
@@ -68,7 +95,7 @@ class ResidentBlock:
             fresh.apply(self._initialise)
         return {name: tensor.to(self.parameters[name].device) for name, tensor in fresh.named_parameters()}
 
-    def _stored(self, name: str, projection: Projection | None) -> dict[str, Tensor]:
+    def _named(self, name: str, projection: Projection | None) -> dict[str, Tensor]:
         """A projection under the module's own parameter names and layout; empty for the trained one."""
         if projection is None:
             return {}
@@ -115,7 +142,7 @@ class ResidentBlock:
 
     def _part(self, name: str, x: Tensor, mlp: Projection | None = None) -> Tensor:
         """A submodule called with the block's tensors, its output projection replaced when one is given."""
-        state = {**self.parameters, **self._stored(self._anatomy.mlp_output, mlp)}
+        state = {**self.parameters, **self._named(self._anatomy.mlp_output, mlp)}
         own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
         output: Tensor = functional_call(self._module.get_submodule(name), own, (x,))
         return output

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from peel_agent.capture.block import ResidentBlock
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import Block, Chunk, Probe, Projection, Snapshot, TokenIds
+from peel_agent.precision import Quantisers, quantise
+from peel_agent.records import FULL_PRECISION, Block, Chunk, Probe, Projection, Snapshot, TokenIds
 
 CHUNK_TOKENS = 4096
 
@@ -72,7 +73,15 @@ class BlockwiseTrace:
         self.block_names = tuple(f"{snapshot.anatomy.blocks}.{index}" for index in range(len(self._blocks)))
         for block in self._blocks:
             _settle_buffers(block, device)
-        self._model.load_state_dict(self._read(self._model, ""), strict=True, assign=True)
+        self._quantisers = Quantisers(snapshot.sets, transposed=snapshot.anatomy.projection_layout == "in_out")
+        outside = self._read(self._model, "")
+        weight = outside[f"{snapshot.anatomy.head}.weight"]
+        self.head_latents = weight.T
+        self.head_set = self._quantisers.named(f"{snapshot.anatomy.head}.weight") or FULL_PRECISION
+        outside |= {
+            name: quantise(stored, own) for name, stored in outside.items() if (own := self._quantisers.named(name))
+        }
+        self._model.load_state_dict(outside, strict=True, assign=True)
         self._model.to(device).requires_grad_(requires_grad=False)
         head: Any = self._model.get_submodule(snapshot.anatomy.head)
         self.head = Projection(head.weight.T, head.bias)
@@ -111,7 +120,8 @@ class BlockwiseTrace:
             index=index,
             name=self.block_names[index],
             module=module,
-            parameters=self._read(module, self.block_names[index] + "."),
+            stored=self._read(module, self.block_names[index] + "."),
+            quantisers=self._quantisers,
             anatomy=self._snapshot.anatomy,
             arguments=tap.arguments,
             keywords=tap.keywords,
@@ -120,8 +130,7 @@ class BlockwiseTrace:
 
     def normalise(self, h: Tensor) -> Tensor:
         norm: Callable[[Tensor], Tensor] = self._model.get_submodule(self._snapshot.anatomy.final_norm)
-        with torch.no_grad():
-            return norm(h)
+        return norm(h)
 
 
 def _settle_buffers(block: nn.Module, device: torch.device) -> None:

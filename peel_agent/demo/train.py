@@ -1,7 +1,8 @@
 """A real training by transformers' Trainer: a small decoder, byte by byte on the standard library's sources.
 
 Run as `python -m peel_agent.demo.train OUTPUT`; writes OUTPUT/checkpoint-N as any Trainer run does. With
-`--hold-back I`, block I never learns: its parameters are frozen at their initial values.
+`--hold-back I`, block I never learns: its parameters are frozen at their initial values. With `--bits SET` the matrices
+of the blocks are quantised in every forward pass (straight-through), and the checkpoints hold their latents.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Trainer, TrainingArguments, set_seed
 
 from peel_agent.demo.text import VOCABULARY, corpus
+from peel_agent.precision import straight_through
+from peel_agent.records import WeightSet
 
 SEQUENCE_LENGTH = 128
 SEED = 1
@@ -67,6 +71,24 @@ def build_model(kind: str, *, width: int, blocks: int) -> nn.Module:
     return model
 
 
+class LowBitLinear(nn.Linear):
+    """A linear layer whose weight is quantised on the way forward; gradients reach its latents unchanged."""
+
+    weight_set: WeightSet
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, straight_through(self.weight, self.weight_set), self.bias)
+
+
+def make_low_bit(model: nn.Module, name: str) -> None:
+    """Makes every linear layer of the blocks low-bit; names and latents in the state dict stay what they are."""
+    (blocks,) = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for module in blocks.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = LowBitLinear
+            module.weight_set = WeightSet.named(name)  # type: ignore[assignment]
+
+
 def hold_back(model: nn.Module, index: int) -> None:
     """Freezes one block at its initial values."""
     (blocks,) = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -83,11 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--hold-back", type=int, default=None, metavar="I")
+    parser.add_argument("--bits", default=None, metavar="SET", help="sign, ternary, int4-channel, ... (llama)")
     parser.add_argument("--report-to", choices=("none", "mlflow"), default="none")
     options = parser.parse_args(arguments)
 
     set_seed(SEED)
     model = build_model(options.kind, width=options.width, blocks=options.blocks)
+    if options.bits is not None:
+        make_low_bit(model, options.bits)
     if options.hold_back is not None:
         hold_back(model, options.hold_back)
     trainer = Trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +13,26 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from peel_agent.errors import CheckpointError, WeightsMismatch
-from peel_agent.records import CheckpointRef, Snapshot, Weights
+from peel_agent.load.low_bit import PatchedWeights, check_globs, precision_in_words
+from peel_agent.records import CheckpointRef, Snapshot, Weights, WeightSet
 from peel_agent.spi import Family, Format
 
 
-def open_snapshot(ref: CheckpointRef, form: Format, family_of: Callable[[str], Family]) -> Snapshot:
+def open_snapshot(
+    ref: CheckpointRef,
+    form: Format,
+    family_of: Callable[[str], Family],
+    *,
+    sets: Mapping[str, WeightSet] | None = None,
+    patch: Path | None = None,
+) -> Snapshot:
     """The checkpoint as modules on the meta device, with the weights to fill them.
 
-    Raises UnknownFamily, WeightsMismatch (naming missing, unexpected and misshapen weights), or CheckpointError.
+    `sets` says by glob which weights are latents of a low-bit forward pass; a safetensors file `patch` replaces weights
+    of the same names. Raises UnknownFamily, WeightsMismatch (naming missing, unexpected and misshapen weights),
+    ConfigurationError for a glob that fits no matrix, or CheckpointError.
     """
-    weights = form.open(ref)
+    weights = form.open(ref) if patch is None else PatchedWeights(form.open(ref), patch)
     config = weights.config()
     family = family_of(str(config.get("model_type", "(none)")))
     anatomy = family.anatomy(config)
@@ -29,6 +40,8 @@ def open_snapshot(ref: CheckpointRef, form: Format, family_of: Callable[[str], F
     named = NamedWeights(weights, model)
     named.check()
     settings: Any = model.config
+    check_globs(sets or {}, named.shapes(), transposed=anatomy.projection_layout == "in_out")
+    example = f"{anatomy.blocks}.0.{anatomy.mlp_output}.weight"
     return Snapshot(
         ref=ref,
         model=model,
@@ -39,7 +52,8 @@ def open_snapshot(ref: CheckpointRef, form: Format, family_of: Callable[[str], F
         vocabulary=int(settings.vocab_size),
         context=int(settings.max_position_embeddings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        precision=named.precision(),
+        precision=precision_in_words(example, named.read(example), sets or {}, anatomy),
+        sets=sets or {},
         tied_head=anatomy.head + ".weight" in named.tied,
     )
 
@@ -115,11 +129,6 @@ class NamedWeights:
 
     def read(self, name: str) -> Tensor:
         return self._stored.read(self._source(name))
-
-    def precision(self) -> str:
-        """The stored dtype of the weights, e.g. `bfloat16`."""
-        first = next(iter(self._expected))
-        return str(self.read(first).dtype).removeprefix("torch.")
 
     def _source(self, name: str) -> str:
         return self.tied[name] if name in self.tied and name not in self._stored.shapes() else name

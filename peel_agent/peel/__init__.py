@@ -10,16 +10,19 @@ import numpy as np
 from peel_agent.errors import CheckpointError
 from peel_agent.peel.bounds import NONE, measure_bounds
 from peel_agent.peel.chains import chained, hidden_states_of
+from peel_agent.peel.headroom import headrooms
+from peel_agent.peel.improve import Improvement, improve
 from peel_agent.peel.intervals import estimate
+from peel_agent.peel.layers import layer_reports
 from peel_agent.peel.least_squares import tokens_needed
 from peel_agent.peel.maps import suite
-from peel_agent.peel.margins import layer_reports
 from peel_agent.peel.race import race
+from peel_agent.peel.redundancy import redundancy
 from peel_agent.peel.solvers import solver_named
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.records import BoundMemory, Findings, Plan, Progress, Skipped, Trace
 
-__all__ = ["peel", "tokens_needed"]
+__all__ = ["Improvement", "improve", "peel", "tokens_needed"]
 
 
 def peel(
@@ -51,7 +54,6 @@ def peel(
     skipped = swept.skipped
     if plan.references and not plan.parts:
         skipped += (Skipped("margins of attention and MLP parts", "not planned: effort quick judges whole blocks"),)
-    layers = layer_reports(margins, trace.block_names, swept.stream_shares) if plan.references else ()
     bounds = NONE
     if maps:
         bounds = measure_bounds(
@@ -63,6 +65,13 @@ def peel(
             earlier=earlier,
             stopwatch=stopwatch,
         )
+    won, left_out = headrooms(trace, swept.trained, stopwatch) if "headroom" in plan.quantities else ({}, ())
+    skipped += bounds.skipped + left_out
+    layers = layer_reports(margins, won, trace.block_names, swept.stream_shares) if plan.references or won else ()
+    matrix = None
+    if "redundancy" in plan.quantities:
+        matrix, left_out = redundancy(trace, swept.trained, stopwatch)
+        skipped += left_out
     return Findings(
         loss=estimate(swept.trained[selecting:]),
         bound=bounds.bound,
@@ -70,7 +79,8 @@ def peel(
         zone=bounds.zone,
         bounds=bounds.reports,
         layers=layers,
+        redundancy=matrix,
         memory=bounds.memory,
-        skipped=skipped + bounds.skipped,
+        skipped=skipped,
         timing=stopwatch.timing(),
     )

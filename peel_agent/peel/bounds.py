@@ -62,7 +62,7 @@ def measure_bounds(
             solver=solver.name,
             value=estimate(losses[label][selecting:]),
             best=memory.best[label],
-            within_class=not trace.tied_head,  # a head fitted apart from tied embeddings is outside the model's class
+            within_class=within_class(trace, own),
         )
         for label, own in labelled.items()
         if label in losses
@@ -86,6 +86,16 @@ def remember(
     lowest = {**earlier.best, **{label: min(value, earlier.best.get(label, value)) for label, value in best.items()}}
     ahead = earlier if earlier.select <= memory.select else memory
     return BoundMemory(fingerprint, ahead.select, ahead.confirm, lowest)
+
+
+def within_class(trace: Trace, own: TargetMap) -> bool:
+    """Whether the model itself could hold the construction (METHOD 9).
+
+    A head fitted apart from tied embeddings is outside; so is a chain shorter than a model whose signs leave no block
+    that does nothing.
+    """
+    signs = next(iter(trace.blocks(stop=1))).mlp_set.kind == "sign"
+    return not trace.tied_head and not (signs and len(own) < len(trace.block_names))
 
 
 def zone_of(gap: Estimate) -> Zone:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn import functional
 
 from peel_agent.peel.losses import logits, position_losses
 from peel_agent.peel.streams import Streams, through
+from peel_agent.precision import quantise, straight_through
 from peel_agent.records import Projection, TokenIds, Trace
 
 LEARNING_RATE = 5e-4
@@ -20,27 +23,28 @@ SHUFFLE_SEED = 0
 def fit_head(trace: Trace, ends: Streams) -> Projection:
     """The trained head refitted to the last streams `ends` of a construction; blocks and final norm stay as they are.
 
-    AdamW at the paper's 5e-4 from the trained head. After each epoch the loss on `select` is measured; the first epoch
-    that does not lower it ends the fit. Returns the head with the least loss on `select`: at worst the trained one.
+    AdamW at the paper's 5e-4 from the trained head; one in a weight set is fitted by its latents, as it was trained.
+    After each epoch the loss on `select` is measured; the first epoch that does not lower it ends the fit. Returns the
+    head with the least loss on `select`: at worst the trained one.
     """
     probe = trace.probe
     features, targets = _positions(trace, ends.fit, probe.fit)
     select_features, select_targets = _positions(trace, ends.select, probe.select)
     best = trace.head
+    own = trace.head_set
     best_loss = float(position_losses(select_features, select_targets, best).mean())
-    weight = best.weight.clone().requires_grad_()
+    weight = trace.head_latents.clone().requires_grad_()
     optimiser = torch.optim.AdamW([weight], lr=LEARNING_RATE, weight_decay=0.0)
     generator = np.random.default_rng(SHUFFLE_SEED)
     for _ in range(MAX_EPOCHS):
         _run_epoch(
-            weight=weight,
-            bias=trace.head.bias,
+            head=lambda: Projection(straight_through(weight.T, own).T, trace.head.bias),
             optimiser=optimiser,
             features=features,
             targets=targets,
             generator=generator,
         )
-        head = Projection(weight.detach().clone(), trace.head.bias)
+        head = Projection(quantise(weight.detach().T, own).T.clone(), trace.head.bias)
         loss = float(position_losses(select_features, select_targets, head).mean())
         if not loss < best_loss:
             break
@@ -56,8 +60,7 @@ def _positions(trace: Trace, stream: Tensor, ids: TokenIds) -> tuple[Tensor, Ten
 
 def _run_epoch(
     *,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Callable[[], Projection],
     optimiser: torch.optim.Optimizer,
     features: Tensor,
     targets: Tensor,
@@ -66,6 +69,6 @@ def _run_epoch(
     order = torch.from_numpy(generator.permutation(len(targets))).to(targets.device)
     for batch in order.split(BATCH_POSITIONS):
         optimiser.zero_grad()
-        loss = functional.cross_entropy(logits(features[batch], Projection(weight, bias)), targets[batch])
+        loss = functional.cross_entropy(logits(features[batch], head()), targets[batch])
         loss.backward()
         optimiser.step()

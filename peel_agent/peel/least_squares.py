@@ -71,6 +71,15 @@ class Gram:
             self._gram += rows.T @ rows
             self._cross += rows.T @ wanted
 
+    @property
+    def metric(self) -> Tensor:
+        """X'X [p, p] of the features alone, float64."""
+        return self._gram[:-1, :-1] if self._intercept else self._gram
+
+    def norm(self, weight: Tensor) -> float:
+        """Frobenius norm of X @ weight for a weight [p, q], the intercept's row included."""
+        return float((weight * (self._gram @ weight)).sum().clamp(min=0).sqrt())
+
     def merge(self, other: Gram) -> None:
         """Adds the rows that another Gram of the same shape has seen."""
         self._gram += other._gram

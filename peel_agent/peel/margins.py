@@ -11,12 +11,10 @@ import numpy as np
 from peel_agent.peel.intervals import estimate
 from peel_agent.peel.losses import Losses
 from peel_agent.peel.splices import Target, Variant
-from peel_agent.records import Estimate, LayerReport, PartName, PartReport, Status
+from peel_agent.records import Estimate, Status
 
 MEDIAN_FRACTION = 0.1
 """A block is `below` when its margin stays under this fraction of the other blocks' median margin."""
-
-PARTS: tuple[PartName, ...] = ("attention", "mlp")
 
 Place = tuple[int, Target]
 """A block, or a part of one."""
@@ -106,38 +104,6 @@ def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
         else:
             found.append("undecided")
     return tuple(found)
-
-
-def layer_reports(
-    margins: Mapping[Place, Margin], names: Sequence[str], stream_shares: Sequence[float]
-) -> tuple[LayerReport, ...]:
-    """One report a block, its parts included; `undecided` without a margin where none was measured."""
-    verdicts = {target: _verdicts(margins, target) for target in ("block", *PARTS)}
-    nothing = PartReport("undecided", None)
-    found = []
-    for index, name in enumerate(names):
-        own = margins.get((index, "block"))
-        whole = verdicts["block"].get(index, nothing)
-        found.append(
-            LayerReport(
-                index=index,
-                name=name,
-                status=whole.status,
-                margin=whole.margin,
-                best_reference=None if own is None else own.best,
-                references={} if own is None else own.references,
-                parts={part: verdicts[part].get(index, nothing) for part in PARTS},
-                stream_share=stream_shares[index],
-            )
-        )
-    return tuple(found)
-
-
-def _verdicts(margins: Mapping[Place, Margin], target: str) -> dict[int, PartReport]:
-    """Status and margin of everything of one kind, by block."""
-    own = of_target(margins, target)
-    found = statuses(list(own.values()))
-    return {index: PartReport(status, own[index].estimate) for index, status in zip(own, found, strict=True)}
 
 
 def of_target(margins: Mapping[Place, Margin], target: str) -> dict[int, Margin]:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from peel_agent.peel.intervals import estimate
 from peel_agent.peel.losses import Losses
 from peel_agent.peel.margins import Margin, Place, by_place, margins_of, of_target, thresholds
-from peel_agent.peel.splices import Variant
+from peel_agent.peel.splices import TARGETS, Variant
 from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.sweep import TARGETS, Sweep, carry, sweep
+from peel_agent.peel.sweep import Sweep, carry, sweep
 from peel_agent.records import Plan, Probe, Skipped, Trace
 
 HEAT_FRACTION = 8

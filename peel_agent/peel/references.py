@@ -11,7 +11,8 @@ from torch import Tensor
 from peel_agent.peel.least_squares import Gram, Solution
 from peel_agent.peel.losses import logits
 from peel_agent.peel.streams import Streams, pieces, through
-from peel_agent.records import Block, Chunk, Projection
+from peel_agent.precision import round_in_gram
+from peel_agent.records import Block, Chunk, Projection, WeightSet
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def refit(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chun
 
     Each step solves for the *change* of one projection that explains what the block so far misses of the target, so
     a ridge pulls toward the trained weights; the strength, or no change at all, is picked on `select` by the output
-    that the block then has. The first steps share the block's features and one factor; the second step sees the first
-    one's output, for what a change of the projection adds to the stream between the parts is linear in it.
+    that the block then has. A projection in a weight set is rounded into it in the metric of its inputs. The first
+    steps share the block's features and one factor; the second step sees the first one's output, for what a change of
+    the projection adds to the stream between the parts is linear in it.
     """
     fit, select = (_Seen.of(block, h, chunk) for h in (inputs.fit, inputs.select))
     width = inputs.fit.shape[-1]
@@ -78,7 +80,7 @@ def refit(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chun
     solutions = gram.solve()
     for place, target in enumerate(targets):
         columns = slice(place * width, (place + 1) * width)
-        changes = _changes(solutions, columns, block.attention_projection)
+        changes = _changes(solutions, columns, block.attention_projection, gram, block.attention_set)
         outputs = [select.output] + [_with_change(block, select, change, chunk) for change in changes[1:]]
         change = _nearest(changes, outputs, target.select)[0]
         attention = _changed(block.attention_projection, change)
@@ -124,9 +126,19 @@ def _refit_mlp(block: Block, mid: Tensor, selected: Tensor, target: Streams, chu
         gram.update(features, wanted - output)
     scored = list(pieces(block.observe_mlp_part, chunk, selected))
     features, output = (torch.cat(own) for own in zip(*scored, strict=True))
-    changes = _changes(gram.solve(), slice(None), block.mlp_projection)
+    changes = _changes(gram.solve(), slice(None), block.mlp_projection, gram, block.mlp_set)
     best, reached = _nearest(changes, [output + logits(features, change) for change in changes], target.select)
     return _changed(block.mlp_projection, best), reached
+
+
+REFIT_TOKENS = 8192
+REFIT_TOKENS_PER_COLUMN = 4
+"""A stand-in by refit, whose Gram is the dearest, is solved on the first fit tokens only: the larger of these."""
+
+
+def refit_tokens(columns: int) -> int:
+    """The fit tokens on which a stand-in of so many columns is solved."""
+    return max(REFIT_TOKENS, REFIT_TOKENS_PER_COLUMN * columns)
 
 
 def columns_of_refit(block: Block) -> int:
@@ -148,16 +160,27 @@ def _rows(chunk: Chunk, *streams: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return pieces(lambda *own: own, chunk, *streams)
 
 
-def _changes(solutions: Sequence[Solution], columns: slice, trained: Projection) -> list[Projection]:
-    """The changes of a projection to choose among: none, and one a ridge."""
+def _changes(
+    solutions: Sequence[Solution], columns: slice, trained: Projection, gram: Gram, own: WeightSet
+) -> list[Projection]:
+    """The changes of a projection to choose among: none, and one a ridge, each within the projection's weight set."""
     none = Projection(
         torch.zeros_like(trained.weight), None if trained.bias is None else torch.zeros_like(trained.bias)
     )
     found = [none]
     for solution in solutions:
-        change = solution.weight[:, columns].to(trained.weight.dtype)
-        found.append(Projection(change, None) if trained.bias is None else Projection(change[:-1], change[-1]))
+        change = solution.weight[:, columns]
+        bias = None if trained.bias is None else change[-1].to(trained.bias.dtype)
+        weight = change if trained.bias is None else change[:-1]
+        if own.restricts:
+            weight = within(trained.weight.double() + weight, gram, own) - trained.weight.double()
+        found.append(Projection(weight.to(trained.weight.dtype), bias))
     return found
+
+
+def within(wanted: Tensor, gram: Gram, own: WeightSet) -> Tensor:
+    """A projection's wanted weight [in, out], float64, rounded into its set in the metric of its inputs."""
+    return round_in_gram(wanted.T, gram.metric, own).T if own.restricts else wanted
 
 
 def _changed(trained: Projection, change: Projection) -> Projection:

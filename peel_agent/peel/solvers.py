@@ -49,7 +49,7 @@ def _closed_form(block: Block, inputs: Streams, targets: Sequence[Streams], chun
 
 
 def _descent(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chunk) -> Iterator[Streams]:
-    return (descend(block, block.parameters, inputs, target, chunk) for target in targets)
+    return (descend(block, {**block.parameters, **block.latents}, inputs, target, chunk) for target in targets)
 
 
 def _descent_cold(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chunk) -> Iterator[Streams]:
@@ -69,7 +69,8 @@ SOLVERS = {
 def descend(block: Block, start: Mapping[str, Tensor], inputs: Streams, targets: Streams, chunk: Chunk) -> Streams:
     """The paper's fit: 6 AdamW steps at 1e-3 on the mean squared error to the target over all of `fit`.
 
-    Every parameter of the block is free. Each step uses the gradient over the whole of `fit`, added up chunk by chunk.
+    Every parameter of the block is free; those in a weight set are latents, quantised on the way forward and given the
+    gradient of the identity. Each step uses the gradient over the whole of `fit`, added up chunk by chunk.
     """
     free = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
     optimiser = torch.optim.AdamW(free.values(), lr=DESCENT_LEARNING_RATE, weight_decay=0.0)

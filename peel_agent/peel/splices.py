@@ -14,6 +14,8 @@ from peel_agent.records import Block, Chunk, Projection
 
 Target = Literal["block", "attention", "mlp"]
 
+TARGETS: tuple[Target, ...] = ("block", "attention", "mlp")
+
 
 class Variant(NamedTuple):
     """The trained model with one block, or one part of a block, replaced by a reference."""
@@ -59,6 +61,15 @@ def affine(target: Target, added: Affine) -> Splice:
             return site.mid + added(site.mid)
         stream = site.h + added(site.h)
         return through(site.block.run_mlp_part, stream, site.chunk) if target == "attention" else stream
+
+    return splice
+
+
+def changed(*, attention: Projection | None, mlp: Projection | None) -> Splice:
+    """The block itself with other output projections; None leaves one as trained."""
+
+    def splice(site: Site) -> Tensor:
+        return through(lambda h: site.block.run(h, attention=attention, mlp=mlp), site.h, site.chunk)
 
     return splice
 

@@ -55,6 +55,10 @@ class Stopwatch:
         """Spent so far on this kind of work."""
         return self._seconds[kind]
 
+    def now(self) -> float:
+        """The clock."""
+        return self._clock()
+
     def affords(self, seconds: float) -> bool:
         """Whether so much of the time budget is left."""
         return self.budget is None or self._clock() - self._began + seconds <= self.budget

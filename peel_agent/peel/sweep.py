@@ -17,21 +17,15 @@ from torch import Tensor
 from peel_agent.peel import splices
 from peel_agent.peel.least_squares import Gram, shortfall
 from peel_agent.peel.losses import Losses, sequence_losses
-from peel_agent.peel.references import Affine, columns_of_refit, pick_affine, refit
-from peel_agent.peel.splices import Site, Splice, Target, Variant
+from peel_agent.peel.references import Affine, columns_of_refit, pick_affine, refit, refit_tokens
+from peel_agent.peel.splices import TARGETS, Site, Splice, Target, Variant
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import Streams, embedded, pieces, score_ids
 from peel_agent.peel.tails import Tails
 from peel_agent.records import Block, Plan, Skipped, Trace
 
-REFIT_TOKENS = 8192
-REFIT_TOKENS_PER_COLUMN = 4
-"""`previous`, whose Gram is by far the dearest, is solved on the first fit tokens only: the larger of these two."""
-
 TAIL_SHARE = 1
 """Spliced streams may take so many times the memory of one hidden state over `fit`."""
-
-TARGETS: tuple[Target, ...] = ("block", "attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -192,8 +186,7 @@ def _solve(
     if "previous" in plan.references and previous is not None:
         columns = columns_of_refit(previous.block)
         if _trusted(trace, "`previous` references", columns, skipped):
-            tokens = max(REFIT_TOKENS, REFIT_TOKENS_PER_COLUMN * columns)
-            inputs, aim = (own.first(tokens) for own in (previous.before, visit.after))
+            inputs, aim = (own.first(refit_tokens(columns)) for own in (previous.before, visit.after))
             (reaching,) = refit(previous.block, inputs, [aim], trace.chunk)
             found[Variant(index, "block", "previous")] = splices.previous(reaching.attention, reaching.mlp)
     return found

@@ -51,7 +51,7 @@ class Tails:
         if found:
             self._bundles.append((tuple(found), torch.cat([splice(site) for splice in found.values()])))
             self.spliced += len(found) * len(self._ids)
-        if sum(bundle.numel() for _, bundle in self._bundles) > self._share:
+        if sum(bundle.numel() for _, bundle in self._bundles) > self._share:  # a share of 0 lets none wait
             for block in self._trace.blocks(site.block.index + 1):
                 self.advance(block)
             self.score()

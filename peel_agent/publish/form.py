@@ -81,6 +81,9 @@ def _bound(form: Mapping[str, Any]) -> BoundReport:
 
 
 def _layer(form: Mapping[str, Any]) -> LayerReport:
-    parts = {name: PartReport(part["status"], _estimate(part["margin"])) for name, part in form["parts"].items()}
+    parts = {
+        name: PartReport(part["status"], _estimate(part["margin"]), _estimate(part.get("headroom")))
+        for name, part in form["parts"].items()
+    }
     estimates = {name: _estimate(form[name]) for name in ("margin", "headroom")}
     return LayerReport(**{**form, **estimates, "parts": parts})

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from peel_agent.records import LayerReport, PeelReport
 
+REDUNDANT_FRACTION = 0.01
+"""Blocks are called redundant when a stand-in for them costs less than this fraction of the loss."""
+
 _COLUMNS = "{:<22} {:<10} {:<29} {:<14} {:<10} {:<10} {}"
 _HEADER = _COLUMNS.format("block", "status", "margin [95 % interval]", "best stand-in", "attention", "mlp", "share")
 
@@ -54,9 +57,39 @@ def table(report: PeelReport) -> str:
             f"  {bound.label:<16} {bound.value}" + ("" if bound.within_class else "  outside the model's own class")
             for bound in report.bounds
         ]
+    if any(layer.headroom for layer in report.layers):
+        lines += ["", "headroom: what a better block of the same kind would win"]
+        lines += [_headroom_line(layer) for layer in report.layers if layer.headroom is not None]
+    if report.redundancy is not None:
+        lines += ["", redundancy_sentence(report)]
     if report.skipped:
         lines += ["", *(f"left out: {skipped.what}: {skipped.why}" for skipped in report.skipped)]
     return "\n".join(lines)
+
+
+def _headroom_line(layer: LayerReport) -> str:
+    pieces = [f"  {layer.name:<20} {layer.headroom}"]
+    pieces += [f"{part} {own.headroom}" for part, own in layer.parts.items() if own.headroom is not None]
+    if layer.quantization_share is not None and layer.optimization_share is not None:
+        pieces.append(f"shares: optimiser {layer.optimization_share:z.4f}, quantiser {layer.quantization_share:z.4f}")
+    return "  ".join(pieces)
+
+
+def redundancy_sentence(report: PeelReport) -> str:
+    """How many neighbouring blocks one refitted block stands in for at hardly any cost (METHOD 6)."""
+    matrix = report.redundancy or ()
+    spans = [
+        (matrix[first][last], first, last) for first in range(len(matrix)) for last in range(first + 1, len(matrix))
+    ]
+    if not spans:
+        return "redundancy: one block stands in for nothing but itself"
+    names = [layer.name for layer in report.layers] or [f"block {index}" for index in range(len(matrix))]
+    small = [span for span in spans if span[0] <= REDUNDANT_FRACTION * report.loss.value]
+    cost, first, last = min(small, key=lambda span: (span[1] - span[2], span[0])) if small else min(spans)
+    what = f"{names[first]}, refitted, stands in for itself and {names[first + 1]}"
+    what += f" to {names[last]}" if last > first + 1 else ""
+    hint = "a hint for pruning" if small else f"more than {REDUNDANT_FRACTION:.0%} of the loss, so each block is needed"
+    return f"redundancy: {what} at a cost of {cost:.4f} nats per token: {hint}"
 
 
 def _layer_line(layer: LayerReport) -> str:

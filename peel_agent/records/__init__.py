@@ -15,6 +15,7 @@ from peel_agent.records.model import (
     Anatomy,
     Block,
     Chunk,
+    Gradient,
     Observation,
     Probe,
     Projection,
@@ -23,6 +24,7 @@ from peel_agent.records.model import (
     Trace,
     Weights,
 )
+from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet
 from peel_agent.records.report import (
     SCHEMA,
     BoundMemory,
@@ -55,7 +57,9 @@ from peel_agent.records.verdict import (
 )
 
 __all__ = [
+    "FULL_PRECISION",
     "SCHEMA",
+    "SETS",
     "Anatomy",
     "Block",
     "BoundMemory",
@@ -66,6 +70,7 @@ __all__ = [
     "Estimate",
     "FileStamp",
     "Findings",
+    "Gradient",
     "LayerReport",
     "ModelInfo",
     "Notice",
@@ -92,6 +97,7 @@ __all__ = [
     "TokenIds",
     "Trace",
     "Verdict",
+    "WeightSet",
     "Weights",
     "Zone",
 ]

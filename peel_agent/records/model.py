@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from peel_agent.records.checkpoint import CheckpointRef
+from peel_agent.records.precision import WeightSet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +64,8 @@ class Snapshot:
     parameters: int
     precision: str
     tied_head: bool
+    sets: Mapping[str, WeightSet] = field(default_factory=dict)
+    """Weight sets by glob, for weights that are stored as latents."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,36 @@ class Observation:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """A block seen from inside on the way back, for the gradient of a loss at its output.
+
+    Features as in Observation; mid [B, S, d] is the loss's gradient at the stream between the parts, input [B, S, d]
+    that at the block's input.
+    """
+
+    attention_features: Tensor
+    mlp_features: Tensor
+    mid: Tensor
+    input: Tensor
+
+
 class Block(Protocol):
-    """One trained block with its weights resident. `attention` and `mlp` stand in for its two output projections."""
+    """One trained block with its weights resident. `attention` and `mlp` stand in for its two output projections.
+
+    `parameters` are the weights that the forward pass uses, `latents` those from which low-bit ones are made, and
+    `sets` the weight sets of the latter by name; the sets of the two projections are at hand too.
+    """
 
     index: int
     name: str
     parameters: Mapping[str, Tensor]
+    latents: Mapping[str, Tensor]
+    sets: Mapping[str, WeightSet]
     attention_projection: Projection
     mlp_projection: Projection
+    attention_set: WeightSet
+    mlp_set: WeightSet
 
     def run(self, h: Tensor, *, attention: Projection | None = None, mlp: Projection | None = None) -> Tensor:
         """The block's output [B, S, d] for its input h [B, S, d]."""
@@ -121,7 +146,16 @@ class Block(Protocol):
         """The same with its inner features."""
 
     def run_with(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The block's output with other parameters of the same names and shapes; gradients flow to them."""
+        """The block's output with other parameters of the same names and shapes; gradients flow to them.
+
+        Those in a weight set are taken as latents: quantised, with the gradient of the identity.
+        """
+
+    def backward(self, h: Tensor, gradient: Tensor) -> Gradient:
+        """What a loss's gradient [B, S, d] at the output for input h [B, S, d] is further inside."""
+
+    def stored(self, *, attention: Projection | None = None, mlp: Projection | None = None) -> Mapping[str, Tensor]:
+        """Output projections under the block's own parameter names and in their layout."""
 
     def initial_parameters(self) -> Mapping[str, Tensor]:
         """Parameters as the architecture initialises them, by a fixed seed."""
@@ -159,6 +193,9 @@ class Trace(Protocol):
     chunk: Chunk
     tied_head: bool
     head: Projection
+    head_latents: Tensor
+    """[d, V]: what the head's weight is made from; the weight itself unless it is in a weight set."""
+    head_set: WeightSet
 
     def embed(self, ids: TokenIds) -> Tensor:
         """h_0 [N, S, d] for token ids [N, S]."""

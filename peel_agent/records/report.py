@@ -46,13 +46,20 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PartReport:
+    """One part of a block; `headroom` as for the whole block."""
+
     status: Status
     margin: Estimate | None
+    headroom: Estimate | None = None
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One block. `references` holds loss(with that reference spliced in) - loss(trained) on `confirm`."""
+    """One block. `references` holds loss(with that reference spliced in) - loss(trained) on `confirm`.
+
+    `headroom` is loss(trained) - loss(a better block of the same kind). A low-bit block's two shares are what a better
+    optimiser could still win within the weight set, and what the set itself costs beside free weights (METHOD 5).
+    """
 
     index: int
     name: str
@@ -151,6 +158,7 @@ class Findings:
     zone: Zone
     bounds: tuple[BoundReport, ...]
     layers: tuple[LayerReport, ...]
+    redundancy: tuple[tuple[float, ...], ...] | None
     memory: BoundMemory | None
     skipped: tuple[Skipped, ...]
     timing: Timing

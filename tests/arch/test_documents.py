@@ -127,10 +127,8 @@ def test_every_plug_in_is_in_the_readme() -> None:
 
 def test_every_metric_and_tag_is_in_the_readme() -> None:
     """What a publication holds is named in the README."""
-    measured = tuple(dataclasses.replace(layer, headroom=None) for layer in FULL.layers)  # comes with its own issue
     verdict = Verdict((RuleState("layer_below", "model.layers.0", "inactive", 0, None),), ())
-    report = dataclasses.replace(FULL, layers=measured)
-    sent = publication(report, verdict, committed_at=1.0, alerts_log="x\n", max_series=400)
+    sent = publication(FULL, verdict, committed_at=1.0, alerts_log="x\n", max_series=400)
     text = README.replace("`", "")
     for key in [*sent.metrics, *sent.tags, *sent.files]:
         generic = re.sub(r"L\d{3}$", "L003", re.sub(r"step-\d+", "step-000000800", key))

@@ -45,7 +45,10 @@ FULL = PeelReport(
             margin=Estimate(0.0, -0.0002, 0.0002),
             best_reference="skip",
             references=MappingProxyType({"skip": 0.0, "affine": 0.01}),
-            parts={"attention": PartReport("below", Estimate(0.0, -0.1, 0.1)), "mlp": PartReport("undecided", None)},
+            parts={
+                "attention": PartReport("below", Estimate(0.0, -0.1, 0.1)),
+                "mlp": PartReport("undecided", None, Estimate(0.2, 0.1, 0.3)),
+            },
             stream_share=0.3,
             headroom=Estimate(0.05, 0.04, 0.06),
             quantization_share=0.01,
@@ -93,8 +96,12 @@ FORM = {
             "best_reference": "skip",
             "references": {"skip": 0.0, "affine": 0.01},
             "parts": {
-                "attention": {"status": "below", "margin": {"value": 0.0, "low": -0.1, "high": 0.1}},
-                "mlp": {"status": "undecided", "margin": None},
+                "attention": {
+                    "status": "below",
+                    "margin": {"value": 0.0, "low": -0.1, "high": 0.1},
+                    "headroom": None,
+                },
+                "mlp": {"status": "undecided", "margin": None, "headroom": {"value": 0.2, "low": 0.1, "high": 0.3}},
             },
             "stream_share": 0.3,
             "headroom": {"value": 0.05, "low": 0.04, "high": 0.06},
@@ -133,7 +140,9 @@ FORM = {
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 ESTIMATES = st.builds(Estimate, NUMBERS, NUMBERS, NUMBERS)
-PARTS = st.builds(PartReport, st.sampled_from(("above", "below", "undecided")), st.none() | ESTIMATES)
+PARTS = st.builds(
+    PartReport, st.sampled_from(("above", "below", "undecided")), st.none() | ESTIMATES, st.none() | ESTIMATES
+)
 REPORTS = st.builds(
     PeelReport,
     bounds=st.lists(

@@ -61,14 +61,14 @@ def test_a_whole_peel_survives_a_small_memory(tmp_path: Path, monkeypatch: pytes
     path = zoo.save(zoo.build("llama"), tmp_path)
     plan = Plan(frozenset({"margin", "bounds"}), ("skip", "affine", "previous"), ((1, 4), (4, 4)))
     plenty = peel(zoo.trace_of(path), plan, itertools.count().__next__)
-    real = ResidentBlock.run_with
+    real = ResidentBlock._call
 
     def tight(self: ResidentBlock, h: torch.Tensor, parameters: Any) -> torch.Tensor:
         if len(h) > 5:
             raise torch.OutOfMemoryError("injected")
         return real(self, h, parameters)
 
-    monkeypatch.setattr(ResidentBlock, "run_with", tight)
+    monkeypatch.setattr(ResidentBlock, "_call", tight)
     trace = zoo.trace_of(path)
     tight_findings = peel(trace, plan, itertools.count().__next__)
     assert 1 <= trace.chunk.sequences <= 5

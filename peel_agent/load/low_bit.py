@@ -1,0 +1,64 @@
+"""Which weights are low-bit, in words and checked against the model; and weights replaced by a patch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peel_agent.errors import CheckpointError, ConfigurationError
+from peel_agent.precision import Quantisers
+from peel_agent.records import Anatomy, Weights, WeightSet
+
+
+def check_globs(sets: Mapping[str, WeightSet], shapes: Mapping[str, tuple[int, ...]], *, transposed: bool) -> None:
+    """Raises ConfigurationError for a glob that fits no matrix, or one whose groups do not divide a matrix's width."""
+    matrices = {name: shape[0 if transposed else 1] for name, shape in shapes.items() if len(shape) == 2}
+    for glob, own in sets.items():
+        fitting = [name for name in matrices if fnmatchcase(name, glob)]
+        if not fitting:
+            raise ConfigurationError(
+                f"`model.precision` names `{glob}`, which fits no matrix of this model",
+                remedy=f"use a glob over weight names, such as {list(matrices)[-1]}",
+            )
+        for name in fitting:
+            if own.unit == "group" and matrices[name] % own.group:
+                raise ConfigurationError(
+                    f"`{own.name}` cannot be used for {name}: groups of {own.group} do not divide {matrices[name]}",
+                    remedy="choose a group size that divides the matrix's inputs",
+                )
+
+
+def precision_in_words(name: str, stored: Tensor, sets: Mapping[str, WeightSet], anatomy: Anatomy) -> str:
+    """What a block's matrix is stored as and stands for: `bfloat16`, `float32 latents of ternary`."""
+    quantisers = Quantisers(sets, transposed=anatomy.projection_layout == "in_out")
+    dtype, own = str(stored.dtype).removeprefix("torch."), quantisers.of(name, stored)
+    if not own.restricts:
+        return dtype
+    return f"{dtype} {'latents of' if quantisers.named(name) else 'in'} {own.name}"
+
+
+class PatchedWeights:
+    """See records.Weights: those of a checkpoint, with some replaced by a safetensors file."""
+
+    def __init__(self, below: Weights, patch: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        self._below = below
+        try:
+            self._patch: Mapping[str, Tensor] = load_file(patch)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"the patch {patch} cannot be read: {error}", remedy="write it again") from error
+
+    def config(self) -> Mapping[str, Any]:
+        return self._below.config()
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {**self._below.shapes(), **{name: tuple(own.shape) for name, own in self._patch.items()}}
+
+    def read(self, name: str) -> Tensor:
+        return self._patch[name] if name in self._patch else self._below.read(name)

@@ -1,0 +1,89 @@
+"""The backward sweep (METHOD 5, 8): the loss's gradient carried from the head to the embeddings, block by block.
+
+Only every so many hidden states are kept from the way forward; those between are computed anew, so that memory grows
+with the square root of the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from peel_agent.peel.least_squares import Gram
+from peel_agent.peel.losses import logits
+from peel_agent.peel.streams import Streams, embedded, pieces
+from peel_agent.records import Block, Chunk, Projection, TokenIds, Trace
+
+
+def backwards(trace: Trace) -> Iterator[tuple[Block, Streams, Tensor, Callable[[Tensor], None]]]:
+    """Every block from the last to the first, with the streams that enter it and the gradient at its output on `fit`.
+
+    The gradient [N_f, S, d] is that of the summed cross-entropy of all predicted positions. The consumer hands the
+    gradient at the block's input to the function that comes with them, before it asks for the next block.
+    """
+    depth = len(trace.block_names)
+    stride = isqrt(max(0, depth - 1)) + 1
+    h = embedded(trace)
+    kept = {}
+    for block in trace.blocks():
+        if block.index % stride == 0:
+            kept[block.index] = h
+        h = h.through(block.run, trace.chunk)
+    waiting = [loss_gradient(trace, h.fit, trace.probe.fit)]
+    for start in reversed(range(0, depth, stride)):
+        entering = [kept.pop(start)]
+        for block in trace.blocks(start, min(start + stride, depth) - 1):
+            entering.append(entering[-1].through(block.run, trace.chunk))
+        while entering:
+            index = start + len(entering) - 1
+            (block,) = trace.blocks(index, index + 1)
+            yield block, entering.pop(), waiting.pop(), waiting.append
+
+
+def loss_gradient(trace: Trace, stream: Tensor, ids: TokenIds) -> Tensor:
+    """Gradient [N, S, d] of the summed next-token cross-entropy with respect to the last stream [N, S, d]."""
+
+    def gradient(h: Tensor, own: Tensor) -> Tensor:
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            features = trace.normalise(h)[:, :-1].flatten(0, 1)
+            loss = functional.cross_entropy(logits(features, trace.head), own[:, 1:].flatten(), reduction="sum")
+            (found,) = torch.autograd.grad(loss, h)
+        return found
+
+    return torch.cat(list(pieces(gradient, trace.chunk, stream, torch.from_numpy(ids).to(stream.device))))
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Normal equations of a projection's inputs against the gradient at its output, over `fit`.
+
+    `added` is the Frobenius norm of what the projection adds to the stream.
+    """
+
+    projection: Projection
+    gram: Gram
+    added: float
+
+
+def descents(block: Block, h: Tensor, gradient: Tensor, chunk: Chunk) -> tuple[Descent, Descent, Tensor]:
+    """The two output projections of a block, attention first, and the gradient [N, S, d] at its input h [N, S, d]."""
+    projections = (block.attention_projection, block.mlp_projection)
+    grams = [Gram(*own.weight.shape, intercept=own.bias is not None, device=own.weight.device) for own in projections]
+    squares = [0.0, 0.0]
+    entering = []
+    for seen, outgoing in pieces(lambda x, g: (block.backward(x, g), g), chunk, h, gradient):
+        parts = ((seen.attention_features, seen.mid), (seen.mlp_features, outgoing))
+        for place, (features, own) in enumerate(parts):
+            grams[place].update(features, own)
+            squares[place] += float(logits(features, projections[place]).double().square().sum())
+        entering.append(seen.input)
+    attention, mlp = (
+        Descent(own, gram, square**0.5) for own, gram, square in zip(projections, grams, squares, strict=True)
+    )
+    return attention, mlp, torch.cat(entering)

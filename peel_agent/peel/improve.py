@@ -1,0 +1,62 @@
+"""A better block as a witness (METHOD 5): the weights that the headroom of one block was measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from peel_agent.errors import NoWitness
+from peel_agent.peel.headroom import headrooms
+from peel_agent.peel.intervals import estimate
+from peel_agent.peel.race import first_heat
+from peel_agent.peel.stopwatch import Stopwatch
+from peel_agent.peel.sweep import sweep
+from peel_agent.precision import latents_of
+from peel_agent.records import Block, Estimate, Plan, Progress, Projection, Trace, WeightSet
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """Weights under the model's own names that make one block better, latents where the block is low-bit.
+
+    `loss` is the trained model's on confirm, `headroom` what the weights win there; nats per token.
+    """
+
+    weights: Mapping[str, Tensor]
+    loss: Estimate
+    headroom: Estimate
+
+
+def improve(trace: Trace, index: int, clock: Callable[[], float], progress: Progress | None = None) -> Improvement:
+    """The better block `index`; NoWitness when its win cannot be told from 0."""
+    stopwatch = Stopwatch(clock, progress)
+    nothing = Plan(frozenset(), (), "direct")
+    trained = sweep(trace, nothing, first_heat(trace.probe), frozenset(), stopwatch).trained
+    found, skipped = headrooms(trace, trained, stopwatch, only=index)
+    if index not in found:
+        raise NoWitness(f"no better block can be solved for: {skipped[0].why}", remedy="give a larger probe")
+    won, better = found[index].won["block"], found[index].better["block"]
+    if not won.low > 0.0:
+        raise NoWitness(
+            f"{trace.block_names[index]} has no proven headroom: {won} nats per token",
+            remedy="nothing was written; take another block, or a larger probe for a narrower interval",
+        )
+    (block,) = trace.blocks(index, index + 1)
+    stored = block.stored(
+        attention=_storable(better.attention, block.attention_set), mlp=_storable(better.mlp, block.mlp_set)
+    )
+    weights = {f"{block.name}.{key}": weight.contiguous() for key, weight in _without_same(block, stored).items()}
+    return Improvement(weights, estimate(trained[len(trace.probe.select) :]), won)
+
+
+def _storable(projection: Projection | None, own: WeightSet) -> Projection | None:
+    """A projection whose weights are what is stored for it: latents when it is in a weight set."""
+    if projection is None or not own.restricts:
+        return projection
+    return Projection(latents_of(projection.weight.T, own).T, projection.bias)
+
+
+def _without_same(block: Block, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: weight for key, weight in stored.items() if not weight.equal(block.parameters[key])}

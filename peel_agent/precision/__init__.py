@@ -1,0 +1,8 @@
+"""precision: what a matrix becomes inside a weight set, by plain quantisation or by rounding in the Gram metric."""
+
+from peel_agent.precision.quantise import latents_of, quantise, straight_through
+from peel_agent.precision.quantisers import Quantisers
+from peel_agent.precision.recognise import recognise
+from peel_agent.precision.rounding import round_in_gram
+
+__all__ = ["Quantisers", "latents_of", "quantise", "recognise", "round_in_gram", "straight_through"]

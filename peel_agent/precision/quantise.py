@@ -1,0 +1,103 @@
+"""The quantisers of the weight sets: latent weights to the effective ones that a low-bit forward pass uses.
+
+Matrices are [out, in], a row an output channel. `sign` is the paper's binarisation (arXiv 2605.02853), `ternary` the
+absmean quantiser of BitNet b1.58 (arXiv 2402.17764), `int` round-to-nearest with the largest value of a unit at the
+end of the grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peel_agent.records import WeightSet
+
+_FP8 = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zero points of a matrix, [out or 1, units, 1] each, and the codes that its entries may have.
+
+    The value of code c is scale * (c - zero). `least` and `most` bound the codes; for `sign` only these two exist.
+    """
+
+    own: WeightSet
+    scale: Tensor
+    zero: Tensor
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, matrix: Tensor, own: WeightSet) -> Grid:
+        """The grid that the quantiser of this set lays over a matrix [out, in]."""
+        units = in_units(matrix, own)
+        over = (0, 1, 2) if own.unit == "matrix" else (2,)
+        none = torch.zeros_like(units.amax(dim=over, keepdim=True))
+        if own.kind in ("sign", "ternary"):
+            return cls(own, units.abs().mean(dim=over, keepdim=True), none, -1, 1)
+        if own.kind in _FP8:
+            most = torch.finfo(_FP8[own.kind]).max
+            return cls(own, units.abs().amax(dim=over, keepdim=True) / most, none, 0, 0)
+        if not own.affine:
+            most = 2 ** (own.bits - 1) - 1
+            return cls(own, units.abs().amax(dim=over, keepdim=True) / most, none, -most, most)
+        low = units.amin(dim=over, keepdim=True).clamp(max=0)
+        high = units.amax(dim=over, keepdim=True).clamp(min=0)
+        most = 2**own.bits - 1
+        scale = (high - low) / most
+        return cls(own, scale, torch.round(-low / _nonzero(scale)), 0, most)
+
+    def codes(self, units: Tensor) -> Tensor:
+        """What is multiplied by the scale, for entries [out, units, size]: the nearest code minus the zero point."""
+        if self.own.kind == "sign":
+            return torch.where(units >= 0, 1.0, -1.0).to(units.dtype)
+        steps = units / _nonzero(self.scale)
+        if self.own.kind in _FP8:
+            return steps.to(torch.float32).to(_FP8[self.own.kind]).to(units.dtype)
+        return (torch.round(steps) + self.zero).clamp(self.least, self.most) - self.zero
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def in_units(matrix: Tensor, own: WeightSet) -> Tensor:
+    """A matrix [out, in] as [out, units, size]. ValueError when a group does not divide the width."""
+    if own.unit != "group":
+        return matrix[:, None, :]
+    if matrix.shape[1] % own.group:
+        raise ValueError(f"groups of {own.group} do not divide a width of {matrix.shape[1]}")
+    units: Tensor = matrix.unflatten(1, (-1, own.group))
+    return units
+
+
+def quantise(matrix: Tensor, own: WeightSet) -> Tensor:
+    """The effective weights [out, in] of a matrix of latents, in its own dtype. ValueError as `in_units`."""
+    if not own.restricts:
+        return matrix
+    grid = Grid.of(matrix, own)
+    return (grid.scale * grid.codes(in_units(matrix, own))).flatten(1)
+
+
+def straight_through(matrix: Tensor, own: WeightSet) -> Tensor:
+    """The effective weights, with the gradient of the identity: what low-bit training differentiates."""
+    if not own.restricts:
+        return matrix
+    effective: Tensor = matrix + (quantise(matrix, own) - matrix).detach()
+    return effective
+
+
+def latents_of(effective: Tensor, own: WeightSet) -> Tensor:
+    """Latents [out, in] whose quantiser gives these effective weights, which must be in the set.
+
+    Absmean quantisers see the zeros in the mean, so the others must be larger for it. Every other set holds its own
+    fixed points.
+    """
+    if own.kind != "ternary":
+        return effective
+    over = (0, 1) if own.unit == "matrix" else (1,)
+    filled = (effective != 0).to(effective.dtype).mean(dim=over, keepdim=True)
+    return effective / torch.where(filled == 0, 1.0, filled)

@@ -1,0 +1,37 @@
+"""The weight sets of a model's matrices: named by the user for latents, else told from the values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from peel_agent.precision.quantise import quantise
+from peel_agent.precision.recognise import recognise
+from peel_agent.records import FULL_PRECISION, WeightSet
+
+
+class Quantisers:
+    """Applies the sets that `named` gives to weights by glob; `transposed` matrices are stored [in, out]."""
+
+    def __init__(self, named: Mapping[str, WeightSet], *, transposed: bool) -> None:
+        self._named = named
+        self._transposed = transposed
+
+    def named(self, name: str) -> WeightSet | None:
+        """The set that the first glob which fits this weight gives to it."""
+        return next((own for glob, own in self._named.items() if fnmatchcase(name, glob)), None)
+
+    def of(self, name: str, stored: Tensor) -> WeightSet:
+        """The set of a block's weight: as named, else recognised from its values. Only matrices have one."""
+        if stored.dim() != 2:
+            return FULL_PRECISION
+        return self.named(name) or recognise(self._upright(stored))
+
+    def effective(self, stored: Tensor, own: WeightSet) -> Tensor:
+        """The weight that the forward pass uses, in the layout it is stored in."""
+        return self._upright(quantise(self._upright(stored), own)) if own.restricts else stored
+
+    def _upright(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self._transposed else matrix

@@ -1,0 +1,91 @@
+"""`peel-agent witness`: a better block's weights as a patch, measured again from the file that was written.
+
+The patch is a safetensors file under the checkpoint's own names and in its dtypes: `model.load_state_dict(load_file(F),
+strict=False)` is all it takes. A low-bit block's latents are written, so that training can go on from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from peel_agent import registry
+from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings, worker_environment
+from peel_agent.errors import ConfigurationError, NoWitness
+from peel_agent.pipeline import locate, probe_for
+from peel_agent.records import Estimate, Progress
+from peel_agent.worker import Request, ask
+
+TOLERANCE = 0.05
+"""A loss measured from the file may differ from what was promised by this fraction of the win."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness:
+    """What was proven: the loss as trained and with the patch in place, both on confirm, in nats per token.
+
+    `headroom` is their difference with its paired interval; `names` are the weights in the patch.
+    """
+
+    trained: Estimate
+    patched: Estimate
+    headroom: Estimate
+    names: tuple[str, ...]
+
+
+def witness(
+    path: Path,
+    *,
+    layer: int,
+    out: Path,
+    probe: ProbeSettings,
+    model: ModelSettings,
+    device: str,
+    clock: Callable[[], float],
+    progress: Progress | None = None,
+) -> Witness:
+    """Writes better weights for block `layer` (0-based) to `out`, and measures them from there in a fresh process.
+
+    Raises NoWitness, leaving no file, when the block's headroom cannot be told from 0 or the file does not win it.
+    """
+    from safetensors.torch import save_file
+
+    from peel_agent.capture import open_trace
+    from peel_agent.load import open_snapshot
+    from peel_agent.peel import improve
+
+    ref = locate(path)
+    (form,) = registry.formats(ref.format)
+    snapshot = open_snapshot(ref, form, registry.family, sets=model.precision)
+    trace = open_trace(snapshot, probe_for(snapshot, probe), device=device)
+    if not 0 <= layer < len(trace.block_names):
+        raise ConfigurationError(
+            f"there is no block {layer}", remedy=f"this model has blocks 0 to {len(trace.block_names) - 1}"
+        )
+    better = improve(trace, layer, clock, progress)
+    patch = {name: weight.cpu().to(snapshot.weights.read(name).dtype) for name, weight in better.weights.items()}
+    try:
+        save_file(patch, out)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write {out}: {error}", remedy="check the path of --out") from error
+    environment, inside = worker_environment(device)
+    request = Request(
+        ref=ref,
+        probe=probe,
+        peel=PeelSettings(quantities=()),
+        model=model,
+        device=inside,
+        nice=0,
+        patch=out.absolute(),
+    )
+    patched = ask(request, environment, started=lambda _: None).report.loss
+    won = better.loss.value - patched.value
+    if abs(won - better.headroom.value) > TOLERANCE * better.headroom.value:
+        out.unlink()
+        raise NoWitness(
+            f"the weights win {won:.4f} nats per token from the file, not {better.headroom.value:.4f}: "
+            f"{snapshot.precision} does not hold them",
+            remedy="nothing was left; take a checkpoint of higher precision",
+        )
+    return Witness(better.loss, patched, better.headroom, tuple(sorted(patch)))
