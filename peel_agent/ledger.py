@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import BoundMemory, CheckpointRef, Publication, RuleState, Verdict
+from peel_agent.records import CheckpointRef, Memory, Publication, RuleState, Verdict, restored
 
 SCHEMA_VERSION = 1
 
@@ -102,10 +102,10 @@ class Ledger:
         """Every alert so far, one JSON object a line."""
         return "".join(f"{line}\n" for (line,) in self._db.execute("SELECT line FROM alerts ORDER BY position"))
 
-    def bound_memory(self) -> BoundMemory | None:
+    def bound_memory(self) -> Memory | None:
         """The running minimum of the bounds, None before the first."""
         row = self._db.execute("SELECT memory FROM bound_memory").fetchone()
-        return None if row is None else BoundMemory.restored(json.loads(row[0]))
+        return None if row is None else restored(json.loads(row[0]))
 
     def record(
         self,
@@ -114,7 +114,7 @@ class Ledger:
         report: str,
         verdict: Verdict,
         alert_lines: Mapping[str, str],
-        memory: BoundMemory | None,
+        memory: Memory | None,
         publications: Mapping[str, Publication],
     ) -> Path:
         """Makes one peeled checkpoint final, and returns the path of its report.
@@ -186,7 +186,7 @@ def write_durably(path: Path, text: str) -> None:
         os.close(folder)
 
 
-def _dumped(record: Publication | BoundMemory) -> str:
+def _dumped(record: Publication | Memory) -> str:
     return json.dumps(dataclasses.asdict(record), allow_nan=False)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peel_agent import registry
 from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
@@ -19,6 +20,7 @@ from peel_agent.records import (
     BoundMemory,
     CheckpointInfo,
     CheckpointRef,
+    Memory,
     ModelInfo,
     Peeled,
     PeelReport,
@@ -30,10 +32,16 @@ from peel_agent.records import (
     Rule,
     RuleState,
     Snapshot,
+    Stack,
     Verdict,
+    Weights,
+    YesMemory,
 )
 from peel_agent.spi import Format
 from peel_agent.watch import checkpoint_ref, fingerprint
+
+if TYPE_CHECKING:
+    from peel_agent.load import ProbeSizes
 
 QUICK_SEQUENCE_LENGTH = 64
 QUICK_SELECT_TOKENS = 256
@@ -70,7 +78,7 @@ def measure(
     device: str,
     clock: Callable[[], float],
     patch: Path | None = None,
-    earlier: BoundMemory | None = None,
+    earlier: Memory | None = None,
     progress: Progress | None = None,
 ) -> Peeled:
     """Loads and peels one checkpoint on `device` ("cpu", "cuda:0"); `earlier` is what the one before handed on.
@@ -80,21 +88,59 @@ def measure(
     Raises CheckpointError, ConfigurationError (a probe or a map that does not suit the model), and TornCheckpoint when
     the files changed while they were read.
     """
+    (form,) = registry.formats(ref.format)
+    try:
+        weights = form.open(ref)
+        config = weights.config()
+        family = registry.family(str(config.get("model_type", "(none)")))
+        stack = family.anatomy(config)
+        if isinstance(stack, Stack):
+            peeled = _measure_network(
+                ref, weights, family=family.name, stack=stack, probe=probe, clock=clock, earlier=earlier
+            )
+        else:
+            peeled = _measure_decoder(
+                ref,
+                form,
+                probe=probe,
+                peeling=peeling,
+                model=model,
+                device=device,
+                clock=clock,
+                patch=patch,
+                earlier=earlier,
+                progress=progress,
+            )
+    except FileNotFoundError as error:
+        raise _torn(ref, f"{error.filename} vanished while it was read") from error
+    _check_unchanged(ref, form)
+    return peeled
+
+
+def _measure_decoder(
+    ref: CheckpointRef,
+    form: Format,
+    *,
+    probe: ProbeSettings,
+    peeling: PeelSettings,
+    model: ModelSettings,
+    device: str,
+    clock: Callable[[], float],
+    patch: Path | None,
+    earlier: Memory | None,
+    progress: Progress | None,
+) -> Peeled:
     from peel_agent.capture import open_trace
     from peel_agent.load import open_snapshot
     from peel_agent.peel import peel
 
     start = clock()
-    (form,) = registry.formats(ref.format)
-    try:
-        snapshot = open_snapshot(ref, form, registry.family, sets=model.precision, patch=patch)
-        tokens = probe_for(snapshot, probe, quick=peeling.effort == "quick")
-        trace = open_trace(snapshot, tokens, device=device)
-        loaded = clock()
-        findings = peel(trace, plan_of(peeling), clock, earlier=earlier, progress=progress)
-    except FileNotFoundError as error:
-        raise _torn(ref, f"{error.filename} vanished while it was read") from error
-    _check_unchanged(ref, form)
+    snapshot = open_snapshot(ref, form, registry.family, sets=model.precision, patch=patch)
+    tokens = probe_for(snapshot, probe, quick=peeling.effort == "quick")
+    trace = open_trace(snapshot, tokens, device=device)
+    loaded = clock()
+    known = earlier if isinstance(earlier, BoundMemory) else None
+    findings = peel(trace, plan_of(peeling), clock, earlier=known, progress=progress)
     report = PeelReport(
         checkpoint=CheckpointInfo(str(ref.path), ref.step, ref.format, ref.fingerprint),
         model=ModelInfo(snapshot.family, len(trace.block_names), snapshot.parameters, snapshot.precision),
@@ -108,6 +154,43 @@ def measure(
         bounds=findings.bounds,
         layers=findings.layers,
         redundancy=findings.redundancy,
+        skipped=findings.skipped,
+        timing=dataclasses.replace(findings.timing, load=loaded - start),
+    )
+    return Peeled(report, findings.memory)
+
+
+def _measure_network(
+    ref: CheckpointRef,
+    weights: Weights,
+    *,
+    family: str,
+    stack: Stack,
+    probe: ProbeSettings,
+    clock: Callable[[], float],
+    earlier: Memory | None,
+) -> Peeled:
+    """A fully connected network: YES bounds, in squared error a sample."""
+    from peel_agent.load import load_samples, open_network
+    from peel_agent.peel import peel_network
+
+    start = clock()
+    network = open_network(weights, family, stack)
+    samples = load_samples(_probe_path(probe), _sizes(probe))
+    loaded = clock()
+    known = earlier if isinstance(earlier, YesMemory) else None
+    findings, parameters = peel_network(network, samples, clock, earlier=known)
+    fit, select, confirm = (part.X.shape[1] for part in (samples.fit, samples.select, samples.confirm))
+    report = PeelReport(
+        checkpoint=CheckpointInfo(str(ref.path), ref.step, ref.format, ref.fingerprint),
+        model=ModelInfo(family, len(network.weights), parameters, network.precision),
+        probe=ProbeInfo(samples.fingerprint, fit, select, confirm, 1),
+        loss=findings.loss,
+        bound=findings.bound,
+        gap=findings.gap,
+        zone=findings.zone,
+        bounds=findings.bounds,
+        layers=(),
         skipped=findings.skipped,
         timing=dataclasses.replace(findings.timing, load=loaded - start),
     )
@@ -180,11 +263,7 @@ def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = Fals
     from peel_agent.load import ProbeSizes, load_probe
     from peel_agent.peel import tokens_needed
 
-    if settings.path is None:
-        raise ConfigurationError(
-            "no probe is named", remedy="give --probe FILE, or [probe] path, with held-out tokens of the training data"
-        )
-    sizes = ProbeSizes(settings.fit_tokens, settings.select_tokens, settings.confirm_tokens, settings.sequence_length)
+    sizes = _sizes(settings)
     if quick:
         length = sizes.sequence_length or min(snapshot.context, QUICK_SEQUENCE_LENGTH)
         sizes = ProbeSizes(
@@ -195,12 +274,26 @@ def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = Fals
         )
     folder = snapshot.ref.path if snapshot.ref.path.is_dir() else snapshot.ref.path.parent
     return load_probe(
-        settings.path,
+        _probe_path(settings),
         sizes,
         vocabulary=snapshot.vocabulary,
         context=snapshot.context,
         tokenizer=settings.tokenizer or folder / "tokenizer.json",
     )
+
+
+def _probe_path(settings: ProbeSettings) -> Path:
+    if settings.path is None:
+        raise ConfigurationError(
+            "no probe is named", remedy="give --probe FILE, or [probe] path, with held-out tokens of the training data"
+        )
+    return settings.path
+
+
+def _sizes(settings: ProbeSettings) -> ProbeSizes:
+    from peel_agent.load import ProbeSizes
+
+    return ProbeSizes(settings.fit_tokens, settings.select_tokens, settings.confirm_tokens, settings.sequence_length)
 
 
 def _check_unchanged(ref: CheckpointRef, form: Format) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from peel_agent.records import Anatomy, CheckpointRef, Publication, Readiness, Weights
+from peel_agent.records import Anatomy, CheckpointRef, Publication, Readiness, Stack, Weights
 
 KINDS = ("formats", "families", "trackers", "sinks", "engines")
 """Every plug-in kind of the contract; the entry point group is `peel_agent.` + kind."""
@@ -45,8 +45,8 @@ class Family(Protocol):
     model_types: frozenset[str]
     """The values of `model_type` in config.json that this family covers."""
 
-    def anatomy(self, config: Mapping[str, Any]) -> Anatomy:
-        """Module names for a model of this configuration."""
+    def anatomy(self, config: Mapping[str, Any]) -> Anatomy | Stack:
+        """Module names for a model of this configuration, or where the layers of a fully connected network are."""
 
 
 class Tracker(Protocol):

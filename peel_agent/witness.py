@@ -63,6 +63,8 @@ def witness(
         raise ConfigurationError(
             f"there is no block {layer}", remedy=f"this model has blocks 0 to {len(trace.block_names) - 1}"
         )
+    if not out.absolute().parent.is_dir():
+        raise ConfigurationError(f"cannot write {out}: its folder is not there", remedy="check the path of --out")
     better = improve(trace, layer, clock, progress)
     patch = {name: weight.cpu().to(snapshot.weights.read(name).dtype) for name, weight in better.weights.items()}
     try:

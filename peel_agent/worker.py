@@ -21,7 +21,7 @@ from peel_agent import errors
 from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
 from peel_agent.errors import PeelError, WorkerError
 from peel_agent.publish import report_from_json
-from peel_agent.records import BoundMemory, CheckpointRef, FileStamp, Peeled, WeightSet
+from peel_agent.records import CheckpointRef, FileStamp, Memory, Peeled, WeightSet, restored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Request:
     model: ModelSettings
     device: str
     nice: int
-    earlier: BoundMemory | None = None
+    earlier: Memory | None = None
     patch: Path | None = None
 
     def to_json(self) -> str:
@@ -54,7 +54,7 @@ class Request:
             model=ModelSettings({glob: WeightSet(**own) for glob, own in raw["model"]["precision"].items()}),
             device=raw["device"],
             nice=raw["nice"],
-            earlier=None if raw["earlier"] is None else BoundMemory.restored(raw["earlier"]),
+            earlier=None if raw["earlier"] is None else restored(raw["earlier"]),
             patch=None if raw["patch"] is None else Path(raw["patch"]),
         )
 
@@ -94,7 +94,7 @@ def _peeled_from(answer: dict[str, Any]) -> Peeled:
         kind: type[PeelError] = getattr(errors, error["kind"], errors.CheckpointError)  # a plug-in may have its own
         raise kind(error["what"], remedy=error["remedy"])
     memory = answer["memory"]
-    return Peeled(report_from_json(answer["report"]), None if memory is None else BoundMemory.restored(memory))
+    return Peeled(report_from_json(answer["report"]), None if memory is None else restored(memory))
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peel_agent.errors import CheckpointError, WeightsMismatch
 from peel_agent.load.low_bit import PatchedWeights, check_globs, precision_in_words
-from peel_agent.records import CheckpointRef, Snapshot, Weights, WeightSet
+from peel_agent.records import CheckpointRef, Snapshot, Stack, Weights, WeightSet
 from peel_agent.spi import Family, Format
 
 
@@ -36,6 +36,10 @@ def open_snapshot(
     config = weights.config()
     family = family_of(str(config.get("model_type", "(none)")))
     anatomy = family.anatomy(config)
+    if isinstance(anatomy, Stack):
+        raise CheckpointError(
+            f"{ref.path} is a fully connected network: it has no blocks", remedy="use `peel-agent scan` or `watch`"
+        )
     model = build_model(config)
     named = NamedWeights(weights, model)
     named.check()

@@ -16,13 +16,14 @@ from peel_agent.peel.intervals import estimate
 from peel_agent.peel.layers import layer_reports
 from peel_agent.peel.least_squares import tokens_needed
 from peel_agent.peel.maps import suite
+from peel_agent.peel.network import peel_network
 from peel_agent.peel.race import race
 from peel_agent.peel.redundancy import redundancy
 from peel_agent.peel.solvers import solver_named
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.records import BoundMemory, Findings, Plan, Progress, Skipped, Trace
 
-__all__ = ["Improvement", "improve", "peel", "tokens_needed"]
+__all__ = ["Improvement", "improve", "peel", "peel_network", "tokens_needed"]
 
 
 def peel(

@@ -7,9 +7,9 @@ with k, and from checkpoint to checkpoint, on `select`; its published value foll
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,62 +20,9 @@ from peel_agent.errors import CheckpointError, ConfigurationError
 from peel_agent.peel.feedforward import Net, Precision, Waypoints, constructions
 from peel_agent.peel.intervals import estimate
 from peel_agent.peel.least_squares import tokens_needed
-from peel_agent.records import Estimate, Skipped, Zone
+from peel_agent.records import Best, Estimate, Samples, Skipped, YesMemory, Zone
 
 SampleLosses: TypeAlias = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Part:
-    """X [n, N] and Y [m, N], a sample a column."""
-
-    X: Tensor
-    Y: Tensor
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Three disjoint parts, the same at every checkpoint; `fingerprint` says which."""
-
-    fit: Part
-    select: Part
-    confirm: Part
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Best:
-    """A construction that is the best for some k: its mean loss on select, its loss on each confirm sample.
-
-    `within_class` says whether it is a point of the trained network's own class (METHOD 9): no layer wider, so that
-    units which do nothing make up the difference; where the network is one-bit, one-bit too, and an even difference.
-    """
-
-    waypoints: Waypoints
-    select: float
-    confirm: tuple[float, ...]
-    within_class: bool
-
-
-@dataclass(frozen=True)
-class YesMemory:
-    """The best construction so far for k = 0, 1, ..: what a checkpoint hands to the next one.
-
-    It counts only for the same samples, the same kind of network and the same precision of the references.
-    """
-
-    probe: str
-    network: str
-    best: tuple[Best, ...]
-
-    @classmethod
-    def restored(cls, plain: Mapping[str, Any]) -> YesMemory:
-        """The memory whose `dataclasses.asdict` has been through JSON."""
-        best = (
-            Best(tuple(one["waypoints"]), one["select"], tuple(one["confirm"]), one["within_class"])
-            for one in plain["best"]
-        )
-        return cls(plain["probe"], plain["network"], tuple(best))
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,12 @@ def _with_margin(layer: LayerReport) -> str:
 def table(report: PeelReport) -> str:
     """The report for a terminal: what was measured, one line a block, one line a map, and what was left out."""
     model, probe = report.model, report.probe
+    unit = "nats per token" if probe.sequence_length > 1 else "squared error a sample"
     lines = [
         headline(report),
         f"{report.checkpoint.path}: {model.family}, {model.blocks} blocks, {model.parameters:,} parameters, "
         f"{model.precision}; probe {probe.fingerprint}: {probe.fit_tokens:,} fit, {probe.select_tokens:,} select, "
-        f"{probe.confirm_tokens:,} confirm tokens in sequences of {probe.sequence_length}; nats per token",
+        f"{probe.confirm_tokens:,} confirm tokens in sequences of {probe.sequence_length}; {unit}",
     ]
     if report.layers:
         lines += ["", _HEADER, *map(_layer_line, report.layers)]

@@ -11,6 +11,7 @@ from peel_agent.records.checkpoint import (
     FileStamp,
     Readiness,
 )
+from peel_agent.records.feedforward import Best, Network, Part, Samples, Stack, YesMemory
 from peel_agent.records.model import (
     Anatomy,
     Block,
@@ -33,6 +34,7 @@ from peel_agent.records.report import (
     Estimate,
     Findings,
     LayerReport,
+    Memory,
     ModelInfo,
     Notice,
     PartName,
@@ -47,6 +49,7 @@ from peel_agent.records.report import (
     Status,
     Timing,
     Zone,
+    restored,
 )
 from peel_agent.records.verdict import (
     Publication,
@@ -61,6 +64,7 @@ __all__ = [
     "SCHEMA",
     "SETS",
     "Anatomy",
+    "Best",
     "Block",
     "BoundMemory",
     "BoundReport",
@@ -72,9 +76,12 @@ __all__ = [
     "Findings",
     "Gradient",
     "LayerReport",
+    "Memory",
     "ModelInfo",
+    "Network",
     "Notice",
     "Observation",
+    "Part",
     "PartName",
     "PartReport",
     "PeelReport",
@@ -89,9 +96,11 @@ __all__ = [
     "Rule",
     "RuleKind",
     "RuleState",
+    "Samples",
     "Severity",
     "Skipped",
     "Snapshot",
+    "Stack",
     "Status",
     "Timing",
     "TokenIds",
@@ -99,5 +108,7 @@ __all__ = [
     "Verdict",
     "WeightSet",
     "Weights",
+    "YesMemory",
     "Zone",
+    "restored",
 ]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from peel_agent.records.feedforward import YesMemory
+
 SCHEMA = "peel-agent/report/1"
 
 Status = Literal["above", "below", "undecided"]
@@ -148,9 +150,18 @@ class BoundMemory:
         return cls(plain["probe"], plain["select"], tuple(plain["confirm"]), plain["best"])
 
 
+Memory: TypeAlias = BoundMemory | YesMemory
+"""What a checkpoint hands to the next one: of a transformer, or of a fully connected network."""
+
+
+def restored(plain: Mapping[str, Any]) -> Memory:
+    """The memory whose `dataclasses.asdict` has been through JSON."""
+    return YesMemory.restored(plain) if "network" in plain else BoundMemory.restored(plain)
+
+
 @dataclass(frozen=True)
 class Findings:
-    """What the peel room computed from a Trace."""
+    """What the peel room computed from a Trace, or from a network and its samples (then in squared error a sample)."""
 
     loss: Estimate
     bound: Estimate | None
@@ -159,7 +170,7 @@ class Findings:
     bounds: tuple[BoundReport, ...]
     layers: tuple[LayerReport, ...]
     redundancy: tuple[tuple[float, ...], ...] | None
-    memory: BoundMemory | None
+    memory: Memory | None
     skipped: tuple[Skipped, ...]
     timing: Timing
 
@@ -202,4 +213,4 @@ class Peeled:
     """What measuring one checkpoint gives: the report, and what the next checkpoint is to know."""
 
     report: PeelReport
-    memory: BoundMemory | None
+    memory: Memory | None

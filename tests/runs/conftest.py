@@ -18,7 +18,10 @@ mlflow_uri = servers.mlflow_uri
 STEPS = 500
 HELD_BACK = 3
 
+LOW_BIT_STEPS = 400
+
 Train = Callable[[str, bool], Path]
+TrainLowBit = Callable[[str, bool], Path]
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +39,25 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
             assert finished.returncode == 0, finished.stderr
             done[kind, healthy] = output
         return done[kind, healthy]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_low_bit(tmp_path_factory: pytest.TempPathFactory) -> TrainLowBit:
+    """train_low_bit(set, healthy): a Llama whose blocks are quantised in every forward pass, its latents saved."""
+    done: dict[tuple[str, bool], Path] = {}
+
+    def run(name: str, healthy: bool) -> Path:
+        if (name, healthy) not in done:
+            output = tmp_path_factory.mktemp(f"{name}-{'healthy' if healthy else 'held-back'}")
+            command = [sys.executable, "-m", "peel_agent.demo.train", str(output), "--bits", name]
+            command += ["--steps", str(LOW_BIT_STEPS), "--save-every", "100"]
+            command += [] if healthy else ["--hold-back", str(HELD_BACK)]
+            finished = subprocess.run(command, check=False, capture_output=True, text=True)
+            assert finished.returncode == 0, finished.stderr
+            done[name, healthy] = output
+        return done[name, healthy]
 
     return run
 

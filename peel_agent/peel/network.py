@@ -1,0 +1,48 @@
+"""A fully connected network peeled: its YES bounds as findings (METHOD 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peel_agent.peel.feedforward import Net
+from peel_agent.peel.feedforward_bounds import measure_feedforward
+from peel_agent.records import BoundReport, Findings, Network, Samples, Skipped, Timing, YesMemory
+
+NO_BLOCKS = Skipped("margins, headroom and redundancy", "a fully connected network has no blocks")
+
+
+def peel_network(
+    network: Network, samples: Samples, clock: Callable[[], float], *, earlier: YesMemory | None = None
+) -> tuple[Findings, int]:
+    """The bounds YES-0 to YES-(K-1) of one checkpoint, and its number of parameters.
+
+    References of a one-bit network have one bit too. A bound's map holds its way-points, 1-based hidden layers.
+    """
+    start = clock()
+    net = Net.of(network.weights, network.biases)
+    precision = "one_bit" if net.one_bit else "full"
+    found = measure_feedforward(net, samples, precision="one_bit" if net.one_bit else "full", earlier=earlier)
+    bounds = tuple(
+        BoundReport(
+            label=own.label,
+            map=own.waypoints,
+            solver=f"pseudo_inverse, {precision}",
+            value=own.value,
+            best=own.value.value,
+            within_class=own.within_class,
+        )
+        for own in found.values
+    )
+    findings = Findings(
+        loss=found.loss,
+        bound=bounds[-1].value if bounds else None,
+        gap=found.gap,
+        zone=found.zone,
+        bounds=bounds,
+        layers=(),
+        redundancy=None,
+        memory=found.memory,
+        skipped=(*found.skipped, NO_BLOCKS),
+        timing=Timing(solve=clock() - start),
+    )
+    return findings, sum(layer.numel() for layer in net.layers)
