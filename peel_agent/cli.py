@@ -306,13 +306,16 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "--keep", type=Path, metavar="DIR", help="where everything is kept (default: a new folder in /tmp)"
     )
     parser.add_argument("--healthy", action="store_true", help="hold no block back")
+    parser.add_argument("--bits", metavar="SET", help="train low-bit: ternary, sign, int4-channel, ...")
     parser.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> int:
     from peel_agent.demo import run_demo
 
-    return run_demo(options.keep, healthy=options.healthy)
+    if options.bits is not None:
+        load_settings(None, {"model.precision": {"*": options.bits}})  # a set that there is none of is told at once
+    return run_demo(options.keep, healthy=options.healthy, bits=options.bits)
 
 
 def _plugins(_options: argparse.Namespace) -> int:

@@ -42,7 +42,7 @@ after_step = 200  # early in a training every block's margin is near zero
 """
 
 
-def run_demo(keep: Path | None, *, healthy: bool) -> int:
+def run_demo(keep: Path | None, *, healthy: bool, bits: str | None = None) -> int:
     """Runs the demo in `keep` (default: a new temporary folder, kept too); 0 when the finding is the right one."""
     folder = (keep or Path(tempfile.mkdtemp(prefix="peel-demo-"))).resolve()
     checkpoints = folder / "checkpoints"
@@ -51,10 +51,11 @@ def run_demo(keep: Path | None, *, healthy: bool) -> int:
     print(f"demo: everything is kept in {folder}", flush=True)
     run_id = _new_run(folder)
     held = "no block held back" if healthy else f"block {HELD_BACK} held back: it never learns"
-    print(f"demo: training a 6-block Llama on the standard library's sources, {STEPS} steps, {held}", flush=True)
+    kind = "Llama" if bits is None else f"{bits} Llama"
+    print(f"demo: training a 6-block {kind} on the standard library's sources, {STEPS} steps, {held}", flush=True)
     with (
-        _training(folder, checkpoints, run_id, healthy=healthy) as training,
-        _sidecar(folder, checkpoints, run_id) as sidecar,
+        _training(folder, checkpoints, run_id, healthy=healthy, bits=bits) as training,
+        _sidecar(folder, checkpoints, run_id, bits=bits) as sidecar,
     ):
         report = _wait_for_last(folder, training, sidecar)
     return _tell(folder, report, healthy=healthy)
@@ -91,10 +92,13 @@ def _environment(folder: Path, run_id: str) -> dict[str, str]:
 
 
 @contextmanager
-def _training(folder: Path, checkpoints: Path, run_id: str, *, healthy: bool) -> Iterator[subprocess.Popen[bytes]]:
+def _training(
+    folder: Path, checkpoints: Path, run_id: str, *, healthy: bool, bits: str | None
+) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "peel_agent.demo.train", str(checkpoints)]
     command += ["--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--report-to", "mlflow"]
     command += [] if healthy else ["--hold-back", str(HELD_BACK)]
+    command += [] if bits is None else ["--bits", bits]
     with (folder / "training.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(folder, run_id))
         try:
@@ -105,10 +109,11 @@ def _training(folder: Path, checkpoints: Path, run_id: str, *, healthy: bool) ->
 
 
 @contextmanager
-def _sidecar(folder: Path, checkpoints: Path, run_id: str) -> Iterator[subprocess.Popen[str]]:
+def _sidecar(folder: Path, checkpoints: Path, run_id: str, *, bits: str | None) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "peel_agent", "watch", str(checkpoints), "-c", str(folder / "peel.toml")]
     command += ["--probe", str(folder / "probe.npy"), "--state", str(folder / "state")]
     command += ["--run-id", run_id, "--tracking-uri", _store(folder)]
+    command += [] if bits is None else ["--precision", f"model.layers.*_proj.weight={bits}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment(folder, run_id))
     assert process.stderr is not None
     relay = threading.Thread(target=_relay, args=(process.stderr,), daemon=True)

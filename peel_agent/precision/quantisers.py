@@ -13,11 +13,15 @@ from peel_agent.records import FULL_PRECISION, WeightSet
 
 
 class Quantisers:
-    """Applies the sets that `named` gives to weights by glob; `transposed` matrices are stored [in, out]."""
+    """Applies the sets that `named` gives to weights by glob; `transposed` matrices are stored [in, out].
+
+    For the weights of one checkpoint: what was told from a weight's values is kept by its name.
+    """
 
     def __init__(self, named: Mapping[str, WeightSet], *, transposed: bool) -> None:
         self._named = named
         self._transposed = transposed
+        self._recognised: dict[str, WeightSet] = {}
 
     def named(self, name: str) -> WeightSet | None:
         """The set that the first glob which fits this weight gives to it."""
@@ -27,7 +31,10 @@ class Quantisers:
         """The set of a block's weight: as named, else recognised from its values. Only matrices have one."""
         if stored.dim() != 2:
             return FULL_PRECISION
-        return self.named(name) or recognise(self._upright(stored))
+        own = self.named(name) or self._recognised.get(name)
+        if own is None:
+            own = self._recognised[name] = recognise(self._upright(stored))
+        return own
 
     def effective(self, stored: Tensor, own: WeightSet) -> Tensor:
         """The weight that the forward pass uses, in the layout it is stored in."""

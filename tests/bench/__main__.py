@@ -35,6 +35,8 @@ from tests.bench.naive import naive_chain
 from tests.bench.shapes import SEQUENCE, Shape, earning, forward_seconds, idle, synchronise, trace_at
 
 MARGINS = Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends")
+HEADROOM = Plan(frozenset({"headroom"}), (), "ends")
+REDUNDANCY = Plan(frozenset({"redundancy"}), (), "ends")
 BOUNDS = Plan(frozenset({"bounds"}), (), "ends")
 SMALL = Shape(width=128, blocks=6, tokens=45_056)
 
@@ -171,7 +173,12 @@ def main() -> None:
     shape = Shape(width=options.width, blocks=options.blocks, tokens=options.tokens)
     told("shape", asdict(shape) | {"sequence": SEQUENCE})
     told("Gram rate / matmul rate", gram_rate(device, options.width))
-    plans = {"margins of all blocks and parts": MARGINS, "default suite of bounds": BOUNDS}
+    plans = {
+        "margins of all blocks and parts": MARGINS,
+        "default suite of bounds": BOUNDS,
+        "headroom of all blocks and parts": HEADROOM,
+        "redundancy": REDUNDANCY,
+    }
     told("forward passes, every block earning", costs(device, shape, plans))
     told("forward passes for margins, no block earning", worst_case(device, replace(SMALL, blocks=options.blocks)))
     told("the paper's 5-of-26 maps", trie_against_naive(device))

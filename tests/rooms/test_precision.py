@@ -128,6 +128,6 @@ def test_globs_name_latents_and_the_first_wins() -> None:
     assert quantisers.of("h.0.weight", matrix).name == "sign"
     assert quantisers.of("h.1.weight", matrix).name == "ternary-channel"
     assert quantisers.of("h.1.bias", torch.ones(4)) == FULL_PRECISION
-    assert quantisers.of("other", matrix) == FULL_PRECISION
+    assert quantisers.of("other", matrix) == quantisers.of("other", matrix) == FULL_PRECISION
     effective = quantisers.effective(matrix, WeightSet.named("sign"))
     assert len(effective[:, 0].abs().unique()) == 1  # an output channel is a column here
