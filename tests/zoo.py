@@ -9,7 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BitNetConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from peel_agent import registry
 from peel_agent.capture import open_trace
@@ -37,6 +52,17 @@ CONFIGS = {
     "qwen2": Qwen2Config(**_GATED),
     "qwen3": Qwen3Config(**_GATED, head_dim=4),
     "gpt2": GPT2Config(**_SHARED, n_inner=24, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "phi3": Phi3Config(**_GATED, pad_token_id=0),
+    "bitnet": BitNetConfig(**_GATED, pad_token_id=0),
+    "olmo2": Olmo2Config(**_GATED, pad_token_id=0),
+    "gemma": GemmaConfig(**_GATED, head_dim=4, pad_token_id=0),
+    "gemma2": Gemma2Config(**_GATED, head_dim=4, pad_token_id=0, sliding_window=8, final_logit_softcapping=3.0),
+    "gemma3": Gemma3TextConfig(**_GATED, head_dim=4, pad_token_id=0, sliding_window=8),
+    "gpt_neox": GPTNeoXConfig(**_SHARED, intermediate_size=24, attention_dropout=0.0, hidden_dropout=0.0),
+    "gpt_neox_sequential": GPTNeoXConfig(
+        **_SHARED, intermediate_size=24, attention_dropout=0.0, hidden_dropout=0.0, use_parallel_residual=False
+    ),
+    "opt": OPTConfig(**_SHARED, ffn_dim=24, word_embed_proj_dim=WIDTH, dropout=0.0, attention_dropout=0.0),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peel_agent.precision import Quantisers
-from peel_agent.records import Anatomy, Gradient, Observation, Projection, WeightSet
+from peel_agent.records import Anatomy, Features, Gradient, Observation, Projection, WeightSet
 
 
 class ResidentBlock:
@@ -49,10 +49,14 @@ class ResidentBlock:
         self.parameters: Mapping[str, Tensor] = {
             key: quantisers.effective(weight, sets[key]) for key, weight in stored.items()
         }
-        self.attention_projection = self._projection(anatomy.attention_output)
-        self.mlp_projection = self._projection(anatomy.mlp_output)
-        self.attention_set = sets[f"{anatomy.attention_output}.weight"]
-        self.mlp_set = sets[f"{anatomy.mlp_output}.weight"]
+        self.has_parts = bool(anatomy.mlp_path)
+        self.has_projections = anatomy.attention_output is not None and anatomy.mlp_output is not None
+        if anatomy.attention_output is not None:
+            self.attention_projection = self._projection(anatomy.attention_output)
+            self.attention_set = sets[f"{anatomy.attention_output}.weight"]
+        if anatomy.mlp_output is not None:
+            self.mlp_projection = self._projection(anatomy.mlp_output)
+            self.mlp_set = sets[f"{anatomy.mlp_output}.weight"]
 
     def _projection(self, name: str) -> Projection:
         weight = self.parameters[f"{name}.weight"]
@@ -75,12 +79,19 @@ class ResidentBlock:
         return latents + (self._quantisers.effective(latents, self.sets[key]) - latents).detach()
 
     def backward(self, h: Tensor, gradient: Tensor) -> Gradient:
-        names = (self._anatomy.attention_output, self._anatomy.mlp_norm, self._anatomy.mlp_output)
-        with torch.enable_grad(), self._inputs_of(*names) as inputs:
+        attention, mlp = self._outputs()
+        with torch.enable_grad(), self._inputs_of(attention, self._anatomy.mlp_path[0], mlp) as inputs:
             h = h.detach().requires_grad_()
             output = self._call(h, {})
-            mid, entering = torch.autograd.grad(output, (inputs[names[1]], h), gradient)
-        return Gradient(inputs[names[0]].detach(), inputs[names[2]].detach(), mid, entering)
+            mid, entering = torch.autograd.grad(output, (inputs[self._anatomy.mlp_path[0]], h), gradient)
+        return Gradient(_like(inputs[attention].detach(), h), _like(inputs[mlp].detach(), h), _like(mid, h), entering)
+
+    def _outputs(self) -> tuple[str, str]:
+        """The names of the two output projections, which only some architectures have."""
+        attention, mlp = self._anatomy.attention_output, self._anatomy.mlp_output
+        assert attention is not None
+        assert mlp is not None
+        return attention, mlp
 
     def _call(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         state = {**self.parameters, **parameters}
@@ -95,9 +106,9 @@ class ResidentBlock:
             fresh.apply(self._initialise)
         return {name: tensor.to(self.parameters[name].device) for name, tensor in fresh.named_parameters()}
 
-    def _named(self, name: str, projection: Projection | None) -> dict[str, Tensor]:
+    def _named(self, name: str | None, projection: Projection | None) -> dict[str, Tensor]:
         """A projection under the module's own parameter names and layout; empty for the trained one."""
-        if projection is None:
+        if projection is None or name is None:
             return {}
         transposed = self._anatomy.projection_layout == "out_in"
         state = {f"{name}.weight": projection.weight.T if transposed else projection.weight}
@@ -106,11 +117,21 @@ class ResidentBlock:
         return state
 
     @torch.no_grad()
-    def observe(self, h: Tensor, *, attention: Projection | None = None) -> Observation:
-        names = (self._anatomy.attention_output, self._anatomy.mlp_norm, self._anatomy.mlp_output)
-        with self._inputs_of(*names) as inputs:
-            output = self.run(h, attention=attention)
-        return Observation(inputs[names[0]], inputs[names[1]], inputs[names[2]], output)
+    def observe(self, h: Tensor) -> Observation:
+        if not self.has_parts:
+            return Observation(h, self.run(h))
+        entry = self._anatomy.mlp_path[0]
+        with self._inputs_of(entry) as inputs:
+            output = self.run(h)
+        return Observation(_like(inputs[entry], h), output)
+
+    @torch.no_grad()
+    def features(self, h: Tensor) -> Features:
+        attention, mlp = self._outputs()
+        entry = self._anatomy.mlp_path[0]
+        with self._inputs_of(attention, entry, mlp) as inputs:
+            output = self.run(h)
+        return Features(_like(inputs[attention], h), _like(inputs[entry], h), _like(inputs[mlp], h), output)
 
     @contextmanager
     def _inputs_of(self, *names: str) -> Iterator[dict[str, Tensor]]:
@@ -132,17 +153,27 @@ class ResidentBlock:
 
     @torch.no_grad()
     def run_mlp_part(self, mid: Tensor, *, mlp: Projection | None = None) -> Tensor:
-        return mid + self._part(self._anatomy.mlp, self._part(self._anatomy.mlp_norm, mid), mlp)
+        added = mid
+        for name in self._anatomy.mlp_path:
+            added = self._part(name, added, mlp)
+        return mid + added
 
     @torch.no_grad()
     def observe_mlp_part(self, mid: Tensor) -> tuple[Tensor, Tensor]:
-        with self._inputs_of(self._anatomy.mlp_output) as inputs:
+        _, name = self._outputs()
+        with self._inputs_of(name) as inputs:
             output = self.run_mlp_part(mid)
-        return inputs[self._anatomy.mlp_output], output
+        return inputs[name], output
 
-    def _part(self, name: str, x: Tensor, mlp: Projection | None = None) -> Tensor:
+    def _part(self, name: str, x: Tensor, mlp: Projection | None) -> Tensor:
         """A submodule called with the block's tensors, its output projection replaced when one is given."""
         state = {**self.parameters, **self._named(self._anatomy.mlp_output, mlp)}
         own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-        output: Tensor = functional_call(self._module.get_submodule(name), own, (x,))
+        returned = functional_call(self._module.get_submodule(name), own, (x,))
+        output: Tensor = returned[0] if isinstance(returned, tuple) else returned
         return output
+
+
+def _like(inner: Tensor, h: Tensor) -> Tensor:
+    """[B, S, .] again, where an architecture runs its MLP on [B * S, .]."""
+    return inner.reshape(*h.shape[:2], -1)

@@ -84,7 +84,7 @@ class BlockwiseTrace:
         self._model.load_state_dict(outside, strict=True, assign=True)
         self._model.to(device).requires_grad_(requires_grad=False)
         head: Any = self._model.get_submodule(snapshot.anatomy.head)
-        self.head = Projection(head.weight.T, head.bias)
+        self.head = Projection(head.weight.T, head.bias, snapshot.anatomy.softcap)
         self._rehearse(probe.fit[:1])
         self.width = int(self.embed(probe.fit[:1]).shape[-1])
 

@@ -41,11 +41,12 @@ def open_snapshot(
             f"{ref.path} is a fully connected network: it has no blocks", remedy="use `peel-agent scan` or `watch`"
         )
     model = build_model(config)
-    named = NamedWeights(weights, model)
+    named = NamedWeights(weights, model, anatomy.stored_as)
     named.check()
     settings: Any = model.config
     check_globs(sets or {}, named.shapes(), transposed=anatomy.projection_layout == "in_out")
-    example = f"{anatomy.blocks}.0.{anatomy.mlp_output}.weight"
+    inside = (name for name, shape in named.shapes().items() if name.startswith(anatomy.blocks) and len(shape) == 2)
+    example = next(inside, next(iter(named.shapes())))
     return Snapshot(
         ref=ref,
         model=model,
@@ -76,9 +77,10 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
     settings = {key: value for key, value in config.items() if key not in {"model_type", "auto_map"}}
     try:
         parsed = transformers.AutoConfig.for_model(config["model_type"], **settings)
+        attention = "sdpa" if transformers.AutoModelForCausalLM._model_mapping[type(parsed)]._supports_sdpa else "eager"
         with torch.device("meta"):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                parsed, dtype=torch.float32, attn_implementation="sdpa"
+                parsed, dtype=torch.float32, attn_implementation=attention
             )
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(
@@ -117,8 +119,9 @@ def _compute_buffers(model: nn.Module) -> None:
 class NamedWeights:
     """The tensors of a checkpoint under the names of the model's own state dict, tied names resolved."""
 
-    def __init__(self, stored: Weights, model: nn.Module) -> None:
+    def __init__(self, stored: Weights, model: nn.Module, stored_as: Mapping[str, str]) -> None:
         self._stored = stored
+        self._stored_as = stored_as
         self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -135,7 +138,8 @@ class NamedWeights:
         return self._stored.read(self._source(name))
 
     def _source(self, name: str) -> str:
-        return self.tied[name] if name in self.tied and name not in self._stored.shapes() else name
+        own = self._stored_as.get(name, name)
+        return self.tied[name] if name in self.tied and own not in self._stored.shapes() else own
 
     def check(self) -> None:
         """Raises WeightsMismatch unless every weight of the model is there once, in its shape, and nothing else."""
@@ -144,7 +148,7 @@ class NamedWeights:
         missing = [name for name in self._expected if self._source(name) not in stored]
         if missing:
             problems.append(f"missing {_some(missing)}")
-        known = set(self._expected)
+        known = {self._stored_as.get(name, name) for name in self._expected}
         extra = [name for name in stored if name not in known and not any(p.search(name) for p in self._ignored)]
         if extra:
             problems.append(f"unexpected {_some(extra)}")

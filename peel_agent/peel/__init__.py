@@ -21,7 +21,7 @@ from peel_agent.peel.race import race
 from peel_agent.peel.redundancy import redundancy
 from peel_agent.peel.solvers import solver_named
 from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.records import BoundMemory, Findings, Plan, Progress, Skipped, Trace
+from peel_agent.records import Block, BoundMemory, Findings, Plan, Progress, Skipped, Trace
 
 __all__ = ["Improvement", "improve", "peel", "peel_network", "tokens_needed"]
 
@@ -44,6 +44,7 @@ def peel(
     maps = suite(plan.maps, depth) if "bounds" in plan.quantities else {}
     if "margin" not in plan.quantities:
         plan = replace(plan, references=())
+    plan, skipped = _possible(plan, next(iter(trace.blocks(stop=1))))
     keep = hidden_states_of(chained(maps, depth, solver), solver) | {depth} if maps else frozenset[int]()
     swept, margins = race(trace, plan, keep, stopwatch)
     if not np.isfinite(swept.trained).all():
@@ -52,9 +53,7 @@ def peel(
             remedy="its weights hold NaN or infinity, or the training diverged: take an earlier checkpoint",
         )
     selecting = len(trace.probe.select)
-    skipped = swept.skipped
-    if plan.references and not plan.parts:
-        skipped += (Skipped("margins of attention and MLP parts", "not planned: effort quick judges whole blocks"),)
+    skipped += swept.skipped
     bounds = NONE
     if maps:
         bounds = measure_bounds(
@@ -85,3 +84,16 @@ def peel(
         skipped=skipped,
         timing=stopwatch.timing(),
     )
+
+
+def _possible(plan: Plan, block: Block) -> tuple[Plan, tuple[Skipped, ...]]:
+    """The plan without what this architecture has no place for, which is told; other checks stay as they are."""
+    skipped = []
+    if plan.references and not (plan.parts and block.has_parts):
+        why = "effort quick judges whole blocks" if not plan.parts else "this architecture adds both parts at once"
+        skipped.append(Skipped("margins of attention and MLP parts", why))
+        plan = replace(plan, parts=False)
+    if "previous" in plan.references and not block.has_projections:
+        skipped.append(Skipped("`previous` references", "this architecture has no output projections to refit"))
+        plan = replace(plan, references=tuple(own for own in plan.references if own != "previous"))
+    return plan, tuple(skipped)

@@ -10,10 +10,9 @@ import numpy as np
 from peel_agent.peel.chains import chain_ends, chained, is_direct
 from peel_agent.peel.heads import fit_head
 from peel_agent.peel.intervals import estimate
-from peel_agent.peel.least_squares import shortfall
 from peel_agent.peel.losses import Losses, sequence_losses
 from peel_agent.peel.maps import HEAD, TargetMap
-from peel_agent.peel.references import columns_of_refit
+from peel_agent.peel.references import refit_fault
 from peel_agent.peel.solvers import Solver
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import Streams, score_ids
@@ -94,7 +93,8 @@ def within_class(trace: Trace, own: TargetMap) -> bool:
     A head fitted apart from tied embeddings is outside; so is a chain shorter than a model whose signs leave no block
     that does nothing.
     """
-    signs = next(iter(trace.blocks(stop=1))).mlp_set.kind == "sign"
+    block = next(iter(trace.blocks(stop=1)))
+    signs = any(own.kind == "sign" for own in block.sets.values())
     return not trace.tied_head and not (signs and len(own) < len(trace.block_names))
 
 
@@ -140,7 +140,7 @@ def _trusted(
     solved = [label for label, own in labelled.items() if label != HEAD and not is_direct(own)]
     if not solver.least_squares or not solved:
         return dict(labelled), ()
-    why = shortfall(trace.probe.fit.size, columns_of_refit(next(iter(trace.blocks(stop=1)))))
+    why = refit_fault(trace)
     if why is None:
         return dict(labelled), ()
     kept = {label: own for label, own in labelled.items() if label not in solved}

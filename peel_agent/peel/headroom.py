@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from peel_agent.peel import splices
 from peel_agent.peel.gradients import Descent, backwards, descents
 from peel_agent.peel.intervals import estimate
-from peel_agent.peel.least_squares import shortfall
 from peel_agent.peel.losses import Losses
 from peel_agent.peel.race import first_heat
-from peel_agent.peel.references import columns_of_refit, within
+from peel_agent.peel.references import refit_fault, within
 from peel_agent.peel.splices import TARGETS, Site, Target, Variant
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import Streams, score_ids
@@ -66,7 +65,7 @@ def headrooms(
     trace: Trace, trained: Losses, stopwatch: Stopwatch, only: int | None = None
 ) -> tuple[dict[int, Headroom], tuple[Skipped, ...]]:
     """The headroom of every block (or only of one) by index; `trained` are the losses per score sequence."""
-    why = shortfall(trace.probe.fit.size, columns_of_refit(next(iter(trace.blocks(stop=1)))))
+    why = refit_fault(trace)
     if why is not None:
         return {}, (Skipped("headroom", why),)
     found: dict[int, Headroom] = {}

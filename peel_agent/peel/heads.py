@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,13 +39,13 @@ def fit_head(trace: Trace, ends: Streams) -> Projection:
     generator = np.random.default_rng(SHUFFLE_SEED)
     for _ in range(MAX_EPOCHS):
         _run_epoch(
-            head=lambda: Projection(straight_through(weight.T, own).T, trace.head.bias),
+            head=lambda: replace(trace.head, weight=straight_through(weight.T, own).T),
             optimiser=optimiser,
             features=features,
             targets=targets,
             generator=generator,
         )
-        head = Projection(quantise(weight.detach().T, own).T.clone(), trace.head.bias)
+        head = replace(trace.head, weight=quantise(weight.detach().T, own).T.clone())
         loss = float(position_losses(select_features, select_targets, head).mean())
         if not loss < best_loss:
             break

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from peel_agent.peel.least_squares import shortfall
 from peel_agent.peel.losses import Losses, sequence_losses
-from peel_agent.peel.references import columns_of_refit, refit, refit_tokens
+from peel_agent.peel.references import columns_of_refit, refit, refit_fault, refit_tokens
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import Streams, embedded, through
 from peel_agent.records import Block, Skipped, Trace
@@ -20,14 +19,13 @@ def redundancy(trace: Trace, trained: Losses, stopwatch: Stopwatch) -> tuple[Mat
     Nats per token; 0 on the diagonal and below. `trained` are the losses per score sequence. None, and the reason, when
     the refits cannot be trusted or the time budget ends.
     """
-    columns = columns_of_refit(next(iter(trace.blocks(stop=1))))
-    why = shortfall(trace.probe.fit.size, columns)
+    why = refit_fault(trace)
     if why is not None:
         return None, (Skipped("redundancy", why),)
     depth, selecting = len(trace.block_names), len(trace.probe.select)
     usual = float(trained[selecting:].mean())
     with stopwatch("capture"):
-        hidden = _hidden_states(trace, refit_tokens(columns))
+        hidden = _hidden_states(trace, refit_tokens(columns_of_refit(next(iter(trace.blocks(stop=1))))))
         confirm = trace.embed(trace.probe.confirm)
     matrix = [[0.0] * depth for _ in range(depth)]
     stopwatch.progress("redundancy, blocks", 0, depth)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peel_agent.peel.least_squares import Gram, Solution
+from peel_agent.peel.least_squares import Gram, Solution, shortfall
 from peel_agent.peel.losses import logits
 from peel_agent.peel.streams import Streams, pieces, through
 from peel_agent.precision import round_in_gram
-from peel_agent.records import Block, Chunk, Projection, WeightSet
+from peel_agent.records import Block, Chunk, Projection, Trace, WeightSet
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,8 @@ class _Seen:
 
     @classmethod
     def of(cls, block: Block, h: Tensor, chunk: Chunk) -> _Seen:
-        seen = list(pieces(block.observe, chunk, h))
-        return cls(
-            *(torch.cat(own) for own in zip(*((s.attention_features, s.mid, s.output) for s in seen), strict=True))
-        )
+        seen = pieces(block.features, chunk, h)
+        return cls(*(torch.cat(own) for own in zip(*((s.attention, s.mid, s.output) for s in seen), strict=True)))
 
 
 def _with_change(block: Block, seen: _Seen, change: Projection, chunk: Chunk) -> Tensor:
@@ -139,6 +137,14 @@ REFIT_TOKENS_PER_COLUMN = 4
 def refit_tokens(columns: int) -> int:
     """The fit tokens on which a stand-in of so many columns is solved."""
     return max(REFIT_TOKENS, REFIT_TOKENS_PER_COLUMN * columns)
+
+
+def refit_fault(trace: Trace) -> str | None:
+    """Why no block of this model can be refitted with this probe; None when they can."""
+    block = next(iter(trace.blocks(stop=1)))
+    if not block.has_projections:
+        return "this architecture's blocks have no output projections that are added to the stream as they are"
+    return shortfall(trace.probe.fit.size, columns_of_refit(block))
 
 
 def columns_of_refit(block: Block) -> int:

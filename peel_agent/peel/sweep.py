@@ -17,7 +17,7 @@ from torch import Tensor
 from peel_agent.peel import splices
 from peel_agent.peel.least_squares import Gram, shortfall
 from peel_agent.peel.losses import Losses, sequence_losses
-from peel_agent.peel.references import Affine, columns_of_refit, pick_affine, refit, refit_tokens
+from peel_agent.peel.references import Affine, columns_of_refit, pick_affine, refit, refit_fault, refit_tokens
 from peel_agent.peel.splices import TARGETS, Site, Splice, Target, Variant
 from peel_agent.peel.stopwatch import Stopwatch
 from peel_agent.peel.streams import Streams, embedded, pieces, score_ids
@@ -69,6 +69,10 @@ def sweep(trace: Trace, plan: Plan, rows: NDArray[np.int64], keep: frozenset[int
     solved: dict[Variant, Splice] = {}
     shares = []
     skipped: dict[Skipped, None] = {}
+    why = refit_fault(trace) if "previous" in plan.references else None
+    if why is not None:
+        skipped[Skipped("`previous` references", why)] = None
+        plan = replace(plan, references=tuple(own for own in plan.references if own != "previous"))
     previous: _Visit | None = None
     ids, scored = score_ids(trace.probe), torch.from_numpy(rows)
     tails = Tails(trace, ids[rows], TAIL_SHARE * h.fit.numel())
@@ -81,7 +85,7 @@ def sweep(trace: Trace, plan: Plan, rows: NDArray[np.int64], keep: frozenset[int
         with stopwatch("capture"):
             visit = _visit(trace, block, h, plan, skipped)
         with stopwatch("solve"):
-            found = _solve(trace, visit, previous, plan, skipped)
+            found = _solve(trace, visit, previous, plan)
         with stopwatch("score"):
             before = None if previous is None else (previous.block, previous.before.score[scored])
             tails.advance(block)
@@ -173,7 +177,6 @@ def _solve(
     visit: _Visit,
     previous: _Visit | None,
     plan: Plan,
-    skipped: dict[Skipped, None],
 ) -> dict[Variant, Splice]:
     """The splice of every reference for this block and, if planned, its parts."""
     index = visit.block.index
@@ -184,11 +187,10 @@ def _solve(
     for target, added in _affine_maps(trace, visit).items():
         found[Variant(index, target, "affine")] = splices.affine(target, added)
     if "previous" in plan.references and previous is not None:
-        columns = columns_of_refit(previous.block)
-        if _trusted(trace, "`previous` references", columns, skipped):
-            inputs, aim = (own.first(refit_tokens(columns)) for own in (previous.before, visit.after))
-            (reaching,) = refit(previous.block, inputs, [aim], trace.chunk)
-            found[Variant(index, "block", "previous")] = splices.previous(reaching.attention, reaching.mlp)
+        tokens = refit_tokens(columns_of_refit(previous.block))
+        inputs, aim = (own.first(tokens) for own in (previous.before, visit.after))
+        (reaching,) = refit(previous.block, inputs, [aim], trace.chunk)
+        found[Variant(index, "block", "previous")] = splices.previous(reaching.attention, reaching.mlp)
     return found
 
 

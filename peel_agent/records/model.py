@@ -32,21 +32,26 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where the parts of a pre-norm decoder are, as module names.
+    """Where the parts of a decoder are, as module names; those of parts are relative to the block.
 
-    A block maps h [B, S, d] to `mid + mlp(mlp_norm(mid))` with `mid = h + attention(attention_norm(h))`. Names of
-    parts are relative to the block. `projection_layout` says how the two output projections store their weight:
-    `out_in` as torch.nn.Linear does, `in_out` as transformers' Conv1D does.
+    A block maps h [B, S, d] to `mid + mlp(mid)` with `mid = h + attention(h)`. `mlp_path` are the modules that are run
+    one after another on mid, norms included, and give what the MLP part adds; it is empty where both parts are added at
+    once, which leaves no stream between them. `attention_output` and `mlp_output` are the linear layers whose outputs
+    are added to the stream as they are, or None where something comes between, such as a norm or a choice of experts.
+    `projection_layout` says how these store their weight: `out_in` as torch.nn.Linear does, `in_out` as transformers'
+    Conv1D. Logits are capped as `softcap * tanh(logits / softcap)` when it is given. `stored_as` holds, by the model's
+    name of a weight, the name that checkpoints have for it, where the two differ.
     """
 
     blocks: str
-    attention_output: str
-    mlp_norm: str
-    mlp: str
-    mlp_output: str
+    attention_output: str | None
+    mlp_path: tuple[str, ...]
+    mlp_output: str | None
     final_norm: str
     head: str
     projection_layout: Literal["out_in", "in_out"] = "out_in"
+    softcap: float | None = None
+    stored_as: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,23 +93,37 @@ class Probe:
 
 @dataclass(frozen=True)
 class Projection:
-    """An output projection y = x @ weight + bias with weight [in, out] and bias [out] or None."""
+    """An output projection y = x @ weight + bias with weight [in, out] and bias [out] or None.
+
+    With `softcap`, which only heads have, y is capped smoothly to that size.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class Observation:
     """One block seen from inside on B sequences of S tokens.
 
-    attention_features [B, S, heads * head_dim]: input of the attention output projection. mid [B, S, d]: the stream
-    between the parts. mlp_features [B, S, d_ff]: input of the MLP's output projection. output [B, S, d].
+    mid [B, S, d]: the stream between the parts, or the input again where a block has no parts. output [B, S, d].
     """
 
-    attention_features: Tensor
     mid: Tensor
-    mlp_features: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the two output projections of a block are fed.
+
+    attention [B, S, heads * head_dim], mlp [B, S, d_ff]; mid and output as in Observation.
+    """
+
+    attention: Tensor
+    mid: Tensor
+    mlp: Tensor
     output: Tensor
 
 
@@ -125,12 +144,17 @@ class Gradient:
 class Block(Protocol):
     """One trained block with its weights resident. `attention` and `mlp` stand in for its two output projections.
 
+    `has_parts` says whether there is a stream between attention and MLP, `has_projections` whether there are output
+    projections whose outputs are added to the stream as they are; without, what needs them raises.
+
     `parameters` are the weights that the forward pass uses, `latents` those from which low-bit ones are made, and
     `sets` the weight sets of the latter by name; the sets of the two projections are at hand too.
     """
 
     index: int
     name: str
+    has_parts: bool
+    has_projections: bool
     parameters: Mapping[str, Tensor]
     latents: Mapping[str, Tensor]
     sets: Mapping[str, WeightSet]
@@ -142,8 +166,11 @@ class Block(Protocol):
     def run(self, h: Tensor, *, attention: Projection | None = None, mlp: Projection | None = None) -> Tensor:
         """The block's output [B, S, d] for its input h [B, S, d]."""
 
-    def observe(self, h: Tensor, *, attention: Projection | None = None) -> Observation:
-        """The same with its inner features."""
+    def observe(self, h: Tensor) -> Observation:
+        """The same with the stream between its parts."""
+
+    def features(self, h: Tensor) -> Features:
+        """The same with what its output projections are fed."""
 
     def run_with(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """The block's output with other parameters of the same names and shapes; gradients flow to them.

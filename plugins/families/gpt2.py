@@ -22,8 +22,7 @@ class GPT2Family:
         return Anatomy(
             blocks="transformer.h",
             attention_output="attn.c_proj",
-            mlp_norm="ln_2",
-            mlp="mlp",
+            mlp_path=("ln_2", "mlp"),
             mlp_output="mlp.c_proj",
             final_norm="transformer.ln_f",
             head="lm_head",

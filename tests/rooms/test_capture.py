@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from peel_agent import registry
+from peel_agent.peel import peel
 from peel_agent.peel.losses import logits
-from peel_agent.records import Projection
+from peel_agent.records import Plan, Projection
 from tests import zoo
 
 
@@ -21,6 +23,20 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A model of each family, as transformers has it and as a Trace."""
     model = zoo.build(request.param, steps=10)
     return model, zoo.trace_of(zoo.save(model, tmp_path_factory.mktemp(request.param)))
+
+
+def test_every_family_gives_margins_and_bounds(pair: tuple[Any, Any]) -> None:
+    """Each architecture is peeled to the end: a margin a block, the head's bound, and reasons for what is left out."""
+    _, trace = pair
+    plan = Plan(frozenset({"margin", "bounds", "headroom", "redundancy"}), ("skip", "affine", "previous"), "ends")
+    found = peel(trace, plan, itertools.count().__next__)
+    assert all(layer.margin is not None for layer in found.layers)
+    block = next(iter(trace.blocks(stop=1)))
+    left_out = {skipped.what for skipped in found.skipped}
+    assert ("margins of attention and MLP parts" in left_out) == (not block.has_parts)
+    for what in ("headroom", "redundancy", "`previous` references"):
+        assert (what in left_out) == (not block.has_projections)
+    assert (len(found.bounds) > 1) == block.has_projections
 
 
 def test_every_model_type_is_in_the_zoo() -> None:
@@ -48,15 +64,32 @@ def test_hidden_states_and_logits(pair: tuple[Any, Any]) -> None:
 
 
 def test_parts_add_up(pair: tuple[Any, Any]) -> None:
-    """The observed features, multiplied by the projections, are what the two parts add to the stream."""
+    """The MLP part, run on the stream between the parts, gives the block's output.
+
+    Where there are output projections, the features multiplied by them are what the two parts add to the stream.
+    """
     _, trace = pair
     h = trace.embed(zoo.token_ids(5, 4))
     for block in trace.blocks():
         seen = block.observe(h)
-        torch.testing.assert_close(h + logits(seen.attention_features, block.attention_projection), seen.mid)
-        torch.testing.assert_close(seen.mid + logits(seen.mlp_features, block.mlp_projection), seen.output)
-        torch.testing.assert_close(block.run_mlp_part(seen.mid), seen.output)
+        torch.testing.assert_close(seen.output, block.run(h))
+        torch.testing.assert_close(block.run_mlp_part(seen.mid) if block.has_parts else block.run(h), seen.output)
+        assert block.has_parts == (not torch.equal(seen.mid, h))
+        if block.has_projections:
+            inner = block.features(h)
+            torch.testing.assert_close(h + logits(inner.attention, block.attention_projection), seen.mid)
+            torch.testing.assert_close(seen.mid + logits(inner.mlp, block.mlp_projection), seen.output)
         h = seen.output
+
+
+def test_what_each_architecture_has() -> None:
+    """Which families have a stream between their parts, and output projections that can be refitted."""
+    found = {}
+    for kind, config in zoo.CONFIGS.items():
+        anatomy = registry.family(config.model_type).anatomy(config.to_dict())
+        found[kind] = (bool(anatomy.mlp_path), anatomy.attention_output is not None)
+    assert {kind for kind, (parts, _) in found.items() if not parts} == {"gpt_neox"}
+    assert {kind for kind, (_, linear) in found.items() if not linear} == {"gpt_neox", "olmo2", "gemma2", "gemma3"}
 
 
 def test_substitute_projections(pair: tuple[Any, Any]) -> None:
@@ -65,6 +98,9 @@ def test_substitute_projections(pair: tuple[Any, Any]) -> None:
     h = trace.embed(zoo.token_ids(5, 4))
     block = next(iter(trace.blocks(stop=1)))
     before = block.run(h)
+    if not block.has_projections:
+        assert not hasattr(block, "attention_projection")
+        return
 
     def zeros(trained: Projection) -> Projection:
         bias = None if trained.bias is None else torch.zeros_like(trained.bias)
