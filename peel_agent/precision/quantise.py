@@ -56,7 +56,9 @@ class Grid:
             return torch.where(units >= 0, 1.0, -1.0).to(units.dtype)
         steps = units / _nonzero(self.scale)
         if self.own.kind in _FP8:
-            return steps.to(torch.float32).to(_FP8[self.own.kind]).to(units.dtype)
+            dtype = _FP8[self.own.kind]
+            most = torch.finfo(dtype).max  # beyond it e5m2 has infinity, and error feedback goes beyond it
+            return steps.clamp(-most, most).to(torch.float32).to(dtype).to(units.dtype)
         return (torch.round(steps) + self.zero).clamp(self.least, self.most) - self.zero
 
 

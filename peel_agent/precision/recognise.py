@@ -26,10 +26,9 @@ def recognise(matrix: Tensor) -> WeightSet:
     """The set of a matrix [out, in], FULL_PRECISION when its values are in none that can be told from values.
 
     `sign` and `ternary` and integers of few bits leave few distinct magnitudes in a row, evenly spaced. Eight bits
-    leave too many to be told from rounding to bfloat16; name them in the configuration.
+    leave too many to be told from rounding to bfloat16, and weights stored as fp8 do not say their scale: name them in
+    the configuration when they are latents, or else they count as free.
     """
-    if matrix.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        return WeightSet.named("fp8-e4m3" if matrix.dtype == torch.float8_e4m3fn else "fp8-e5m2")
     rows = matrix[torch.linspace(0, len(matrix) - 1, min(ROWS, len(matrix))).long()].float()
     if not bool(rows.any()):
         return FULL_PRECISION

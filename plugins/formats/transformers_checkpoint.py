@@ -63,15 +63,26 @@ class TransformersFormat:
 
 
 def _read(path: Path) -> Layout:
+    check_written(path)
+    layout = read_folder(path)
+    _, stamp = trainer_step(path)
+    return with_file(layout, stamp)
+
+
+def check_written(path: Path) -> None:
+    """Raises IncompleteCheckpoint while Trainer's sentinel is in the folder."""
     if SENTINEL in names_in(path):
         raise IncompleteCheckpoint(f"{SENTINEL} is there: Trainer is still writing, or was stopped", remedy=WAIT)
-    layout = read_folder(path)
+
+
+def trainer_step(path: Path) -> tuple[int, FileStamp]:
+    """`global_step` of trainer_state.json and that file's stamp; CheckpointError when it is not the folder's own."""
     stamp = stamp_of(path, STATE)
     step = _global_step(path, stamp)
     named = _NAME.fullmatch(path.name)
     if named is not None and step != int(named[1]):
         raise CheckpointError(f"{STATE} says global_step {step:,} in {path.name}", remedy=SAVE_AGAIN)
-    return with_file(layout, stamp)
+    return step, stamp
 
 
 # The log of a long run makes this file megabytes; the stamp is in the key so that each version is parsed once.
