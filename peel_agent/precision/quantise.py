@@ -95,8 +95,8 @@ def straight_through(matrix: Tensor, own: WeightSet) -> Tensor:
 def latents_of(effective: Tensor, own: WeightSet) -> Tensor:
     """Latents [out, in] whose quantiser gives these effective weights, which must be in the set.
 
-    Absmean quantisers see the zeros in the mean, so the others must be larger for it. Every other set holds its own
-    fixed points.
+    Absmean quantisers see the zeros in the mean, so the others must be larger for it. Other sets hold their own fixed
+    points; an integer one does where the largest entry of a unit is at the end of the grid.
     """
     if own.kind != "ternary":
         return effective

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peel_agent.precision.quantise import Grid, in_units, quantise
+from peel_agent.precision.quantise import Grid, in_units
 from peel_agent.records import WeightSet
 
 DAMPING = 0.01
@@ -20,10 +20,7 @@ COLUMNS = 128
 
 
 def round_in_gram(matrix: Tensor, gram: Tensor, own: WeightSet) -> Tensor:
-    """The wanted matrix [out, in] rounded into the set, near in the metric of `gram` = X'X [in, in]; float64.
-
-    The result is what the quantiser gives for its `latents_of`, so that it can be stored and trained on.
-    """
+    """The wanted matrix [out, in] rounded into the set, near in the metric of `gram` = X'X [in, in]; float64."""
     if not own.restricts:
         return matrix
     wanted, metric = matrix.double(), gram.double().clone()
@@ -31,8 +28,7 @@ def round_in_gram(matrix: Tensor, gram: Tensor, own: WeightSet) -> Tensor:
     grid = Grid.of(wanted, own)
     codes = _compensated(wanted, metric, grid)
     scale = _scales(codes, wanted, metric, grid)
-    rounded = (scale * in_units(codes, own)).flatten(1)
-    return quantise(rounded, own) if own.kind == "int" else rounded
+    return (scale * in_units(codes, own)).flatten(1)
 
 
 def _compensated(wanted: Tensor, metric: Tensor, grid: Grid) -> Tensor:

@@ -188,8 +188,7 @@ def round_in_gram(M: Array, H: Array, name: str) -> Array:
     codes, scale = codes_in_gram(M, H, name)
     if form.kind not in ("e4m3", "e5m2"):
         scale = fitted_scales(M, damped(H), codes, scale, form)
-    rounded = scale * codes
-    return quantise(rounded, name) if form.kind == "int" else rounded
+    return scale * codes
 
 
 def residual(M: Array, R: Array, H: Array) -> float:

@@ -38,16 +38,11 @@ def test_quantise(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_round_in_gram(name: str) -> None:
-    """Error-compensated rounding is the oracle's, column by column, scales solved anew included.
-
-    An affine grid laid anew over rounded weights has entries halfway between two codes, where the last bit decides.
-    """
+    """Error-compensated rounding is the oracle's, column by column, scales solved anew included."""
     matrix, gram = case(2)
     ours = round_in_gram(torch.from_numpy(matrix), torch.from_numpy(gram), WeightSet.named(name)).numpy()
     theirs = oracle.round_in_gram(matrix, gram, name)
-    differing = np.abs(ours - theirs) > 1e-8
-    assert differing.mean() <= (0.005 if "affine" in name else 0.0)
-    assert oracle.residual(matrix, ours, gram) == pytest.approx(oracle.residual(matrix, theirs, gram), rel=5e-3)
+    np.testing.assert_allclose(ours, theirs, atol=1e-8)
     assert oracle.residual(matrix, ours, gram) < oracle.residual(matrix, oracle.quantise(matrix, name), gram)
 
 
@@ -67,11 +62,14 @@ def test_inputs_that_never_fire() -> None:
         assert recognise(rounded).name == "ternary"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "affine" not in name])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("int")])
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10_000))
 def test_rounded_weights_can_be_stored(name: str, seed: int) -> None:
-    """The quantiser gives back what rounding chose when it is fed the latents that are stored for it."""
+    """The quantiser gives back what rounding chose when it is fed the latents that are stored for it.
+
+    Not promised of integer sets, whose quantiser takes its scale from the largest entry: rounding may have moved that.
+    """
     matrix, gram = case(seed, rows=4)
     own = WeightSet.named(name)
     rounded = round_in_gram(torch.from_numpy(matrix), torch.from_numpy(gram), own)

@@ -39,7 +39,9 @@ def test_unknown_names(broken: None) -> None:
     """A name that is not installed gets the nearest one, an architecture that is not covered the list."""
     with pytest.raises(PluginError, match=r"(.|\n)*did you mean `mlflow`"):
         registry.tracker("mlfow")
-    with pytest.raises(UnknownFamily, match=r"`mamba`(.|\n)*gpt2, gpt_neox, llama, mistral, mlp, olmo2, opt, phi3, qwen2, qwen3"):
+    with pytest.raises(
+        UnknownFamily, match=r"`mamba`(.|\n)*gpt2, gpt_neox, llama, mistral, mlp, olmo2, opt, phi3, qwen2, qwen3"
+    ):
         registry.family("mamba")
 
 
