@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sqlite3
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from peel_agent.errors import ConfigurationError
 from peel_agent.ledger import Ledger
-from peel_agent.records import BoundMemory, CheckpointRef, Publication, RuleState, Verdict
+from peel_agent.records import Best, BoundMemory, CheckpointRef, Publication, RuleState, Verdict, YesMemory, restored
 
 REF = CheckpointRef(Path("/run/checkpoint-5"), 5, "transformers", "f1", 12.5)
 MEMORY = BoundMemory("probe", 1.5, (1.25, 1.75), {"head": 1.5})
@@ -112,3 +114,12 @@ def test_unusable_folder(tmp_path: Path) -> None:
     db.close()
     with pytest.raises(ConfigurationError, match="another version"):
         Ledger(tmp_path / "old")
+
+
+def test_both_kinds_of_memory_come_back() -> None:
+    """What a transformer's checkpoint hands on, and what a fully connected network's does, survive JSON as they are."""
+    yes = YesMemory(
+        "probe", "(4, 3) biased full", (Best((), 1.0, (1.0, 2.0), True), Best((1,), 0.5, (0.5, 1.0), False))
+    )
+    for memory in (MEMORY, yes):
+        assert restored(json.loads(json.dumps(dataclasses.asdict(memory)))) == memory
