@@ -64,7 +64,7 @@ def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
             )
     raise CheckpointError(
         f"{path} is no checkpoint of a known format",
-        remedy="give one checkpoint (a checkpoint-N folder, a save_pretrained folder or a .safetensors file); "
+        remedy="give one checkpoint (a checkpoint-N or save_pretrained folder, a .safetensors or .pt file); "
         "for a folder of checkpoints use `peel-agent watch --once`",
     )
 

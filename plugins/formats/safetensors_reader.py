@@ -19,7 +19,6 @@ from .safetensors_header import MAX_TENSORS, Extent, read_header
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = frozenset({"pytorch_model.bin", "pytorch_model.bin.index.json"})
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,6 @@ def read_folder(folder: Path) -> Layout:
         return read_files(folder, (WEIGHTS,))
     if INDEX in names:
         return _read_shards(folder)
-    if names & PICKLES:
-        raise CheckpointError(
-            f"the weights are in {min(names & PICKLES)}, a pickle that this version does not read; "
-            "save with safe_serialization=True (safetensors)",
-            remedy="save the checkpoint again with save_pretrained(..., safe_serialization=True)",
-        )
     raise IncompleteCheckpoint(f"neither {WEIGHTS} nor {INDEX} is there", remedy=WAIT)
 
 

@@ -10,21 +10,13 @@ from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
 
 from .checkpoint_folder import SAVE_AGAIN, WAIT, is_folder, names_in, read_json, stamp_of
-from .safetensors_reader import (
-    CONFIG,
-    INDEX,
-    PICKLES,
-    WEIGHTS,
-    Layout,
-    inspect_layout,
-    open_weights,
-    read_folder,
-    with_file,
-)
+from .safetensors_reader import Layout, inspect_layout, open_weights, read_folder, with_file
 
 STATE = "trainer_state.json"
 SENTINEL = "checkpoint-is-incomplete.txt"
 _NAME = re.compile(r"checkpoint-([0-9]{1,18})")
+_PICKLE = re.compile(r"pytorch_model\.bin(?:\.index\.json)?|pytorch_model.*-\d+-of-\d+\.bin")
+_SAFETENSORS = re.compile(r"model\.safetensors(?:\.index\.json)?|.*-\d+-of-\d+\.safetensors")
 
 
 def is_trainer_folder(path: Path) -> bool:
@@ -32,21 +24,22 @@ def is_trainer_folder(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None and is_folder(path)
 
 
+def holds_pickles_only(names: frozenset[str]) -> bool:
+    """True for a folder with these names when its weights are in files of torch.save and none in safetensors."""
+    return any(map(_PICKLE.fullmatch, names)) and not any(map(_SAFETENSORS.fullmatch, names))
+
+
 class TransformersFormat:
     """A Trainer checkpoint.
 
     It is complete when trainer_state.json says step N, every weight file has the size its header says, every shard of
-    the index is there and checkpoint-is-incomplete.txt is not. A folder with config.json whose weights are pickles
-    only is recognised too, to say that they are not read.
+    the index is there and checkpoint-is-incomplete.txt is not. One whose weights are pickles only is left to `torch`.
     """
 
     name = "transformers"
 
     def recognise(self, path: Path) -> bool:
-        if is_trainer_folder(path):
-            return True
-        names = names_in(path)
-        return CONFIG in names and bool(names & PICKLES) and not names & {WEIGHTS, INDEX}
+        return is_trainer_folder(path) and not holds_pickles_only(names_in(path))
 
     def inspect(self, path: Path) -> Readiness:
         return inspect_layout(lambda: _read(path), path, lambda: names_in(path))

@@ -188,8 +188,8 @@ class TestRecognition:
         [
             ("checkpoint-5", [], "transformers"),
             ("checkpoint-5", ["config.json", "model.safetensors"], "transformers"),
-            ("checkpoint-5", ["config.json", "pytorch_model.bin"], "transformers"),
-            ("final", ["config.json", "pytorch_model.bin"], "transformers"),
+            ("checkpoint-5", ["config.json", "pytorch_model.bin"], None),
+            ("final", ["config.json", "pytorch_model.bin"], None),
             ("final", ["config.json", "pytorch_model.bin", "model.safetensors"], "safetensors"),
             ("checkpoint-last", ["config.json", "model.safetensors"], "safetensors"),
             ("final", ["config.json", "model.safetensors.index.json"], "safetensors"),
@@ -459,12 +459,10 @@ STATE = {"trainer_state.json": b'{"global_step": 5}'}
             "checkpoint-is-incomplete.txt is there",
         ),
         (STATE, "incomplete", "neither model.safetensors nor model.safetensors.index.json is there"),
-        (STATE | {"pytorch_model.bin": b"x"}, "damaged", "pytorch_model.bin, a pickle that this version does not read"),
-        (STATE | {"pytorch_model.bin.index.json": b"{}"}, "damaged", "safe_serialization"),
     ],
 )
 def test_a_faulty_trainer_checkpoint(files: Mapping[str, bytes], state: str, reason: str, tmp_path: Path) -> None:
-    """What Trainer may still write is incomplete; another run's state and pickled weights are damaged."""
+    """What Trainer may still write is incomplete; another run's state is damaged."""
     refuses(TRANSFORMERS, folder_with(tmp_path, files, "checkpoint-5"), state, reason)
 
 

@@ -1,0 +1,144 @@
+"""One file of torch.save: which of its tensors are the model's, and where each lies in it.
+
+Runs in the parent daemon: reads the directory and the pickle, no tensor data, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peel_agent.records import FileStamp
+
+from .checkpoint_folder import opened
+from .safetensors_header import MAX_DIMENSIONS
+from .torch_pickle import DTYPE_BYTES, MAX_PICKLE_BYTES, Name, Opaque, Rebuild, Storage, Table, read_pickle
+from .torch_zip import Archive, read_archive, refused, shown
+
+STATE_DICTS = ("model", "state_dict", "model_state_dict", "module")
+STEPS = ("iter_num", "global_step", "step", "iteration")
+_EXTRA = "_extra_state"
+"""What a module may add to its state dict besides tensors; torch's own name for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor in a file: the `size` bytes from byte `offset` on hold its elements, `strides` elements apart."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The model's tensors in one file by the names they have there, and the step that stands beside them."""
+
+    stamp: FileStamp
+    tensors: Mapping[str, View]
+    step: int | None
+
+
+def read_saved_model(folder: Path, name: str) -> SavedModel:
+    """What is in the file `name` of a folder.
+
+    Raises IncompleteCheckpoint for a file that is not all there, CheckpointError for one that is refused.
+    """
+    with opened(folder, name) as (descriptor, stamp):
+        archive = read_archive(descriptor, name, stamp.size)
+        if archive.members.keys() & {"byteorder"} and archive.content("byteorder", 16) != b"little":
+            raise refused(name, "holds big-endian numbers, which are not read")
+        what = f"{name}: data.pkl"
+        content = read_pickle(archive.content("data.pkl", MAX_PICKLE_BYTES), what)
+        offsets = {key: _offset(archive, storage) for key, storage in content.storages.items()}
+    where, state = _state_dict(content.value, what)
+    tensors = {
+        tensor: _view(value, offsets, f"{where}: {shown(tensor)}")
+        for tensor, value in state.items()
+        if type(value) is Rebuild or not tensor.endswith(_EXTRA)
+    }
+    return SavedModel(stamp, tensors, _step(content.value))
+
+
+def _offset(archive: Archive, storage: Storage) -> int:
+    member = f"data/{storage.key}"
+    if member not in archive.members:
+        raise refused(archive.name, f"has no {shown(member)}, a storage that its data.pkl uses")
+    size = archive.members[member].size
+    if size != storage.size:
+        raise refused(archive.name, f"has {size:,} bytes of {shown(member)} where its data.pkl says {storage.size:,}")
+    return archive.offset(member)
+
+
+def _state_dict(top: Any, what: str) -> tuple[str, Table]:
+    """The model's state dict and what to call it: the value itself, or what is under one of STATE_DICTS."""
+    if type(top) is not Table:
+        raise refused(
+            what,
+            f"holds {_kind(top)}, not a state dict",
+            remedy="save model.state_dict(), or a dict with it under `model`, instead of the model itself",
+        )
+    under = [key for key in STATE_DICTS if type(top.get(key)) is Table and _has_tensors(top[key])]
+    if len(under) > 1:
+        raise refused(what, f"has tensors both under `{under[0]}` and under `{under[1]}`: which is the model?")
+    if not under and not _has_tensors(top):
+        opaque = [key for key in STATE_DICTS if type(top.get(key)) is Opaque]
+        if opaque:
+            raise refused(what, f"has {_kind(top[opaque[0]])} under `{opaque[0]}`, not a state dict")
+        raise refused(what, f"has no state dict: neither itself nor under any of {', '.join(STATE_DICTS)}")
+    where, state = (f"{what}: {under[0]}", top[under[0]]) if under else (what, top)
+    if state.unnamed:
+        raise refused(where, f"has {state.unnamed:,} names that are no text")
+    return where, state
+
+
+def _has_tensors(table: Table) -> bool:
+    return any(type(value) is Rebuild for value in table.values())
+
+
+def _kind(value: Any) -> str:
+    return f"an object {shown(value.text)}" if type(value) in (Opaque, Name) else f"a {type(value).__name__}"
+
+
+def _step(top: Table) -> int | None:
+    found = (top.get(key) for key in STEPS)
+    return next((step for step in found if type(step) is int and 0 <= step < 2**63), None)
+
+
+def _view(value: Any, offsets: Mapping[str, int], what: str) -> View:
+    if type(value) is not Rebuild:
+        raise refused(what, f"is {_kind(value)}, not a tensor")
+    typed = value.function.endswith("_v2")
+    fixed = 6 if typed else 7
+    if len(value.arguments) < fixed or type(value.arguments[0]) is not Storage:
+        raise refused(what, "is a tensor without a storage")
+    storage, start, shape, strides = value.arguments[:4]
+    dtype = storage.dtype if typed else _dtype(value.arguments[6])
+    if dtype is None:
+        raise refused(what, f"has an unknown dtype; known are {', '.join(DTYPE_BYTES)}")
+    if not _are_counts((start,)) or not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
+        raise refused(what, "has a shape or an offset that is no count of elements")
+    if not _are_counts(strides) or len(strides) != len(shape):
+        raise refused(what, "has strides that are no counts of elements, one a dimension")
+    if any(value.arguments[fixed:]):
+        raise refused(what, "is a conjugate or negative view, which is not read", remedy="save it with .resolve_conj()")
+    item, count = DTYPE_BYTES[dtype], math.prod(shape)
+    held = storage.size // item
+    span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True)) if count else 0
+    if start + span > held or count > held:
+        raise refused(what, f"has {count:,} elements up to {start + span:,} in a storage of {held:,}")
+    return View(dtype, shape, strides, offsets[storage.key] + start * item, span * item)
+
+
+def _dtype(value: Any) -> str | None:
+    name = value.text.removeprefix("torch.") if type(value) is Name else ""
+    return name if name in DTYPE_BYTES else None
+
+
+def _are_counts(value: Any) -> bool:
+    return type(value) is tuple and all(type(item) is int and 0 <= item < 2**63 for item in value)
