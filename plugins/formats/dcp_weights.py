@@ -1,0 +1,113 @@
+"""Tensors of a torch.distributed.checkpoint directory, put together from their chunks; imports torch."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.records import FileStamp
+
+from .checkpoint_folder import open_inside, read_into
+from .dcp_item import find_numbers
+from .dcp_metadata import Chunk
+from .distributed_checkpoint import Layout
+
+MAX_OPEN = 256
+"""Files held open at once. A run on more ranks has more files; the rest are opened for each read."""
+
+
+class DcpWeights:
+    """`records.Weights` read by offset, from files held open so that a rotated checkpoint can be read to its end.
+
+    Every read raises TornCheckpoint when its file changed since the layout was read.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._descriptors: dict[str, int] = {}
+        weakref.finalize(self, _close_all, self._descriptors)
+        self._stamps = {stamp.name: stamp for stamp in layout.files}
+        chunks = (chunk for tensor in layout.tensors.values() for chunk in tensor.chunks)
+        for name in sorted({chunk.item.file for chunk in chunks})[:MAX_OPEN]:
+            self._descriptors[name] = self._open(name)
+
+    def config(self) -> Mapping[str, Any]:
+        return self._layout.config
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._layout.tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._layout.tensors:
+            raise CheckpointError(
+                f"{self._layout.folder} has no tensor `{name}`", remedy="ask for one of the names in shapes()"
+            )
+        stored = self._layout.tensors[name]
+        dtype: torch.dtype = getattr(torch, stored.dtype)
+        if len(stored.chunks) == 1:
+            return self._read_chunk(stored.chunks[0], dtype)
+        whole = torch.empty(stored.shape, dtype=dtype)
+        for chunk in stored.chunks:
+            part = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[part] = self._read_chunk(chunk, dtype)
+        return whole
+
+    def _read_chunk(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+        """The numbers of one chunk, contiguous, of its own sizes."""
+        file = chunk.item.file
+        with self._opened(file) as descriptor:
+            numbers = find_numbers(descriptor, chunk, str(dtype).removeprefix("torch."))
+            data = torch.empty(numbers.size, dtype=torch.uint8)
+            read_into(descriptor, data.numpy().data, numbers.position, file)
+        return data.view(dtype).as_strided(chunk.sizes, numbers.strides).contiguous()
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[int]:
+        """The descriptor of a file. Whatever goes wrong, a file that changed meanwhile is torn and not damaged."""
+        held = self._descriptors.get(file)
+        descriptor = self._open(file) if held is None else held
+        try:
+            yield descriptor
+        except OSError as error:
+            raise _torn(file, f"cannot be read any more: {error.strerror}") from error
+        except CheckpointError:
+            self._check_unchanged(file, descriptor)
+            raise
+        else:
+            self._check_unchanged(file, descriptor)
+        finally:
+            if held is None:
+                os.close(descriptor)
+
+    def _open(self, file: str) -> int:
+        name = self._layout.inside + file
+        try:
+            descriptor, stamp = open_inside(self._layout.folder, name)
+        except IncompleteCheckpoint as error:
+            raise _torn(file, f"is gone: {error.what}") from error
+        if stamp != self._stamps[name]:
+            os.close(descriptor)
+            raise _torn(file, "changed while it was read")
+        return descriptor
+
+    def _check_unchanged(self, file: str, descriptor: int) -> None:
+        name = self._layout.inside + file
+        status = os.fstat(descriptor)
+        if FileStamp(name, status.st_size, status.st_mtime_ns, status.st_ino) != self._stamps[name]:
+            raise _torn(file, "changed while it was read")
+
+
+def _torn(name: str, how: str) -> TornCheckpoint:
+    return TornCheckpoint(f"{name} {how}", remedy="nothing to do: it is tried again once it is whole")
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
