@@ -901,10 +901,10 @@ def test_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_absurd_metadata_is_not_read(tmp_path: Path) -> None:
-    """A .metadata above 256 MiB is refused by its size."""
+    """A .metadata above 64 MiB is refused by its size."""
     folder = folder_of(tmp_path, sound())
-    os.truncate(folder / ".metadata", 2**28 + 1)
-    refuses(folder, "damaged", r"^\.metadata has 268,435,457 bytes, more than the 268,435,456 that are read")
+    os.truncate(folder / ".metadata", 2**26 + 1)
+    refuses(folder, "damaged", r"^\.metadata has 67,108,865 bytes, more than the 67,108,864 that are read")
 
 
 def test_what_is_refused_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
