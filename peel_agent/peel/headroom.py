@@ -17,7 +17,6 @@ from peel_agent.peel import splices
 from peel_agent.peel.gradients import Descent, backwards, descents
 from peel_agent.peel.intervals import estimate
 from peel_agent.peel.losses import Losses
-from peel_agent.peel.race import first_heat
 from peel_agent.peel.references import refit_fault, within
 from peel_agent.peel.splices import TARGETS, Site, Target, Variant
 from peel_agent.peel.stopwatch import Stopwatch
@@ -34,8 +33,11 @@ LENGTHS = (0.03, 0.1, 0.3)
 LOW_BIT_LENGTHS = (0.1, 0.3, 1.0)
 """longer ones for a low-bit matrix, where a short step rounds back to where it came from."""
 
-FINALISTS = 3
-"""So many of the best on a few sequences are compared on the whole of `select`."""
+SELECT_FRACTION = 4
+"""One in so many sequences of `select` picks ridge and length: steps of one direction rise and fall together."""
+
+SELECT_SEQUENCES = 4
+"""Never fewer than these."""
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,11 @@ class _Scoring:
         self._entering = entering
         self._trained = trained
         self._selecting = len(trace.probe.select)
-        heat = first_heat(trace.probe)
-        self._heat = heat[heat < self._selecting]
 
     def best(self, candidates: list[Better]) -> Better:
-        """The candidate with the least loss on select, among those that do best on a few of its sequences."""
-        losses = self._losses(candidates, self._heat)
-        order = np.argsort(losses.mean(axis=1), kind="stable")
-        if len(self._heat) == self._selecting:
-            return candidates[int(order[0])]
-        finalists = [candidates[int(place)] for place in sorted(order[:FINALISTS])]
-        losses = self._losses(finalists, np.arange(self._selecting))
-        return finalists[int(losses.mean(axis=1).argmin())]
+        """The candidate with the least loss on select; the first among equals."""
+        rows = np.arange(min(self._selecting, max(SELECT_SEQUENCES, self._selecting // SELECT_FRACTION)))
+        return candidates[int(self._losses(candidates, rows).mean(axis=1).argmin())]
 
     def won(self, better: Better) -> Estimate:
         """loss(trained) - loss(better) on confirm."""

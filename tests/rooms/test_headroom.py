@@ -42,7 +42,7 @@ class Case:
         self.trace = open_trace(open_snapshot(ref, form, registry.family, sets=self.sets), zoo.probe())
         self.decoder = Decoder(effective(model, kind, name), model.config.to_dict())
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(importlib.import_module("peel_agent.peel.race"), "HEAT_FRACTION", 1)
+            patched.setattr(importlib.import_module("peel_agent.peel.headroom"), "SELECT_FRACTION", 1)  # all of select
             self.findings: Findings = peel(self.trace, PLAN, itertools.count().__next__)
         self.parts = {} if name == "none" else {"attention": name, "mlp": name}
 
