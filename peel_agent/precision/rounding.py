@@ -18,51 +18,57 @@ DAMPING = 0.01
 COLUMNS = 128
 """Columns that are rounded before the rest is brought up to date in one product."""
 
+ROWS = 512
+"""Output channels whose products with the metric are held at once."""
+
+WIDE = 1024
+"""Inputs from which on products are taken in float32; what is factorised or solved stays float64."""
+
 
 def round_in_gram(matrix: Tensor, gram: Tensor, own: WeightSet) -> Tensor:
     """The wanted matrix [out, in] rounded into the set, near in the metric of `gram` = X'X [in, in]; float64."""
     if not own.restricts:
         return matrix
-    wanted, metric = matrix.double(), gram.double().clone()
+    wanted = matrix.to(torch.float64 if matrix.shape[1] < WIDE else torch.float32)
+    metric = gram.to(torch.float64, copy=True)
     metric.diagonal().add_(DAMPING * float(metric.diagonal().mean()) or 1.0)
     grid = Grid.of(wanted, own)
     codes = _compensated(wanted, metric, grid)
-    scale = _scales(codes, wanted, metric, grid)
-    return (scale * in_units(codes, own)).flatten(1)
+    scale = _scales(codes, wanted, metric.to(wanted.dtype), grid)
+    return (scale.double() * in_units(codes, own)).flatten(1)
 
 
 def _compensated(wanted: Tensor, metric: Tensor, grid: Grid) -> Tensor:
-    """Codes minus zero points [out, in], column by column with error feedback."""
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(metric)), upper=True)
-    work, codes = wanted.clone(), torch.empty_like(wanted)
-    scale, zero = (_by_column(own, wanted, grid.own) for own in (grid.scale, grid.zero))
-    for start in range(0, wanted.shape[1], COLUMNS):
-        stop = min(start + COLUMNS, wanted.shape[1])
-        block, errors = work[:, start:stop], torch.empty_like(work[:, start:stop])
-        for place in range(stop - start):
-            column = start + place
-            own = Grid(grid.own, scale[:, column], zero[:, column], grid.least, grid.most)
-            codes[:, column] = own.codes(block[:, place])
-            error = (block[:, place] - scale[:, column] * codes[:, column]) / upper[column, column]
-            block[:, place:] -= error[:, None] * upper[column, column:stop]
-            errors[:, place] = error
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes
+    """Codes minus zero points [out, in], column by column with error feedback.
 
-
-def _by_column(units: Tensor, like: Tensor, own: WeightSet) -> Tensor:
-    """Scales or zero points [out or 1, units, 1] as [out, in]."""
-    size = own.group if own.unit == "group" else like.shape[1]
-    return units.expand(like.shape[0], -1, size).flatten(1)
+    With metric = R R', R upper triangular, errors E cost ||E R||^2, and each column's code can make up for what the
+    columns before it leave in its own column of E R. That is GPTQ without the inverse (LDLQ, arXiv 2307.13304).
+    Everything is laid out [in, out], a column of the matrix contiguous.
+    """
+    upper = torch.linalg.cholesky(metric.flip(0, 1)).flip(0, 1)
+    feedback = (upper / upper.diagonal()).T.to(wanted.dtype).contiguous()
+    wanted = wanted.T.contiguous()
+    aims, codes, errors = wanted.clone(), torch.empty_like(wanted), torch.empty_like(wanted)
+    scales, zeros = (units.squeeze(-1).T.contiguous() for units in (grid.scale, grid.zero))
+    size = grid.own.group if grid.own.unit == "group" else len(wanted)
+    for start in range(0, len(wanted), COLUMNS):
+        stop = min(start + COLUMNS, len(wanted))
+        for column in range(start, stop):
+            unit = column // size
+            own = Grid(grid.own, scales[unit], zeros[unit], grid.least, grid.most)
+            codes[column] = own.codes(aims[column] + feedback[column, start:column] @ errors[start:column])
+            errors[column] = wanted[column] - scales[unit] * codes[column]
+        aims[stop:].addmm_(feedback[stop:, start:stop], errors[start:stop])
+    return codes.T.contiguous()
 
 
 def _scales(codes: Tensor, wanted: Tensor, metric: Tensor, grid: Grid) -> Tensor:
     """The scales [out or 1, units, 1] that minimise the error in the metric with these codes, or else the old ones."""
     if grid.own.kind.startswith("fp8"):
         return grid.scale
-    seen = codes @ metric
     if grid.own.unit == "group":
         return _group_scales(codes, wanted, metric, grid)
+    seen = codes @ metric
     over = (0, 1) if grid.own.unit == "matrix" else (1,)
     numerator = (seen * wanted).sum(dim=over, keepdim=True)
     solved = numerator / (seen * codes).sum(dim=over, keepdim=True)
@@ -70,11 +76,21 @@ def _scales(codes: Tensor, wanted: Tensor, metric: Tensor, grid: Grid) -> Tensor
 
 
 def _group_scales(codes: Tensor, wanted: Tensor, metric: Tensor, grid: Grid) -> Tensor:
-    """Per output channel, the groups' scales are one small least-squares problem."""
-    grouped = in_units(codes, grid.own)
-    seen = [own @ rows for own, rows in zip(grouped.unbind(1), metric.split(grid.own.group), strict=True)]
-    system = torch.stack([in_units(own * codes, grid.own).sum(-1) for own in seen], dim=1)
-    right = (grouped * in_units(wanted @ metric, grid.own)).sum(-1)
-    solved = torch.linalg.lstsq(system, right[..., None], driver="gelsd" if system.is_cpu else None).solution
+    """Per output channel, the groups' scales are one small least-squares problem, as definite as the metric is."""
+    parts = zip(codes.split(ROWS), wanted.split(ROWS), strict=True)
+    solved = torch.cat([_solved(*part, metric, grid.own) for part in parts])
     usable = (solved.isfinite() & (solved > 0)).all(dim=1, keepdim=True)
-    return torch.where(usable, solved, grid.scale)
+    return torch.where(usable, solved, grid.scale.double())
+
+
+def _solved(codes: Tensor, wanted: Tensor, metric: Tensor, own: WeightSet) -> Tensor:
+    """The groups' scales [out, units, 1], NaN for a channel with a group whose codes are all 0."""
+    grouped, seen = in_units(codes, own), torch.empty_like(codes)
+    right = torch.empty_like(grouped[..., :1])
+    system = grouped.new_zeros(*grouped.shape[:2], grouped.shape[1])
+    for unit, rows in enumerate(metric.split(own.group)):
+        torch.mm(grouped[:, unit], rows, out=seen)
+        right[:, unit, 0] = torch.linalg.vecdot(seen, wanted)
+        system[:, unit, : unit + 1] = torch.linalg.vecdot(in_units(seen, own)[:, : unit + 1], grouped[:, : unit + 1])
+    factors, failed = torch.linalg.cholesky_ex(system.double())
+    return torch.where(failed[:, None, None] == 0, torch.cholesky_solve(right.double(), factors), torch.nan)

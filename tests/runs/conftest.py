@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +28,10 @@ TrainLowBit = Callable[[str, bool], Path]
 @pytest.fixture(scope="session")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     """train(kind, healthy): the output directory of a 6-block model trained for 500 steps by transformers' Trainer."""
-    done: dict[tuple[str, bool], Path] = {}
 
+    @cache
     def run(kind: str, healthy: bool) -> Path:
-        if (kind, healthy) not in done:
-            output = tmp_path_factory.mktemp(f"{kind}-{'healthy' if healthy else 'held-back'}")
-            command = [sys.executable, "-m", "peel_agent.demo.train", str(output), "--kind", kind]
-            command += ["--steps", str(STEPS), "--save-every", "100"]
-            command += [] if healthy else ["--hold-back", str(HELD_BACK)]
-            finished = subprocess.run(command, check=False, capture_output=True, text=True)
-            assert finished.returncode == 0, finished.stderr
-            done[kind, healthy] = output
-        return done[kind, healthy]
+        return _trained(tmp_path_factory.mktemp(kind), STEPS, healthy, "--kind", kind)
 
     return run
 
@@ -46,20 +39,21 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
 @pytest.fixture(scope="session")
 def train_low_bit(tmp_path_factory: pytest.TempPathFactory) -> TrainLowBit:
     """train_low_bit(set, healthy): a Llama whose blocks are quantised in every forward pass, its latents saved."""
-    done: dict[tuple[str, bool], Path] = {}
 
+    @cache
     def run(name: str, healthy: bool) -> Path:
-        if (name, healthy) not in done:
-            output = tmp_path_factory.mktemp(f"{name}-{'healthy' if healthy else 'held-back'}")
-            command = [sys.executable, "-m", "peel_agent.demo.train", str(output), "--bits", name]
-            command += ["--steps", str(LOW_BIT_STEPS), "--save-every", "100"]
-            command += [] if healthy else ["--hold-back", str(HELD_BACK)]
-            finished = subprocess.run(command, check=False, capture_output=True, text=True)
-            assert finished.returncode == 0, finished.stderr
-            done[name, healthy] = output
-        return done[name, healthy]
+        return _trained(tmp_path_factory.mktemp(name), LOW_BIT_STEPS, healthy, "--bits", name)
 
     return run
+
+
+def _trained(output: Path, steps: int, healthy: bool, *flags: str) -> Path:
+    command = [sys.executable, "-m", "peel_agent.demo.train", str(output), *flags]
+    command += ["--steps", str(steps), "--save-every", "100"]
+    command += [] if healthy else ["--hold-back", str(HELD_BACK)]
+    finished = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return output
 
 
 @pytest.fixture(scope="session")

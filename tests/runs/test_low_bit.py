@@ -85,7 +85,7 @@ def means(report: dict[str, Any], *keys: str) -> list[float]:
 def test_rounded_after_training_the_quantiser_is_to_blame(train: Train, middling_probe: Path, tmp_path: Path) -> None:
     """Rounding a healthy model to three bits leaves the optimiser's share what the plain model's headroom was.
 
-    What it adds is the quantiser's, in every block. The set is recognised from the values.
+    What it adds is the quantiser's, on the mean over the blocks. The set is recognised from the values.
     """
     own = WeightSet.named("int3-channel")
 
@@ -98,7 +98,7 @@ def test_rounded_after_training_the_quantiser_is_to_blame(train: Train, middling
     assert before["model"]["precision"] == "float32"
     assert after["model"]["precision"] == "float32 in int3-channel"
     assert all(layer["quantization_share"] is None for layer in before["layers"])
-    assert all(layer["quantization_share"] > 0.0 for layer in after["layers"])
+    assert means(after, "quantization_share")[0] > 0.001
     headroom = float(np.mean([layer["headroom"]["value"] for layer in before["layers"]]))
     assert means(after, "optimization_share")[0] == pytest.approx(headroom, rel=0.25)
 
