@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from peel_agent.config import Settings, default_state_dir, load_settings
 from peel_agent.errors import ConfigurationError, PeelError, ProbeError
 from peel_agent.pipeline import plan_of
+from peel_agent.publish import Meter
 from peel_agent.records import PeelReport
 
 
@@ -197,7 +198,7 @@ def _scan(options: argparse.Namespace) -> int:
     _check_probe(settings)
     _check_fail_on(settings, options.fail_on)
     from peel_agent.pipeline import scan
-    from peel_agent.publish import Meter, report_line, table
+    from peel_agent.publish import report_line, table
     from peel_agent.worker import quieten_libraries
 
     quieten_libraries()
@@ -205,7 +206,7 @@ def _scan(options: argparse.Namespace) -> int:
     status = 0
     with _output(options.out) as output:
         for path in options.checkpoints:
-            meter = Meter(sys.stderr.write, time.monotonic, terminal=sys.stderr.isatty())
+            meter = _meter()
             try:
                 report = scan(
                     path,
@@ -225,6 +226,11 @@ def _scan(options: argparse.Namespace) -> int:
             print(form(report), file=output, flush=True)
             status = max(status, int(_fails(report, options.fail_on)))
     return status
+
+
+def _meter() -> Meter:
+    """Progress on stderr: a bar on a terminal, lines otherwise."""
+    return Meter(sys.stderr.write, time.monotonic, terminal=sys.stderr.isatty())
 
 
 def _output(file: Path | None) -> AbstractContextManager[TextIO]:
@@ -272,12 +278,11 @@ def _add_witness(parser: argparse.ArgumentParser) -> None:
 def _witness(options: argparse.Namespace) -> int:
     settings = load_settings(options.config, _probe_flags(options))
     _check_probe(settings)
-    from peel_agent.publish import Meter
     from peel_agent.witness import witness
     from peel_agent.worker import quieten_libraries
 
     quieten_libraries()
-    meter = Meter(sys.stderr.write, time.monotonic, terminal=sys.stderr.isatty())
+    meter = _meter()
     try:
         proven = witness(
             options.checkpoint,

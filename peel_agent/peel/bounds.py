@@ -54,6 +54,7 @@ def measure_bounds(
     memory = remember(losses, selecting, trace.probe.fingerprint, earlier)
     confirm = np.array(memory.confirm)
     gap = estimate(trained[selecting:] - confirm)
+    signs = any(own.kind == "sign" for own in next(iter(trace.blocks(stop=1))).sets.values())
     reports = tuple(
         BoundReport(
             label=label,
@@ -61,7 +62,7 @@ def measure_bounds(
             solver=solver.name,
             value=estimate(losses[label][selecting:]),
             best=memory.best[label],
-            within_class=within_class(trace, own),
+            within_class=within_class(trace, own, signs=signs),
         )
         for label, own in labelled.items()
         if label in losses
@@ -87,14 +88,12 @@ def remember(
     return BoundMemory(fingerprint, ahead.select, ahead.confirm, lowest)
 
 
-def within_class(trace: Trace, own: TargetMap) -> bool:
+def within_class(trace: Trace, own: TargetMap, *, signs: bool) -> bool:
     """Whether the model itself could hold the construction (METHOD 9).
 
     A head fitted apart from tied embeddings is outside; so is a chain shorter than a model whose signs leave no block
-    that does nothing.
+    that does nothing (`signs`).
     """
-    block = next(iter(trace.blocks(stop=1)))
-    signs = any(own.kind == "sign" for own in block.sets.values())
     return not trace.tied_head and not (signs and len(own) < len(trace.block_names))
 
 

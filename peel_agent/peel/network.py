@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peel_agent.peel.feedforward import Net
+from peel_agent.peel.feedforward import Net, Precision
 from peel_agent.peel.feedforward_bounds import measure_feedforward
 from peel_agent.records import BoundReport, Findings, Network, Samples, Skipped, Timing, YesMemory
 
@@ -20,8 +20,8 @@ def peel_network(
     """
     start = clock()
     net = Net.of(network.weights, network.biases)
-    precision = "one_bit" if net.one_bit else "full"
-    found = measure_feedforward(net, samples, precision="one_bit" if net.one_bit else "full", earlier=earlier)
+    precision: Precision = "one_bit" if net.one_bit else "full"
+    found = measure_feedforward(net, samples, precision=precision, earlier=earlier)
     bounds = tuple(
         BoundReport(
             label=own.label,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
-from peel_agent.records import FileStamp
+from peel_agent.records import CheckpointRef, FileStamp
 
 MAX_JSON_BYTES = 100_000_000
 
@@ -135,3 +135,50 @@ def read_json(folder: Path, name: str) -> tuple[dict[str, Any], FileStamp]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{name} holds a JSON {type(value).__name__}, not an object", remedy=SAVE_AGAIN)
     return value, stamp
+
+
+class Found(Protocol):
+    """A checkpoint found whole, of whatever layout."""
+
+    @property
+    def files(self) -> tuple[FileStamp, ...]: ...
+
+
+Layout = TypeVar("Layout", bound=Found)
+
+
+def as_found(ref: CheckpointRef, read: Callable[[], Layout]) -> Layout:
+    """The layout of a checkpoint, read again.
+
+    Raises TornCheckpoint when its files are not those of `ref.files` any more, otherwise as `read` does.
+    """
+    try:
+        layout = read()
+    except IncompleteCheckpoint as error:
+        if ref.files:
+            raise _torn(ref, error.what) from error
+        raise
+    now = {stamp.name: (stamp.size, stamp.mtime_ns) for stamp in layout.files}
+    then = {stamp.name: (stamp.size, stamp.mtime_ns) for stamp in ref.files}
+    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if then and changed:
+        raise _torn(ref, f"{changed[0]} is another file than before")
+    return layout
+
+
+def _torn(ref: CheckpointRef, how: str) -> TornCheckpoint:
+    return TornCheckpoint(
+        f"{ref.path} changed after it was found whole: {how}",
+        remedy="nothing to do: it is tried again once it is whole; raise settle_seconds if this is frequent",
+    )
+
+
+def torn_file(name: str, how: str) -> TornCheckpoint:
+    """The error of a file that changed while it was read."""
+    return TornCheckpoint(f"{name} {how}", remedy="nothing to do: it is tried again once it is whole")
+
+
+def close_all(descriptors: Mapping[str, int]) -> None:
+    """Closes files held open by name."""
+    for descriptor in descriptors.values():
+        os.close(descriptor)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.records import FileStamp
 
-from .checkpoint_folder import open_inside, read_into
+from .checkpoint_folder import close_all, open_inside, read_into, torn_file
 from .dcp_item import find_numbers
 from .dcp_metadata import Chunk
 from .distributed_checkpoint import Layout
@@ -32,7 +32,7 @@ class DcpWeights:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._descriptors: dict[str, int] = {}
-        weakref.finalize(self, _close_all, self._descriptors)
+        weakref.finalize(self, close_all, self._descriptors)
         self._stamps = {stamp.name: stamp for stamp in layout.files}
         chunks = (chunk for tensor in layout.tensors.values() for chunk in tensor.chunks)
         for name in sorted({chunk.item.file for chunk in chunks})[:MAX_OPEN]:
@@ -76,7 +76,7 @@ class DcpWeights:
         try:
             yield descriptor
         except OSError as error:
-            raise _torn(file, f"cannot be read any more: {error.strerror}") from error
+            raise torn_file(file, f"cannot be read any more: {error.strerror}") from error
         except CheckpointError:
             self._check_unchanged(file, descriptor)
             raise
@@ -91,23 +91,14 @@ class DcpWeights:
         try:
             descriptor, stamp = open_inside(self._layout.folder, name)
         except IncompleteCheckpoint as error:
-            raise _torn(file, f"is gone: {error.what}") from error
+            raise torn_file(file, f"is gone: {error.what}") from error
         if stamp != self._stamps[name]:
             os.close(descriptor)
-            raise _torn(file, "changed while it was read")
+            raise torn_file(file, "changed while it was read")
         return descriptor
 
     def _check_unchanged(self, file: str, descriptor: int) -> None:
         name = self._layout.inside + file
         status = os.fstat(descriptor)
         if FileStamp(name, status.st_size, status.st_mtime_ns, status.st_ino) != self._stamps[name]:
-            raise _torn(file, "changed while it was read")
-
-
-def _torn(name: str, how: str) -> TornCheckpoint:
-    return TornCheckpoint(f"{name} {how}", remedy="nothing to do: it is tried again once it is whole")
-
-
-def _close_all(descriptors: dict[str, int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)
+            raise torn_file(file, "changed while it was read")

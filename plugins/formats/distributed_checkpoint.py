@@ -19,6 +19,7 @@ from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
 from .checkpoint_folder import (
     SAVE_AGAIN,
     WAIT,
+    as_found,
     is_file,
     names_in,
     opened,
@@ -92,18 +93,7 @@ class DistributedFormat:
     def open(self, ref: CheckpointRef) -> Weights:
         from .dcp_weights import DcpWeights  # imports torch
 
-        try:
-            layout = _read(ref.path)
-        except IncompleteCheckpoint as error:
-            if ref.files:
-                raise _torn(ref, error.what) from error
-            raise
-        now = {stamp.name: (stamp.size, stamp.mtime_ns) for stamp in layout.files}
-        then = {stamp.name: (stamp.size, stamp.mtime_ns) for stamp in ref.files}
-        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-        if then and changed:
-            raise _torn(ref, f"{changed[0]} is another file than before")
-        return DcpWeights(layout)
+        return DcpWeights(as_found(ref, lambda: _read(ref.path)))
 
 
 def _inside(path: Path) -> str:
@@ -185,13 +175,6 @@ def _read_config(path: Path, inside: str) -> tuple[dict[str, Any], list[FileStam
 
 def _by_name(*stamps: Iterable[FileStamp]) -> tuple[FileStamp, ...]:
     return tuple(sorted((stamp for some in stamps for stamp in some), key=lambda stamp: stamp.name))
-
-
-def _torn(ref: CheckpointRef, how: str) -> TornCheckpoint:
-    return TornCheckpoint(
-        f"{ref.path} changed after it was found whole: {how}",
-        remedy="nothing to do: it is tried again once it is whole; raise settle_seconds if this is frequent",
-    )
 
 
 FORMAT = DistributedFormat()

@@ -13,7 +13,7 @@ from typing import Any
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
 from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
 
-from .checkpoint_folder import SAVE_AGAIN, WAIT, names_in, opened, read_json, stamps_of
+from .checkpoint_folder import SAVE_AGAIN, WAIT, as_found, names_in, opened, read_json, stamps_of
 from .safetensors_header import MAX_TENSORS, Extent, read_header
 
 CONFIG = "config.json"
@@ -89,31 +89,10 @@ def inspect_layout(read: Callable[[], Layout], folder: Path, names: Callable[[],
 
 
 def open_weights(ref: CheckpointRef, read: Callable[[], Layout]) -> Weights:
-    """The weights of a checkpoint, its files held open.
-
-    Raises TornCheckpoint when its files are not those of `ref.files` any more, otherwise as `read` does.
-    """
+    """The weights of a checkpoint, its files held open; raises as `as_found` does."""
     from .safetensors_weights import SafetensorsWeights  # imports torch
 
-    try:
-        layout = read()
-    except IncompleteCheckpoint as error:
-        if ref.files:
-            raise _torn(ref, error.what) from error
-        raise
-    now = {stamp.name: (stamp.size, stamp.mtime_ns) for stamp in layout.files}
-    then = {stamp.name: (stamp.size, stamp.mtime_ns) for stamp in ref.files}
-    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-    if then and changed:
-        raise _torn(ref, f"{changed[0]} is another file than before")
-    return SafetensorsWeights(layout)
-
-
-def _torn(ref: CheckpointRef, how: str) -> TornCheckpoint:
-    return TornCheckpoint(
-        f"{ref.path} changed after it was found whole: {how}",
-        remedy="nothing to do: it is tried again once it is whole; raise settle_seconds if this is frequent",
-    )
+    return SafetensorsWeights(as_found(ref, read))
 
 
 def _by_name(stamps: Sequence[FileStamp]) -> tuple[FileStamp, ...]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peel_agent.errors import CheckpointError, TornCheckpoint
+from peel_agent.errors import CheckpointError
 from peel_agent.records import FileStamp
 
-from .checkpoint_folder import open_inside, read_into
+from .checkpoint_folder import close_all, open_inside, read_into, torn_file
 from .safetensors_reader import Layout
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -44,7 +44,7 @@ class SafetensorsWeights:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._descriptors: dict[str, int] = {}
-        weakref.finalize(self, _close_all, self._descriptors)
+        weakref.finalize(self, close_all, self._descriptors)
         self._stamps = {stamp.name: stamp for stamp in layout.files}
         for name in sorted({file for file, _ in layout.tensors.values()}):
             self._descriptors[name], stamp = open_inside(layout.folder, name)
@@ -68,19 +68,10 @@ class SafetensorsWeights:
             read_into(descriptor, data.numpy().data, extent.offset, file)
             status = os.fstat(descriptor)
         except OSError as error:
-            raise _torn(file, f"cannot be read any more: {error.strerror}") from error
+            raise torn_file(file, f"cannot be read any more: {error.strerror}") from error
         self._check_unchanged(FileStamp(file, status.st_size, status.st_mtime_ns, status.st_ino))
         return data.view(DTYPES[extent.dtype]).reshape(extent.shape)
 
     def _check_unchanged(self, now: FileStamp) -> None:
         if now != self._stamps[now.name]:
-            raise _torn(now.name, "changed while it was read")
-
-
-def _torn(name: str, how: str) -> TornCheckpoint:
-    return TornCheckpoint(f"{name} {how}", remedy="nothing to do: it is tried again once it is whole")
-
-
-def _close_all(descriptors: dict[str, int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)
+            raise torn_file(now.name, "changed while it was read")
