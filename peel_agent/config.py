@@ -22,18 +22,24 @@ from peel_agent.errors import ConfigurationError
 from peel_agent.records import SETS, Rule, WeightSet
 
 PREFIX = "PEEL__"
+Backlog: TypeAlias = str
 Device: TypeAlias = str
 Precision: TypeAlias = Mapping[str, WeightSet]
 
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """`[watch]`: a checkpoint is read once its files have not changed for `settle_seconds`."""
+    """`[watch]`: a checkpoint is read once its files have not changed for `settle_seconds`.
+
+    `backlog` says which are peeled when they come faster than that: `latest` (the default while watching), `all` (the
+    default for what is there already, with `--once`), or `every:N`.
+    """
 
     path: Path | None = None
     format: str = "auto"
     settle_seconds: float = 10.0
     poll_seconds: float = 10.0
+    backlog: Backlog | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,13 @@ class PeelSettings:
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """`[device]`: `auto` is the CPU unless a spare GPU is named; the worker's niceness keeps the training first."""
+    """`[device]`: `auto` is the CPU unless a spare GPU is named; the worker's niceness keeps the training first.
+
+    The worker takes at most `memory_fraction` of the machine's memory, or of the GPU's.
+    """
 
     select: Device = "auto"
+    memory_fraction: float = 0.5
     nice: int = 10
 
     @property
@@ -108,9 +118,7 @@ class Settings:
 
 
 RESERVED = {
-    "watch": {"backlog"},
     "model": {"factory"},
-    "device": {"memory_fraction"},
     "health": {"listen"},
     "engine": {"use"},
     "sink": set[str](),
@@ -246,6 +254,10 @@ def _check_ranges(settings: Settings) -> None:
             raise ConfigurationError(
                 f"a rule is called `{rule.name}`", remedy="letters, digits, `_`, `-` and `.` make a rule's name"
             )
+    if not 0 < settings.device.memory_fraction <= 1:
+        raise ConfigurationError(
+            f"`device.memory_fraction` is {settings.device.memory_fraction:g}", remedy="it must be above 0, at most 1"
+        )
     if settings.peel.time_budget_seconds is not None:
         least["peel.time_budget_seconds"] = (settings.peel.time_budget_seconds, 0)
     for dotted, (value, bound) in least.items():
@@ -315,6 +327,12 @@ def _device(value: Any) -> str:
     return str(value)
 
 
+def _backlog(value: Any) -> str:
+    if not re.fullmatch(r"latest|all|every:[1-9]\d{0,8}", str(value)):
+        raise ValueError
+    return str(value)
+
+
 def _maps(value: Any) -> str | tuple[tuple[int, ...], ...]:
     if isinstance(value, str):
         return value
@@ -342,6 +360,7 @@ CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tuple[str, ...] | None": (_texts, "a list of names"),
     "str | tuple[tuple[int, ...], ...]": (_maps, "the name of a suite or a list of maps such as [[1, 4], [2, 4]]"),
     "Precision": (_precision, f'a table such as {{ "model.layers.*_proj.weight" = "ternary" }}, with sets like {SETS}'),
+    "Backlog | None": (_backlog, "latest, all, or every:N with a whole number N"),
     "Device": (_device, "auto, cpu, cuda:N, or a GPU's uuid as nvidia-smi -L prints it"),
     "RuleKind": (str, "a rule kind"),
     "Severity": (str, "a severity"),

@@ -19,6 +19,9 @@ Every error says what happened, names the value, and says what to do.
 
 from __future__ import annotations
 
+LONGEST = 2000
+"""Characters of a message that are shown."""
+
 
 class PeelError(Exception):
     """An error meant for the user: `what` happened and the `remedy`.
@@ -30,12 +33,21 @@ class PeelError(Exception):
     retryable: bool = False
 
     def __init__(self, what: str, *, remedy: str) -> None:
-        super().__init__(what)
-        self.what = what
+        super().__init__(printable(what))
+        self.what = printable(what)
         self.remedy = remedy
 
     def __str__(self) -> str:
         return f"{self.what}\n  -> {self.remedy}"
+
+
+def printable(text: str) -> str:
+    """Text fit for a terminal and a log: on one line, control characters escaped, shortened when very long.
+
+    Names and messages may come out of a hostile checkpoint.
+    """
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"
 
 
 class ConfigurationError(PeelError):

@@ -14,16 +14,19 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from peel_agent.errors import ConfigurationError
+from peel_agent.errors import ConfigurationError, printable
 from peel_agent.records import CheckpointRef, Memory, Publication, RuleState, Verdict, restored
 
-SCHEMA_VERSION = 1
+Outcome = Literal["peeled", "refused", "passed over", "vanished"]
+
+SCHEMA_VERSION = 2
 
 _TABLES = """
 CREATE TABLE checkpoints (
-    fingerprint TEXT PRIMARY KEY, path TEXT NOT NULL, step INTEGER, outcome TEXT NOT NULL, detail TEXT NOT NULL
+    fingerprint TEXT PRIMARY KEY, path TEXT NOT NULL, step INTEGER, committed_at REAL NOT NULL, outcome TEXT NOT NULL,
+    detail TEXT NOT NULL
 );
 CREATE TABLE rule_states (
     rule TEXT, layer TEXT, phase TEXT NOT NULL, streak INTEGER NOT NULL, since_step INTEGER, PRIMARY KEY (rule, layer)
@@ -79,15 +82,24 @@ class Ledger:
         self._db.close()
         self._lock.close()
 
-    def knows(self, fingerprint: str) -> bool:
-        """Whether this checkpoint is done, one way or the other."""
-        query = "SELECT 1 FROM checkpoints WHERE fingerprint = ?"
-        return self._db.execute(query, (fingerprint,)).fetchone() is not None
+    def outcome(self, fingerprint: str) -> Outcome | None:
+        """What became of this checkpoint, None for an unknown one."""
+        row = self._db.execute("SELECT outcome FROM checkpoints WHERE fingerprint = ?", (fingerprint,)).fetchone()
+        return None if row is None else cast(Outcome, row[0])
 
-    def peeled(self) -> int:
-        """How many checkpoints have a report."""
-        (count,) = self._db.execute("SELECT count(*) FROM checkpoints WHERE outcome = 'peeled'").fetchone()
+    def count(self, outcome: Outcome) -> int:
+        """How many checkpoints came to this."""
+        (count,) = self._db.execute("SELECT count(*) FROM checkpoints WHERE outcome = ?", (outcome,)).fetchone()
         return int(count)
+
+    def is_late(self, ref: CheckpointRef) -> bool:
+        """Whether a checkpoint of a later step, written later, has been peeled already."""
+        query = (
+            "SELECT step, committed_at FROM checkpoints WHERE outcome = 'peeled' AND step IS NOT NULL "
+            "ORDER BY committed_at DESC LIMIT 1"
+        )
+        newest = self._db.execute(query).fetchone()
+        return newest is not None and ref.step is not None and ref.step < newest[0] and ref.committed_at < newest[1]
 
     def refused(self) -> tuple[tuple[str, str], ...]:
         """Path and reason of every checkpoint that could not be used."""
@@ -141,12 +153,23 @@ class Ledger:
 
     def refuse(self, ref: CheckpointRef, reason: str) -> None:
         """Remembers that this checkpoint cannot be used, so that it is told once."""
-        with _transaction(self._db):
-            self._finish(ref, "refused", reason)
+        self._note(ref, "refused", reason)
 
-    def _finish(self, ref: CheckpointRef, outcome: Literal["peeled", "refused"], detail: str) -> None:
-        row = (ref.fingerprint, str(ref.path), ref.step, outcome, detail)
-        self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)", row)
+    def pass_over(self, ref: CheckpointRef, reason: str) -> None:
+        """Remembers that a newer checkpoint was peeled instead of this one."""
+        self._note(ref, "passed over", reason)
+
+    def miss(self, ref: CheckpointRef) -> None:
+        """Remembers that this checkpoint was whole once, and removed before it was peeled."""
+        self._note(ref, "vanished", "removed before it was peeled")
+
+    def _note(self, ref: CheckpointRef, outcome: Outcome, detail: str) -> None:
+        with _transaction(self._db):
+            self._finish(ref, outcome, detail)
+
+    def _finish(self, ref: CheckpointRef, outcome: Outcome, detail: str) -> None:
+        row = (ref.fingerprint, printable(str(ref.path)), ref.step, ref.committed_at, outcome, detail)
+        self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def waiting(self, tracker: str) -> tuple[tuple[int, Publication], ...]:
         """What this tracker has not taken yet, oldest first, each with its receipt."""

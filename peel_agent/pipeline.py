@@ -90,7 +90,7 @@ def measure(
     """
     (form,) = registry.formats(ref.format)
     try:
-        weights = form.open(ref)
+        weights = form.open(ref.in_place())
         config = weights.config()
         family = registry.family(str(config.get("model_type", "(none)")))
         stack = family.anatomy(config)
@@ -113,7 +113,7 @@ def measure(
             )
     except FileNotFoundError as error:
         raise _torn(ref, f"{error.filename} vanished while it was read") from error
-    _check_unchanged(ref, form)
+    check_unchanged(ref, form)
     return peeled
 
 
@@ -135,7 +135,7 @@ def _measure_decoder(
     from peel_agent.peel import peel
 
     start = clock()
-    snapshot = open_snapshot(ref, form, registry.family, sets=model.precision, patch=patch)
+    snapshot = open_snapshot(ref.in_place(), form, registry.family, sets=model.precision, patch=patch)
     tokens = probe_for(snapshot, probe, quick=peeling.effort == "quick")
     trace = open_trace(snapshot, tokens, device=device)
     loaded = clock()
@@ -216,17 +216,17 @@ def conclude(
     report: PeelReport,
     ref: CheckpointRef,
     *,
+    observed: bool,
     rules: Sequence[Rule],
     states: Sequence[RuleState],
     alerts_log: str,
     max_series: int,
 ) -> tuple[PeelReport, Verdict, Publication]:
-    """Judges a report against the states so far and composes what the trackers get.
+    """Judges a report, if it is an observation, against the states so far and composes what the trackers get.
 
     `alerts_log` holds the lines of alerts so far; the publication carries it with the new ones appended.
     """
-    # A checkpoint without a step (an export at the end of a run) repeats another one: it is no further observation.
-    verdict = judge(report, rules, states) if ref.step is not None else Verdict(tuple(states), ())
+    verdict = judge(report, rules, states) if observed else Verdict(tuple(states), ())
     judged = dataclasses.replace(report, alerts=verdict.notices)
     log = alerts_log + "".join(alert_line(notice) + "\n" for notice in verdict.notices)
     sent = publication(judged, verdict, committed_at=ref.committed_at, alerts_log=log, max_series=max_series)
@@ -296,14 +296,15 @@ def _sizes(settings: ProbeSettings) -> ProbeSizes:
     return ProbeSizes(settings.fit_tokens, settings.select_tokens, settings.confirm_tokens, settings.sequence_length)
 
 
-def _check_unchanged(ref: CheckpointRef, form: Format) -> None:
-    """A checkpoint that changed while it was read gave numbers of no checkpoint at all.
+def check_unchanged(ref: CheckpointRef, form: Format) -> None:
+    """Raises TornCheckpoint for one that changed while it was read: it gave numbers of no checkpoint at all.
 
     One that was rotated away meanwhile is fine: its files were held open before the first read.
     """
-    if not ref.path.exists():
+    place = ref.in_place().path
+    if not place.exists():
         return
-    now = form.inspect(ref.path)
+    now = form.inspect(place)
     if now.state != "complete" or fingerprint(now.files) != ref.fingerprint:
         raise _torn(ref, "its files changed while they were read")
 

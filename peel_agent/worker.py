@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from peel_agent.errors import PeelError, WorkerError
 from peel_agent.publish import report_from_json
 from peel_agent.records import CheckpointRef, FileStamp, Memory, Peeled, WeightSet, restored
 
+STALL_SECONDS = 3600
+"""A worker that makes no progress for so long (a dead network mount, a file that takes for ever) is ended."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -36,6 +40,9 @@ class Request:
     nice: int
     earlier: Memory | None = None
     patch: Path | None = None
+    memory_fraction: float = 1.0
+    copy_to: Path | None = None
+    """A folder of pins, when the files are to be copied there before they are read."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), default=str)
@@ -48,15 +55,21 @@ class Request:
         paths = {key: Path(probe[key]) for key in ("path", "tokenizer") if probe[key] is not None}
         maps = peel["maps"] if isinstance(peel["maps"], str) else tuple(tuple(own) for own in peel["maps"])
         return cls(
-            ref=CheckpointRef(**(ref | {"path": Path(ref["path"]), "files": files})),
+            ref=CheckpointRef(**(ref | {"path": Path(ref["path"]), "files": files, "held": _path(ref["held"])})),
             probe=ProbeSettings(**(probe | paths)),
             peel=PeelSettings(**(peel | {"maps": maps})),
             model=ModelSettings({glob: WeightSet(**own) for glob, own in raw["model"]["precision"].items()}),
             device=raw["device"],
             nice=raw["nice"],
             earlier=None if raw["earlier"] is None else restored(raw["earlier"]),
-            patch=None if raw["patch"] is None else Path(raw["patch"]),
+            patch=_path(raw["patch"]),
+            memory_fraction=raw["memory_fraction"],
+            copy_to=_path(raw["copy_to"]),
         )
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def ask(
@@ -67,7 +80,8 @@ def ask(
     Raises WorkerError when it dies, and what it answers with when that is an error of the tree.
     """
     child = subprocess.Popen(
-        [sys.executable, "-m", "peel_agent.worker"],
+        # -P: the working directory may be a checkpoint's, and a torch.py in it is not to be imported.
+        [sys.executable, "-P", "-m", "peel_agent.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -81,6 +95,8 @@ def ask(
         status = child.wait()
     if status != 0:
         cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        if status == -signal.SIGALRM:
+            cause = f"no progress in {STALL_SECONDS} s"
         raise WorkerError(
             f"the worker that peeled it ended with {cause}",
             remedy="its output stands above; SIGKILL usually means that memory ran out",
@@ -102,14 +118,23 @@ def main() -> int:
     request = Request.from_json(sys.stdin.read())
     give_way(request.nice)
     share_processors(request.device)
+    limit_memory(request.memory_fraction, request.device)
     quieten_libraries()
     from peel_agent.pipeline import measure
     from peel_agent.publish import Meter, report_json
+    from peel_agent.watch import copied
 
     meter = Meter(_to_stderr, time.monotonic, terminal=sys.stderr.isatty())
+    signal.alarm(STALL_SECONDS)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        signal.alarm(STALL_SECONDS)
+        meter(stage, done, total)
+
     try:
+        ref = request.ref if request.copy_to is None else copied(request.ref, request.copy_to)
         peeled = measure(
-            request.ref,
+            ref,
             probe=request.probe,
             peeling=request.peel,
             model=request.model,
@@ -117,7 +142,7 @@ def main() -> int:
             device=request.device,
             clock=time.perf_counter,
             earlier=request.earlier,
-            progress=meter,
+            progress=progress,
         )
         memory = None if peeled.memory is None else dataclasses.asdict(peeled.memory)
         answer: dict[str, Any] = {"report": report_json(peeled.report), "memory": memory}
@@ -150,6 +175,41 @@ def share_processors(device: str) -> None:
 
     if device == "cpu":
         torch.set_num_threads(max(1, len(psutil.Process().cpu_affinity()) // 2))
+
+
+def limit_memory(fraction: float, device: str) -> None:
+    """Takes at most this fraction of the GPU's memory, or of the machine's (its cgroup's, in a container).
+
+    What does not fit is an allocation error, for which fewer sequences are run at once, and at last an error of this
+    process alone; the training's memory is not touched.
+    """
+    import psutil
+    import torch
+
+    if device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device))
+        return
+    limits = cgroup_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    total = min([psutil.virtual_memory().total, *limits])
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(fraction * total)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def cgroup_limits(own: Path, root: Path) -> list[int]:
+    """The memory limits in bytes of this process's control group (version 2) and of those above it."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    limits = []
+    for folder in [] if path is None else [root / path, *(root / path).parents]:
+        try:
+            limits.append(int((folder / "memory.max").read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # no such file at the root, or "max"
+            continue
+    return limits
 
 
 def quieten_libraries() -> None:

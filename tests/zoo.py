@@ -19,11 +19,15 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from peel_agent import registry
@@ -46,6 +50,7 @@ _SHARED: dict[str, Any] = {
     "eos_token_id": 0,
 }
 _GATED = _SHARED | {"intermediate_size": 24, "num_key_value_heads": 2}
+_MIXED = _GATED | {"num_experts": 4, "num_experts_per_tok": 2}
 CONFIGS = {
     "llama": LlamaConfig(**_GATED),
     "mistral": MistralConfig(**_GATED, head_dim=4, sliding_window=8),
@@ -63,6 +68,12 @@ CONFIGS = {
         **_SHARED, intermediate_size=24, attention_dropout=0.0, hidden_dropout=0.0, use_parallel_residual=False
     ),
     "opt": OPTConfig(**_SHARED, ffn_dim=24, word_embed_proj_dim=WIDTH, dropout=0.0, attention_dropout=0.0),
+    "mixtral": MixtralConfig(**_GATED, num_local_experts=4, num_experts_per_tok=2, head_dim=4),
+    "qwen2_moe": Qwen2MoeConfig(
+        **_MIXED, moe_intermediate_size=12, shared_expert_intermediate_size=20, decoder_sparse_step=2
+    ),
+    "qwen3_moe": Qwen3MoeConfig(**_MIXED, moe_intermediate_size=12, head_dim=4, mlp_only_layers=[1]),
+    "olmoe": OlmoeConfig(**_MIXED, pad_token_id=0, clip_qkv=3.0),
 }
 
 

@@ -27,6 +27,7 @@ GIVE_UP_SECONDS = 900
 CONFIGURATION = """\
 [watch]
 settle_seconds = 1
+backlog = "all"
 poll_seconds = 2
 
 [probe]

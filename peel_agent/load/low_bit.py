@@ -15,13 +15,22 @@ from peel_agent.records import Anatomy, Weights, WeightSet
 
 
 def check_globs(sets: Mapping[str, WeightSet], shapes: Mapping[str, tuple[int, ...]], *, transposed: bool) -> None:
-    """Raises ConfigurationError for a glob that fits no matrix, or one whose groups do not divide a matrix's width."""
+    """Raises ConfigurationError for a glob that fits no matrix, one whose groups do not divide a matrix's width, or one
+    that fits experts, which are stacked and would be left as they are.
+    """
+    stacked = [name for name, shape in shapes.items() if len(shape) == 3]
+    for glob in sets:
+        if fitting := [name for name in stacked if fnmatchcase(name, glob)]:
+            raise ConfigurationError(
+                f"`{glob}` names latents among the experts of a mixture, {fitting[0]}; those are not quantised here",
+                remedy="name the matrices outside the experts only; experts in low bits are not covered yet",
+            )
     matrices = {name: shape[0 if transposed else 1] for name, shape in shapes.items() if len(shape) == 2}
     for glob, own in sets.items():
         fitting = [name for name in matrices if fnmatchcase(name, glob)]
         if not fitting:
             raise ConfigurationError(
-                f"`model.precision` names `{glob}`, which fits no matrix of this model",
+                f"`{glob}` (of [model] precision, --precision or config.json) fits no matrix of this model",
                 remedy=f"use a glob over weight names, such as {list(matrices)[-1]}",
             )
         for name in fitting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,32 @@ from torch import nn
 from peel_agent.errors import CheckpointError
 from peel_agent.load.low_bit import PatchedWeights, check_globs, precision_in_words
 from peel_agent.load.names import NamedWeights
+from peel_agent.load.packed import unpack
 from peel_agent.records import CheckpointRef, Snapshot, Stack, WeightSet
 from peel_agent.spi import Family, Format
+
+NOT_BUILT = frozenset(
+    {"model_type", "auto_map", "quantization_config", "experts_implementation", "_experts_implementation"}
+)
+"""Keys of config.json that would name code, or a form of the weights that they do not have any more."""
+
+LARGEST = 2**31
+SIZES = re.compile(r"size|dim|layers?$|heads?$|embd|inner|positions|experts|width|channels|groups")
+
+UNBUILT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    MemoryError,
+    RecursionError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises for a config.json that it cannot use."""
 
 
 def open_snapshot(
@@ -32,7 +57,9 @@ def open_snapshot(
     of the same names. Raises UnknownFamily, WeightsMismatch (naming missing, unexpected and misshapen weights),
     ConfigurationError for a glob that fits no matrix, or CheckpointError.
     """
-    weights = form.open(ref) if patch is None else PatchedWeights(form.open(ref), patch)
+    unpacked = unpack(form.open(ref))
+    weights = unpacked.weights if patch is None else PatchedWeights(unpacked.weights, patch)
+    sets = {**(sets or {}), **unpacked.sets}
     config = weights.config()
     family = family_of(str(config.get("model_type", "(none)")))
     anatomy = family.anatomy(config)
@@ -40,11 +67,12 @@ def open_snapshot(
         raise CheckpointError(
             f"{ref.path} is a fully connected network: it has no blocks", remedy="use `peel-agent scan` or `watch`"
         )
+    check_sizes(config, len(weights.shapes()))
     model = build_model(config)
     named = NamedWeights(weights, model, anatomy.stored_as)
     named.check()
     settings: Any = model.config
-    check_globs(sets or {}, named.shapes(), transposed=anatomy.projection_layout == "in_out")
+    check_globs(sets, named.shapes(), transposed=anatomy.projection_layout == "in_out")
     inside = (name for name, shape in named.shapes().items() if name.startswith(anatomy.blocks) and len(shape) == 2)
     example = next(inside, next(iter(named.shapes())))
     return Snapshot(
@@ -57,8 +85,8 @@ def open_snapshot(
         vocabulary=int(settings.vocab_size),
         context=int(settings.max_position_embeddings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        precision=precision_in_words(example, named.read(example), sets or {}, anatomy),
-        sets=sets or {},
+        precision=unpacked.note or precision_in_words(example, named.read(example), sets, anatomy),
+        sets=sets,
         tied_head=anatomy.head + ".weight" in named.tied,
     )
 
@@ -68,13 +96,7 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
 
     Only transformers' own classes are built; code named by `auto_map` is never looked at.
     """
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unnamed")
-        raise CheckpointError(
-            f"config.json has quantization_config (quant_method `{method}`); quantised weights are not read",
-            remedy="save the checkpoint in float32, float16 or bfloat16",
-        )
-    settings = {key: value for key, value in config.items() if key not in {"model_type", "auto_map"}}
+    settings = {key: value for key, value in config.items() if key not in NOT_BUILT}
     try:
         parsed = transformers.AutoConfig.for_model(config["model_type"], **settings)
         attention = "sdpa" if transformers.AutoModelForCausalLM._model_mapping[type(parsed)]._supports_sdpa else "eager"
@@ -82,13 +104,26 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
                 parsed, dtype=torch.float32, attn_implementation=attention
             )
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        _compute_buffers(model)
+    except UNBUILT as error:
         raise CheckpointError(
-            f"transformers {transformers.__version__} cannot build a model from config.json: {error}",
+            f"transformers {transformers.__version__} cannot build a model from config.json: "
+            f"{type(error).__name__}: {error}",
             remedy="check config.json, or install the transformers release that wrote it",
         ) from error
-    _compute_buffers(model)
     return model.eval()
+
+
+def check_sizes(config: Mapping[str, Any], stored: int) -> None:
+    """Raises CheckpointError for a config.json of more blocks than there are tensors, or of sizes that no model has."""
+    for key, value in config.items():
+        if type(value) is int and value > LARGEST and SIZES.search(key):
+            raise CheckpointError(f"config.json has {key} = {value:,}", remedy="use the config.json of the training")
+        if key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") and type(value) is int and value > stored:
+            raise CheckpointError(
+                f"config.json says that there are {value:,} blocks; the checkpoint has {stored:,} tensors",
+                remedy="config.json and the weights must come from the same model",
+            )
 
 
 def _compute_buffers(model: nn.Module) -> None:

@@ -13,9 +13,11 @@ from peel_agent.records.checkpoint import (
 )
 from peel_agent.records.feedforward import Best, Network, Part, Samples, Stack, YesMemory
 from peel_agent.records.model import (
+    AdjacentPairs,
     Anatomy,
     Block,
     Chunk,
+    Experts,
     Features,
     Gradient,
     Observation,
@@ -64,6 +66,7 @@ __all__ = [
     "FULL_PRECISION",
     "SCHEMA",
     "SETS",
+    "AdjacentPairs",
     "Anatomy",
     "Best",
     "Block",
@@ -73,6 +76,7 @@ __all__ = [
     "CheckpointRef",
     "Chunk",
     "Estimate",
+    "Experts",
     "Features",
     "FileStamp",
     "Findings",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,7 +36,8 @@ class CheckpointRef:
     """A checkpoint that was whole when it was last looked at.
 
     `step` is the training step (None when nothing in the checkpoint says so), `committed_at` the newest modification
-    time of its files in Unix seconds, `fingerprint` a digest of names, sizes and times of its files.
+    time of its files in Unix seconds, `fingerprint` a digest of names, sizes and times of its files. `held` is the path
+    of a private copy, linked or real, that is to be read instead of `path`, if there is one.
     """
 
     path: Path
@@ -44,3 +46,12 @@ class CheckpointRef:
     fingerprint: str
     committed_at: float
     files: tuple[FileStamp, ...] = ()
+    held: Path | None = None
+
+    def released(self) -> CheckpointRef:
+        """The reference without its private copy."""
+        return dataclasses.replace(self, held=None)
+
+    def in_place(self) -> CheckpointRef:
+        """The reference whose `path` is where its files are to be read."""
+        return self if self.held is None else dataclasses.replace(self, path=self.held, held=None)

@@ -31,6 +31,28 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
+class Experts:
+    """One weight [experts, rows, columns] of the model that checkpoints store expert by expert.
+
+    `parts` are the names of an expert's matrices, all of one shape, whose rows follow one another in the model;
+    `{expert}` in them stands for the expert's number.
+    """
+
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdjacentPairs:
+    """A query or key projection of `heads` heads, stored as `name` for rotary positions that turn adjacent rows.
+
+    The model turns row i of a head together with row i + head_dim / 2: rows 2i and 2i + 1 of what is stored.
+    """
+
+    name: str
+    heads: int
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Where the parts of a decoder are, as module names; those of parts are relative to the block.
 
@@ -40,7 +62,8 @@ class Anatomy:
     are added to the stream as they are, or None where something comes between, such as a norm or a choice of experts.
     `projection_layout` says how these store their weight: `out_in` as torch.nn.Linear does, `in_out` as transformers'
     Conv1D. Logits are capped as `softcap * tanh(logits / softcap)` when it is given. `stored_as` holds, by the model's
-    name of a weight, the name that checkpoints have for it, where the two differ.
+    name of a weight, what checkpoints have instead where the two differ; `{block}` stands for the number of a block.
+    Checkpoints with the model's own names are read too.
     """
 
     blocks: str
@@ -51,7 +74,7 @@ class Anatomy:
     head: str
     projection_layout: Literal["out_in", "in_out"] = "out_in"
     softcap: float | None = None
-    stored_as: Mapping[str, str] = field(default_factory=dict)
+    stored_as: Mapping[str, str | Experts | AdjacentPairs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Hints(FileSystemEventHandler):
         self.status = "not started"
         self._root = root.resolve()
         self._mountinfo = mountinfo
+        self._watched: tuple[int, int] | None = None
         self._observer: BaseObserver | None = None
         # Not an Event: put() may be called by a signal handler that interrupts wait() in the same thread.
         self._hints: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -63,6 +64,7 @@ class Hints(FileSystemEventHandler):
         if kind in SILENT or kind.startswith("fuse."):
             self.status = f"timed scans only: {kind} reports no events"
             return self
+        self._watched = _identity(self._root)
         try:
             self._observer = _observe(self._root, self)
             self.status = "events and timed scans"
@@ -81,6 +83,16 @@ class Hints(FileSystemEventHandler):
             self._observer.join()
             self._observer = None
 
+    def refresh(self) -> None:
+        """Watches the root anew when it is another folder than before: one that was removed and made again."""
+        if self._observer is None or (now := _identity(self._root)) is None:
+            return
+        # A folder made again may have the inode of the one before; the emitter of a removed one has ended.
+        if now != self._watched or not all(emitter.is_alive() for emitter in self._observer.emitters):
+            self.__exit__(None, None, None)
+            self.__enter__()
+            self._hints.put(None)
+
     def wait(self, seconds: float) -> bool:
         """Waits for a hint, at most `seconds`; True when there was one since the last wait, or `wake` was called."""
         try:
@@ -98,6 +110,14 @@ class Hints(FileSystemEventHandler):
     def on_any_event(self, _event: FileSystemEvent) -> None:
         if self._hints.empty():  # one is enough: a long save raises thousands
             self._hints.put(None)
+
+
+def _identity(root: Path) -> tuple[int, int] | None:
+    try:
+        status = root.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _observe(root: Path, handler: FileSystemEventHandler) -> BaseObserver:

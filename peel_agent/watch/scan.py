@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,12 @@ from pathlib import Path
 from peel_agent.errors import ConfigurationError
 from peel_agent.records import Readiness
 from peel_agent.spi import Format
+from peel_agent.watch.pins import FOLDER as PINS
+
+STAGING = re.compile(
+    r"(?:tmp|temp)[-_.].*|.*[-_.](?:tmp|temp|part|partial|incomplete|unfinished)(?:[-_.]\d+)?", re.IGNORECASE
+)
+"""Names under which checkpoints are put together before they are renamed; those are passed over."""
 
 LEVELS = 1
 """How far below the root checkpoints are looked for. No deeper: the folders of two runs must not become one series."""
@@ -53,14 +60,21 @@ def _sightings(path: Path, formats: Sequence[Format], levels: int) -> Iterator[S
         yield Sighting(path, form.name, form.inspect(path), form.step(path))
 
 
+def _is_aside(name: str) -> bool:
+    return name.startswith(".") or name == PINS or STAGING.fullmatch(name) is not None
+
+
 def _children(folder: Path) -> list[tuple[Path, bool]]:
-    """Each child that is neither a link nor hidden, and whether it is a folder; none when the folder vanished."""
+    """Each child that is no link, not hidden and not still put together, and whether it is a folder.
+
+    None when the folder vanished.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted(
                 (Path(entry.path), entry.is_dir(follow_symlinks=False))
                 for entry in entries
-                if not entry.name.startswith(".") and not entry.is_symlink()
+                if not _is_aside(entry.name) and not entry.is_symlink()
             )
     except OSError:
         return []

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from peel_agent.records import CheckpointRef, FileStamp, Readiness
+from peel_agent.watch.queue import oldest_first
 from peel_agent.watch.scan import Sighting
 
 
 @dataclass(frozen=True)
 class Observed:
-    """`ready` oldest first; `waiting` and `unreadable` as (path, reason)."""
+    """`ready` oldest first; `waiting` and `unreadable` as (path, reason); `vanished` were whole, not settled."""
 
     ready: tuple[CheckpointRef, ...]
     waiting: tuple[tuple[Path, str], ...]
     unreadable: tuple[tuple[Path, str], ...]
+    vanished: tuple[CheckpointRef, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Rest:
-    """A readiness, and the time since which it has been the same."""
+    """A sighting, and the time since which it has been the same."""
 
-    readiness: Readiness
+    sighting: Sighting
     since: float
+    offered: bool = False
 
 
 class Settling:
@@ -41,30 +44,48 @@ class Settling:
         self._settle_seconds = settle_seconds
         self._give_up_seconds = give_up_seconds
         self._rests: dict[Path, _Rest] = {}
+        self._started = False
 
     def observe(self, sightings: Iterable[Sighting], now: float) -> Observed:
         """Takes one scan at the time `now`, in Unix seconds, and sorts its sightings.
 
-        A checkpoint seen for the first time counts as unchanged since its newest modification time, so that an old one
-        is ready at once. A clock set back only restarts the waiting.
+        In the first scan a checkpoint counts as unchanged since its newest modification time, so that an old one is
+        ready at once; one that comes later since it came, whatever the clock of the machine that wrote it said. A
+        clock set back only restarts the waiting.
         """
         before, self._rests = self._rests, {}
+        first, self._started = not self._started, True
         ready, waiting, unreadable = [], [], []
         for sighting in sightings:
             path, readiness = sighting.path, sighting.readiness
-            rest = self._rests[path] = _Rest(readiness, _unchanged_since(before.get(path), readiness, now))
-            age = now - rest.since
+            since = _unchanged_since(before.get(path), readiness, now, trusted=first)
+            age = now - since
+            offered = readiness.state == "complete" and age >= self._settle_seconds
+            self._rests[path] = _Rest(sighting, since, offered)
             if readiness.state == "damaged":
                 unreadable.append((path, readiness.reason))
             elif readiness.state == "incomplete" and age >= self._give_up_seconds:
                 unreadable.append((path, f"{readiness.reason}, and nothing changed for {self._give_up_seconds:g} s"))
             elif readiness.state == "incomplete":
                 waiting.append((path, readiness.reason))
-            elif age < self._settle_seconds:
+            elif not offered:
                 waiting.append((path, f"whole, but it changed less than {self._settle_seconds:g} s ago"))
             else:
-                ready.append(checkpoint_ref(path, sighting.format, readiness, sighting.step))
-        return Observed(tuple(sorted(ready, key=_oldest_first)), tuple(waiting), tuple(unreadable))
+                ready.append(_ref(sighting))
+        return Observed(
+            tuple(sorted(ready, key=oldest_first)), tuple(waiting), tuple(unreadable), self._vanished(before)
+        )
+
+    def _vanished(self, before: Mapping[Path, _Rest]) -> tuple[CheckpointRef, ...]:
+        """Those that were whole, never offered, and are now at no path."""
+        there = {fingerprint(rest.sighting.readiness.files) for rest in self._rests.values()}
+        gone = (rest for path, rest in before.items() if path not in self._rests and not rest.offered)
+        refs = (_ref(rest.sighting) for rest in gone if rest.sighting.readiness.state == "complete")
+        return tuple(ref for ref in refs if ref.fingerprint not in there)
+
+
+def _ref(sighting: Sighting) -> CheckpointRef:
+    return checkpoint_ref(sighting.path, sighting.format, sighting.readiness, sighting.step)
 
 
 def checkpoint_ref(path: Path, format_name: str, readiness: Readiness, step: int | None) -> CheckpointRef:
@@ -88,18 +109,14 @@ def fingerprint(files: Sequence[FileStamp]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _unchanged_since(before: _Rest | None, readiness: Readiness, now: float) -> float:
+def _unchanged_since(before: _Rest | None, readiness: Readiness, now: float, *, trusted: bool) -> float:
     if before is None:
-        return min(_newest(readiness.files, default=now), now)
-    same = (before.readiness.state, before.readiness.files) == (readiness.state, readiness.files)
+        return min(_newest(readiness.files, default=now), now) if trusted else now
+    seen = before.sighting.readiness
+    same = (seen.state, seen.files) == (readiness.state, readiness.files)
     return min(before.since, now) if same else now
 
 
 def _newest(files: Sequence[FileStamp], default: float) -> float:
     """The newest modification time in Unix seconds."""
     return max((stamp.mtime_ns / 1e9 for stamp in files), default=default)
-
-
-def _oldest_first(ref: CheckpointRef) -> tuple[bool, int, float]:
-    # Those without a step are exports made at the end of a run, or of another producer: after the run's own.
-    return (ref.step is None, ref.step or 0, ref.committed_at)

@@ -16,7 +16,9 @@ from typing import Any, Protocol, TypeVar
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
 from peel_agent.records import CheckpointRef, FileStamp
 
-MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_ITEMS = 2_000_000
+MAX_CONFIG_BYTES = 4 * 2**20
 
 WAIT = "wait until the trainer has written it, or save the checkpoint again"
 SAVE_AGAIN = "save the checkpoint again with save_pretrained, or take it out of the watched folder"
@@ -115,19 +117,26 @@ def stamps_of(folder: Path, names: Iterable[str]) -> tuple[FileStamp, ...]:
     return tuple(stamps)
 
 
-def read_json(folder: Path, name: str) -> tuple[dict[str, Any], FileStamp]:
-    """A JSON object and the stamp of its file.
+def read_config(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], FileStamp]:
+    """A model's config.json and its stamp; raises as `read_json` does."""
+    return read_json(folder, name, most=MAX_CONFIG_BYTES)
+
+
+def read_json(folder: Path, name: str, *, most: int = MAX_JSON_BYTES) -> tuple[dict[str, Any], FileStamp]:
+    """A JSON object of at most `most` bytes and the stamp of its file.
 
     Raises IncompleteCheckpoint when it is not there or does not parse (it may be half written), CheckpointError when
     it is too long or parses to something else than an object.
     """
     with opened(folder, name) as (descriptor, stamp):
-        if stamp.size > MAX_JSON_BYTES:
+        if stamp.size > most:
             raise CheckpointError(
-                f"{name} has {stamp.size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read", remedy=SAVE_AGAIN
+                f"{name} has {stamp.size:,} bytes, more than the {most:,} that are read", remedy=SAVE_AGAIN
             )
         text = bytearray(stamp.size)
         read_into(descriptor, memoryview(text), 0, name)
+    if text.count(b"[") + text.count(b"{") + text.count(b",") > MAX_JSON_ITEMS:
+        raise CheckpointError(f"{name} has more than {MAX_JSON_ITEMS:,} items", remedy=SAVE_AGAIN)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -44,8 +44,8 @@ class SafetensorsFormat:
 
     def inspect(self, path: Path) -> Readiness:
         if path.suffix == ".safetensors":
-            return inspect_layout(lambda: _read(path), path.parent, lambda: frozenset({CONFIG, path.name}))
-        return inspect_layout(lambda: _read(path), path, lambda: names_in(path))
+            return inspect_layout(_read, path, path.parent, frozenset({CONFIG, path.name}))
+        return inspect_layout(_read, path, path, names_in(path))
 
     def step(self, path: Path) -> int | None:
         """The number in a name such as `checkpoint-800`, `step_800`, `iter800`, `global_step800` or `800`."""

@@ -16,7 +16,7 @@ from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from .checkpoint_folder import SAVE_AGAIN, WAIT, read_into
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 300_000  # of one file or of a whole checkpoint
 MAX_DIMENSIONS = 64  # torch's own limit
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -39,6 +39,14 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 
 @dataclass(frozen=True)
+class Header:
+    """What a file says of itself: where each tensor is, and texts beside them (`__metadata__`)."""
+
+    tensors: Mapping[str, Extent]
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Extent:
     """Where one tensor lies in its file: `size` bytes from byte `offset` of the file."""
 
@@ -48,8 +56,8 @@ class Extent:
     size: int
 
 
-def read_header(descriptor: int, name: str, file_size: int) -> dict[str, Extent]:
-    """Every tensor of an open safetensors file of `file_size` bytes; `name` is for the errors.
+def read_header(descriptor: int, name: str, file_size: int) -> Header:
+    """The header of an open safetensors file of `file_size` bytes; `name` is for the errors.
 
     Raises IncompleteCheckpoint for a file shorter than its header says, CheckpointError for a longer one or a header
     that cannot be right.
@@ -65,18 +73,18 @@ def read_header(descriptor: int, name: str, file_size: int) -> dict[str, Extent]
         raise IncompleteCheckpoint(f"{name} has {file_size:,} of at least {8 + length:,} bytes", remedy=WAIT)
     text = bytearray(length)
     read_into(descriptor, memoryview(text), 8, name)
-    extents = _parse(text, name)
-    expected = max((extent.offset + extent.size for extent in extents.values()), default=8 + length)
+    header = _parse(text, name)
+    expected = max((extent.offset + extent.size for extent in header.tensors.values()), default=8 + length)
     if file_size < expected:
         raise IncompleteCheckpoint(f"{name} has {file_size:,} of {expected:,} bytes", remedy=WAIT)
     if file_size > expected:
         raise _refused(name, f"has {file_size:,} bytes where its header says {expected:,}")
-    return extents
+    return header
 
 
-def _parse(text: bytearray, name: str) -> dict[str, Extent]:
-    # Every tensor opens a brace: counting them refuses a flood before memory is spent on parsing it.
-    if text.count(b"{") > MAX_TENSORS + 2:
+def _parse(text: bytearray, name: str) -> Header:
+    # Every tensor opens a brace and two brackets: counting them refuses a flood before memory is spent on parsing it.
+    if text.count(b"{") > MAX_TENSORS + 2 or text.count(b"[") > 2 * MAX_TENSORS or text.count(b",") > 12 * MAX_TENSORS:
         raise _refused(name, f"has a header of more than {MAX_TENSORS:,} tensors")
     try:
         header = json.loads(text)
@@ -84,10 +92,12 @@ def _parse(text: bytearray, name: str) -> dict[str, Extent]:
         raise _refused(name, f"has a header that does not parse: {error}") from error
     if not isinstance(header, dict):
         raise _refused(name, f"has a header that is a JSON {type(header).__name__}, not an object")
-    header.pop("__metadata__", None)
+    texts = header.pop("__metadata__", {})
+    if not isinstance(texts, dict) or not all(isinstance(value, str) for value in texts.values()):
+        raise _refused(name, "has a __metadata__ that is no object of texts")
     extents = {tensor: _extent(entry, 8 + len(text), f"{name}: tensor `{tensor}`") for tensor, entry in header.items()}
     _check_packed(extents, 8 + len(text), name)
-    return extents
+    return Header(extents, texts)
 
 
 def _extent(entry: object, data_start: int, what: str) -> Extent:

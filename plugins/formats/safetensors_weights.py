@@ -53,6 +53,10 @@ class SafetensorsWeights:
     def config(self) -> Mapping[str, Any]:
         return self._layout.config
 
+    def metadata(self) -> Mapping[str, str]:
+        """The texts in the headers of the files; torchao says there how its tensors are put together."""
+        return self._layout.texts
+
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: extent.shape for name, (_, extent) in self._layout.tensors.items()}
 

@@ -42,7 +42,7 @@ class TransformersFormat:
         return is_trainer_folder(path) and not holds_pickles_only(names_in(path))
 
     def inspect(self, path: Path) -> Readiness:
-        return inspect_layout(lambda: _read(path), path, lambda: names_in(path))
+        return inspect_layout(_read, path, path, names_in(path))
 
     def step(self, path: Path) -> int | None:
         """`global_step` of trainer_state.json; None until that parses."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,13 +12,20 @@ from typing import Any
 import pytest
 
 from peel_agent.config import Settings, TrackerSettings, WatchSettings
-from peel_agent.daemon import ATTEMPTS, Daemon
+from peel_agent.daemon import Daemon
 from peel_agent.errors import CheckpointError, TornCheckpoint, WorkerError
 from peel_agent.ledger import Ledger
-from peel_agent.records import Peeled
+from peel_agent.records import Peeled, YesMemory
+from peel_agent.rounds import ATTEMPTS
+from peel_agent.worker import Request
 from tests import zoo
 from tests.rooms.test_publish_form import FULL
+from tests.rooms.test_watch_scan import write_checkpoint
+from tests.waiting import wait_for
 
+DEATH = WorkerError("the worker ended with signal SIGKILL", remedy="memory")
+
+MEMORY = YesMemory("p", "n", ())
 SETTINGS = Settings(watch=WatchSettings(settle_seconds=0.0, poll_seconds=0.0), tracker=TrackerSettings(use=("jsonl",)))
 
 
@@ -32,8 +42,14 @@ class Station:
     def __init__(self, root: Path, state: Path) -> None:
         self.root, self.ledger, self.said = root, Ledger(state), list[str]()
 
-    def run(self, measure: Callable[[Any], Peeled], emit: Callable[[str], None] | None = None) -> int:
-        daemon = Daemon(self.root, SETTINGS, self.ledger, say=self.said.append, emit=emit)
+    def run(
+        self,
+        measure: Callable[[Any], Peeled],
+        emit: Callable[[str], None] | None = None,
+        backlog: str | None = None,
+    ) -> int:
+        settings = dataclasses.replace(SETTINGS, watch=dataclasses.replace(SETTINGS.watch, backlog=backlog))
+        daemon = Daemon(self.root, settings, self.ledger, say=self.said.append, emit=emit)
         daemon._measure = measure  # type: ignore[method-assign]
         return daemon.run(once=True)
 
@@ -57,14 +73,11 @@ def failing(*errors: Exception) -> Callable[[Any], Peeled]:
     return measure
 
 
-DEATH = WorkerError("the worker ended with signal SIGKILL", remedy="memory")
-
-
 @pytest.mark.parametrize("error", [DEATH, RuntimeError("a bug"), TornCheckpoint("torn", remedy="wait")])
 def test_what_may_pass_is_tried_again(station: Station, error: Exception) -> None:
     """A dead worker, an unexpected error and a torn read cost an attempt, not the checkpoint."""
     assert station.run(failing(error)) == 0
-    assert station.ledger.peeled() == 1
+    assert station.ledger.count("peeled") == 1
 
 
 def test_a_worker_that_always_dies_is_no_verdict_on_the_checkpoint(station: Station) -> None:
@@ -90,7 +103,106 @@ def test_a_reader_that_hangs_up_does_not_undo_a_finding(station: Station) -> Non
 
     with pytest.raises(BrokenPipeError):
         station.run(failing(), emit=hang_up)
-    assert station.ledger.peeled() == 1
+    assert station.ledger.count("peeled") == 1
     assert len(station.ledger.waiting("jsonl")) == 1
     assert station.run(failing()) == 0
     assert station.ledger.waiting("jsonl") == ()
+
+
+def write(root: Path, step: int) -> Path:
+    return write_checkpoint(root / f"checkpoint-{step}", step)
+
+
+@pytest.fixture
+def moving(tmp_path: Path) -> Iterator[Station]:
+    """A daemon on a directory that the test changes under way."""
+    (tmp_path / "run").mkdir()
+    station = Station(tmp_path / "run", tmp_path / "state")
+    yield station
+    station.ledger.close()
+
+
+def test_scanning_goes_on_while_a_checkpoint_is_peeled(moving: Station) -> None:
+    """What is written and rotated away during one long peel is held, and peeled after it."""
+    write(moving.root, 10)
+    seen = []
+
+    def slow(request: Request) -> Peeled:
+        seen.append((request.ref.step, request.ref.in_place().path.exists()))
+        if request.ref.step == 10:
+            path = write(moving.root, 20)
+            wait_for(lambda: any((moving.ledger.state_dir / "pins").glob("*/checkpoint-20/trainer_state.json")))
+            shutil.rmtree(path)
+        return Peeled(FULL, None)
+
+    assert moving.run(slow) == 0
+    assert seen == [(10, True), (20, True)]
+    assert not (moving.ledger.state_dir / "pins").exists()
+
+
+def test_what_vanishes_is_counted_and_no_error(moving: Station) -> None:
+    """A checkpoint that is removed while it is read, where nothing could be held, is told, and is not refused."""
+    path = write(moving.root, 10)
+
+    def remove(request: Request) -> Peeled:
+        shutil.rmtree(path)
+        raise TornCheckpoint("vanished while it was read", remedy="")
+
+    assert moving.run(remove) == 3
+    assert moving.ledger.count("vanished") == 1
+    assert moving.ledger.refused() == ()
+    assert any("removed before it was peeled (1 so far)" in line for line in moving.said)
+
+
+def test_one_that_was_torn_is_copied_the_next_time(moving: Station) -> None:
+    """A file that is rewritten in place faster than it is peeled would else be torn for ever."""
+    write(moving.root, 10)
+    copies = []
+
+    def torn_once(request: Request) -> Peeled:
+        copies.append(request.copy_to)
+        if request.copy_to is None:
+            raise TornCheckpoint("rewritten", remedy="")
+        return Peeled(FULL, None)
+
+    assert moving.run(torn_once) == 0
+    assert copies == [None, moving.ledger.state_dir / "pins"]
+
+
+@pytest.mark.parametrize(("backlog", "peeled"), [("latest", [30]), ("every:2", [20, 30]), (None, [10, 20, 30])])
+def test_a_backlog(moving: Station, backlog: str | None, peeled: list[int]) -> None:
+    """What is passed over is said and remembered: a restart does not come back to it, unless it is told to."""
+    for step in (10, 20, 30):
+        write(moving.root, step)
+    done: list[int | None] = []
+
+    def measure(request: Request) -> Peeled:
+        done.append(request.ref.step)
+        return Peeled(FULL, None)
+
+    assert moving.run(measure, backlog=backlog) == 0
+    assert moving.run(measure, backlog=backlog) == 0
+    assert done == peeled
+    assert moving.ledger.count("passed over") == 3 - len(peeled)
+    assert sum("passed over" in line for line in moving.said) == 3 - len(peeled)
+    assert moving.run(measure, backlog="all") == 0
+    assert sorted(step or 0 for step in done) == [10, 20, 30]
+
+
+def test_history_is_no_observation(moving: Station) -> None:
+    """A checkpoint that comes after a later one is reported; alerts and the running minimum stay as they were."""
+    write(moving.root, 30)
+    memories: list[Any] = []
+
+    def measure(request: Request) -> Peeled:
+        memories.append(request.earlier)
+        return Peeled(FULL, MEMORY if request.ref.step == 30 else YesMemory("p", "another", ()))
+
+    moving.run(measure)
+    older = write(moving.root, 10)
+    for file in older.iterdir():
+        os.utime(file, (1, 1))
+    moving.run(measure)
+    assert memories == [None, None]
+    assert moving.ledger.bound_memory() == MEMORY
+    assert moving.ledger.count("peeled") == 2

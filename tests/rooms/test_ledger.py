@@ -36,9 +36,9 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
     path = record(first)
     first.close()
     again = Ledger(tmp_path)
-    assert again.knows("f1")
-    assert not again.knows("f2")
-    assert again.peeled() == 1
+    assert again.outcome("f1") == "peeled"
+    assert again.outcome("f2") is None
+    assert again.count("peeled") == 1
     assert again.rule_states() == VERDICT.states
     assert again.bound_memory() == MEMORY
     assert again.alerts_log() == '{"id": "n1"}\n'
@@ -65,7 +65,7 @@ def test_all_or_nothing(tmp_path: Path) -> None:
     ledger._db.execute("DROP TABLE outbox")
     with pytest.raises(sqlite3.OperationalError, match="outbox"):
         record(ledger)
-    assert not ledger.knows("f1")
+    assert ledger.outcome("f1") is None
     assert ledger.rule_states() == ()
     ledger.close()
 
@@ -74,8 +74,8 @@ def test_refused_is_done_but_not_peeled(tmp_path: Path) -> None:
     """A checkpoint that cannot be used is not tried for ever."""
     ledger = Ledger(tmp_path)
     ledger.refuse(REF, "why")
-    assert ledger.knows("f1")
-    assert ledger.peeled() == 0
+    assert ledger.outcome("f1") == "refused"
+    assert ledger.count("peeled") == 0
     ledger.close()
 
 

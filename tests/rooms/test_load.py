@@ -79,7 +79,7 @@ def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
         ({"num_hidden_layers": 5}, WeightsMismatch, "missing model.layers.4"),
         ({"num_hidden_layers": 3}, WeightsMismatch, "unexpected model.layers.3"),
         ({"intermediate_size": 28}, WeightsMismatch, r"\[24, 16\] instead of \[28, 16\]"),
-        ({"quantization_config": {"quant_method": "bitnet"}}, CheckpointError, "bitnet"),
+        ({"quantization_config": {"quant_method": "gptq"}}, CheckpointError, "gptq"),
         ({"num_attention_heads": "many"}, CheckpointError, "config.json"),
     ],
 )

@@ -160,7 +160,28 @@ class TestNotReady:
         observed = settling.observe([], START + 10)
         assert (observed.ready, observed.waiting, observed.unreadable) == ((), (), ())
         returned = sighting(size=9)
-        assert len(settling.observe([returned], START + 10).ready) == 1
+        assert settling.observe([returned], START + 10).ready == ()
+        assert len(settling.observe([returned], START + 20).ready) == 1
+
+    def test_whole_and_removed_before_it_settled_is_told(self) -> None:
+        """Such a checkpoint is named once; an incomplete one, one that was offered, or one that moved is not."""
+        settling = Settling(10)
+        settling.observe([sighting("a"), sighting("b", state="incomplete", size=9)], START)
+        observed = settling.observe([sighting("c", size=7)], START + 1)
+        assert [ref.path.name for ref in observed.vanished] == ["a"]
+        assert settling.observe([sighting("d", size=7)], START + 2).vanished == ()
+        assert len(settling.observe([sighting("d", size=7)], START + 20).ready) == 1
+        assert settling.observe([], START + 21).vanished == ()
+
+    @pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+    def test_the_clock_of_the_machine_that_writes_does_not_matter(self, skew: float) -> None:
+        """One that comes while we watch rests for settle_seconds of our clock, whatever its times say."""
+        settling = Settling(10)
+        settling.observe([], START)
+        written = sighting(written=START + skew)
+        assert settling.observe([written], START + 1).ready == ()
+        assert settling.observe([written], START + 10.9).ready == ()
+        assert len(settling.observe([written], START + 11).ready) == 1
 
 
 class TestFingerprint:

@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 from tests import servers
 from tests.runs.command import environment_of, peel_agent
 from tests.runs.conftest import HELD_BACK, Train
+from tests.waiting import wait_for
 
 FAST = ("--quantities", "margin", "--sequence-length", "64")
 CONFIGURATION = """
@@ -48,13 +47,6 @@ def run_directory(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for step in (300, 400, 500):
         shutil.copytree(train("llama", False) / f"checkpoint-{step}", folder / f"checkpoint-{step}")
     return folder
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 def new_run(uri: str) -> tuple[Any, str]:

@@ -1,0 +1,44 @@
+"""Low-bit contents of a checkpoint: what its `quantization_config` says, as the weights of the plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peel_agent.load.packed.bitnet import unpack as _bitnet
+from peel_agent.load.packed.bitsandbytes import unpack as _bitsandbytes
+from peel_agent.load.packed.compressed_tensors import unpack as _compressed_tensors
+from peel_agent.load.packed.dequantised import CONFIG, Unpacked, refused, shown
+from peel_agent.load.packed.named_quantiser import unpack as _named_quantiser
+from peel_agent.load.packed.torchao import unpack as _torchao
+from peel_agent.records import Weights
+
+METHODS: Mapping[str, Callable[[Weights, Mapping[str, Any]], Unpacked]] = {
+    "bitnet": _bitnet,
+    "bitsandbytes": _bitsandbytes,
+    "compressed-tensors": _compressed_tensors,
+    "peel-agent": _named_quantiser,
+    "torchao": _torchao,
+}
+"""What is read, by `quant_method`."""
+
+__all__ = ["METHODS", "Unpacked", "unpack"]
+
+
+def unpack(weights: Weights) -> Unpacked:
+    """The weights as those of the plain floating-point model; the very same without `quantization_config`.
+
+    What is stored in few bits is dequantised one tensor at a time, as it is read. Raises CheckpointError for a method,
+    a setting or a tensor that is not understood, by its name.
+    """
+    settings = weights.config().get(CONFIG)
+    if settings is None or settings == {}:
+        return Unpacked(weights)
+    if not isinstance(settings, dict):
+        raise refused(f"config.json has {CONFIG} {shown(settings)}, which is not an object")
+    method = settings.get("quant_method")
+    if not isinstance(method, str) or method not in METHODS:
+        raise refused(
+            f"config.json has {CONFIG} with quant_method {shown(method)}; read are {', '.join(METHODS)}",
+        )
+    return METHODS[method](weights, settings)

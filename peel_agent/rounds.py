@@ -1,0 +1,200 @@
+"""One look after another at a watched root: what is found is queued, peeled, judged and made final in the ledger.
+
+The clock, the workers and the loop itself are the daemon's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peel_agent.config import Settings, worker_environment
+from peel_agent.errors import ConfigurationError, PeelError, TornCheckpoint, WorkerError, printable
+from peel_agent.ledger import Ledger
+from peel_agent.pipeline import conclude
+from peel_agent.publish import alert_line, headline, report_line
+from peel_agent.records import CheckpointRef, Peeled
+from peel_agent.spi import Format
+from peel_agent.watch import Observed, Pins, Queue, Settling, scan
+from peel_agent.worker import Request
+
+ATTEMPTS = 3
+"""How often a checkpoint is tried whose worker dies, before it is given up."""
+
+Submit = Callable[[Request], "Future[Peeled]"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checkpoint in work, and what will come of it."""
+
+    ref: CheckpointRef
+    answer: Future[Peeled]
+
+
+@dataclass
+class Rounds:
+    """The rounds over one root. `say` gets lines for people, `emit` each report's line; `submit` starts a worker.
+
+    With `once`, what is incomplete and at rest is given up at once, and every checkpoint is peeled unless `[watch]
+    backlog` says otherwise.
+    """
+
+    root: Path
+    settings: Settings
+    ledger: Ledger
+    formats: tuple[Format, ...]
+    submit: Submit
+    say: Callable[[str], None]
+    emit: Callable[[str], None] | None
+    once: bool
+    _job: _Job | None = None
+    _attempts: dict[str, int] = field(default_factory=dict)
+    _rewritten: set[Path] = field(default_factory=set)
+    _told: set[tuple[Path, str]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        watch = self.settings.watch
+        self._settling = Settling(watch.settle_seconds, *([watch.settle_seconds] if self.once else []))
+        self._pins = Pins(self.root, self.ledger.state_dir)
+        self._queue = Queue(self._pins, watch.backlog or ("all" if self.once else "latest"))
+
+    def make(self, now: float) -> Observed:
+        """One round at the time `now`, in Unix seconds. Raises ConfigurationError when nothing can be peeled so."""
+        observed = self._settling.observe(scan(self.root, self.formats), now)
+        self._take(observed)
+        self._conclude_job()
+        self._start_job()
+        return observed
+
+    def is_idle(self, observed: Observed) -> bool:
+        """Whether nothing of what was observed is left to wait for."""
+        busy = self._job is not None or self._queue or observed.waiting
+        return not busy and not any(map(self._is_due, observed.ready))
+
+    def close(self) -> None:
+        """Lets go of every file that is held."""
+        self._pins.release_all()
+
+    def _take(self, observed: Observed) -> None:
+        for ref in observed.ready:
+            if self._is_due(ref) and ref not in self._queue and not self._queue.add(ref):
+                self.say(f"{_name(ref)} changed or was removed before it could be held; the next scan looks again")
+        for ref in (*observed.vanished, *self._queue.gone()):
+            self._miss(ref)
+        if full := self._queue.make_room():
+            self.say(f"the file system of {full} is nearly full: waiting checkpoints are not kept from rotation now")
+        for path, reason in observed.unreadable:
+            if (path, reason) not in self._told:
+                self._told.add((path, reason))
+                self.say(f"cannot read {printable(str(path))}: {reason}")
+
+    def _is_due(self, ref: CheckpointRef) -> bool:
+        """Neither in work, nor done, nor given up in this session."""
+        if self._job is not None and self._job.ref.fingerprint == ref.fingerprint:
+            return False
+        outcome = self.ledger.outcome(ref.fingerprint)
+        done = ("peeled", "refused") if self._queue.policy == "all" else ("peeled", "refused", "passed over")
+        return outcome not in done and self._attempts.get(ref.fingerprint, 0) < ATTEMPTS
+
+    def _start_job(self) -> None:
+        if self._job is not None or not self._queue:
+            return
+        ref, passed = self._queue.next()
+        for older in passed:
+            self.ledger.pass_over(older, f"backlog = {self._queue.policy}")
+            self.say(f'passed over {_name(older)}: a newer one waits; [watch] backlog = "all" peels every one')
+        self._job = _Job(ref, self.submit(self._request(ref)))
+
+    def _request(self, ref: CheckpointRef) -> Request:
+        settings = self.settings
+        _, device = worker_environment(settings.device.select)
+        return Request(
+            ref=ref,
+            probe=settings.probe,
+            peel=settings.peel,
+            model=settings.model,
+            device=device,
+            nice=settings.device.nice,
+            memory_fraction=settings.device.memory_fraction,
+            copy_to=self._pins.folder if ref.path in self._rewritten else None,
+            earlier=self.ledger.bound_memory() if self._is_observation(ref) else None,
+        )
+
+    def _conclude_job(self) -> None:
+        if self._job is None or not self._job.answer.done():
+            return
+        job, self._job = self._job, None
+        ref = job.ref
+        try:
+            peeled = job.answer.result()
+        except ConfigurationError:
+            raise
+        except TornCheckpoint as error:
+            self._torn(ref, error)
+        except WorkerError as error:
+            self._try_again(ref, error.what)
+        except PeelError as error:
+            self.ledger.refuse(ref, str(error))
+            self.say(f"cannot use {_name(ref)}: {error}")
+        else:
+            self._finish(ref, peeled)
+        self._pins.release(ref)
+
+    def _torn(self, ref: CheckpointRef, error: TornCheckpoint) -> None:
+        """One rewritten in place is copied the next time: the trainer may rewrite it faster than it is peeled."""
+        if not ref.path.exists():
+            self._miss(ref)
+            return
+        self._rewritten.add(ref.path)
+        self._try_again(ref, error.what)
+
+    def _miss(self, ref: CheckpointRef) -> None:
+        self.ledger.miss(ref)
+        self.say(f"{_name(ref)} was whole, and removed before it was peeled ({self.ledger.count('vanished')} so far)")
+
+    def _try_again(self, ref: CheckpointRef, why: str) -> None:
+        """What may have other causes than the checkpoint is no verdict on it: the next start tries it anew."""
+        attempts = self._attempts[ref.fingerprint] = self._attempts.get(ref.fingerprint, 0) + 1
+        rest = "trying again" if attempts < ATTEMPTS else f"left after {attempts} attempts, until the next start"
+        self.say(f"{_name(ref)}: {why}; {rest}")
+
+    def _is_observation(self, ref: CheckpointRef) -> bool:
+        """Whether it counts for alerts and for the running minimum of the bounds.
+
+        An export without a step, at the end of a run, repeats another one; one that comes after a later one is history.
+        """
+        return ref.step is not None and not self.ledger.is_late(ref)
+
+    def _finish(self, ref: CheckpointRef, peeled: Peeled) -> None:
+        """Judged, made final in the ledger, and told; what the trackers get is in the outbox by then."""
+        observed = self._is_observation(ref)
+        report, verdict, sent = conclude(
+            peeled.report,
+            ref,
+            observed=observed,
+            rules=self.settings.rules,
+            states=self.ledger.rule_states(),
+            alerts_log=self.ledger.alerts_log(),
+            max_series=self.settings.tracker.max_series,
+        )
+        line = report_line(report)
+        self.ledger.record(
+            ref,
+            report=line,
+            verdict=verdict,
+            alert_lines={notice.id: alert_line(notice) for notice in verdict.notices},
+            memory=peeled.memory if observed else None,
+            publications=dict.fromkeys(self.settings.tracker.use, sent),
+        )
+        self.say(headline(report))
+        for notice in verdict.notices:
+            self.say(f"ALERT {notice.state}: {notice.text}")
+        if self.emit is not None:
+            self.emit(line)
+
+
+def _name(ref: CheckpointRef) -> str:
+    return printable(str(ref.path))

@@ -1,0 +1,172 @@
+"""Waiting checkpoints: their files are held, and a policy says which is next."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peel_agent.errors import TornCheckpoint
+from peel_agent.pipeline import locate
+from peel_agent.records import CheckpointRef
+from peel_agent.watch import Pins, Queue, copied, fingerprint, pins, scan
+from tests.rooms.test_watch_scan import FORMATS, write_checkpoint
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    (tmp_path / "state").mkdir()
+    return tmp_path / "state"
+
+
+def checkpoint(root: Path, step: int) -> CheckpointRef:
+    return locate(write_checkpoint(root / f"checkpoint-{step}", step))
+
+
+def is_whole(ref: CheckpointRef) -> bool:
+    """Whether the format finds the same checkpoint at the place where it is to be read."""
+    (form,) = (own for own in FORMATS if own.name == ref.format)
+    found = form.inspect(ref.in_place().path)
+    return found.state == "complete" and fingerprint(found.files) == ref.fingerprint
+
+
+class TestPins:
+    def test_a_rotated_checkpoint_can_still_be_read(self, root: Path, state: Path) -> None:
+        """Held, its files outlive the trainer's rmtree; released, nothing of it is left."""
+        held = Pins(root, state)
+        ref = held.pin(checkpoint(root, 5))
+        shutil.rmtree(ref.path)
+        assert ref.held is not None
+        assert is_whole(ref)
+        held.release(ref)
+        assert not ref.held.exists()
+
+    def test_pins_cost_no_space(self, root: Path, state: Path) -> None:
+        """A pin shares the trainer's blocks: the same inode, or a clone of it."""
+        ref = Pins(root, state).pin(checkpoint(root, 5))
+        assert ref.held is not None
+        ours, theirs = (ref.held / "model.safetensors").stat(), (ref.path / "model.safetensors").stat()
+        assert (ours.st_ino, ours.st_mtime_ns) == (theirs.st_ino, theirs.st_mtime_ns)
+
+    def test_a_single_file_is_held_with_the_config_beside_it(self, root: Path, state: Path) -> None:
+        """So is a config.json that several checkpoints share."""
+        folder = write_checkpoint(root / "run")
+        ref = Pins(root, state).pin(locate(folder / "model.safetensors"))
+        shutil.rmtree(folder)
+        assert is_whole(ref)
+
+    @pytest.mark.parametrize("removed", [True, False])
+    def test_what_changed_meanwhile_is_not_held(self, root: Path, state: Path, removed: bool) -> None:
+        """A checkpoint removed or rewritten since it was seen is torn, and leaves nothing behind."""
+        ref, held = checkpoint(root, 5), Pins(root, state)
+        if removed:
+            shutil.rmtree(ref.path)
+        else:
+            os.utime(ref.path / "model.safetensors", ns=(1, 1))
+        with pytest.raises(TornCheckpoint, match="checkpoint-5"):
+            held.pin(ref)
+        assert list(held.folder.iterdir()) == []
+
+    def test_without_links_it_is_read_in_place(self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the file system has no links, or forbids them, nothing is held and nothing fails."""
+
+        def forbidden(*_: Any) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", forbidden)
+        ref = Pins(root, state).pin(checkpoint(root, 5))
+        assert ref.held is None
+        assert is_whole(ref)
+
+    def test_a_copy_does_not_follow_what_is_rewritten_in_place(self, root: Path, state: Path) -> None:
+        """A link does: the same bytes are the trainer's. That is why one that was torn is copied the next time."""
+        ref, held = checkpoint(root, 5), Pins(root, state)
+        linked, copy = held.pin(ref), copied(ref, state / "copies")
+        assert is_whole(linked)
+        (root / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
+        assert not is_whole(linked)
+        assert is_whole(copy)
+
+    def test_no_copy_where_it_would_fill_the_disk(
+        self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The training needs what is left: such a checkpoint is read in place."""
+        usage = shutil.disk_usage(state)._replace(free=0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        assert copied(checkpoint(root, 5), state).held is None
+
+    def test_leftovers_are_removed(self, root: Path, state: Path) -> None:
+        """What a daemon that was killed had pinned is gone with the next start."""
+        left = Pins(root, state).pin(checkpoint(root, 5))
+        assert left.held is not None
+        Pins(root, state)
+        assert not left.held.exists()
+
+    def test_another_file_system_means_a_folder_of_the_root(self, root: Path, tmp_path: Path) -> None:
+        """Links do not cross file systems: pins then lie in the root, unseen by the scan, and go with their owner."""
+        other = Path("/dev/shm") / tmp_path.name
+        other.mkdir()
+        try:
+            held = Pins(root, other)
+            ref = held.pin(checkpoint(root, 5))
+            assert ref.held is not None
+            assert ref.held.is_relative_to(root / pins.FOLDER)
+            assert [seen.path.name for seen in scan(root, FORMATS)] == ["checkpoint-5"]
+            held.release_all()
+            assert not (root / pins.FOLDER).exists()
+        finally:
+            shutil.rmtree(other)
+
+
+class TestQueue:
+    @pytest.mark.parametrize(
+        ("policy", "chosen", "passed", "left"),
+        [
+            ("all", 10, [], [20, 30, 40, 50]),
+            ("latest", 50, [10, 20, 30, 40], []),
+            ("every:2", 20, [10], [30, 40, 50]),
+            ("every:9", 50, [10, 20, 30, 40], []),
+        ],
+    )
+    def test_which_is_next(
+        self, root: Path, state: Path, policy: str, chosen: int, passed: list[int], left: list[int]
+    ) -> None:
+        """By policy, oldest first whatever the order they came in; those before it are passed over and released."""
+        queue = Queue(Pins(root, state), policy)
+        for step in (30, 10, 50, 20, 40):
+            assert queue.add(checkpoint(root, step))
+        ref, older = queue.next()
+        assert (ref.step, [own.step for own in older], len(queue)) == (chosen, passed, len(left))
+        assert is_whole(ref)
+        assert not any(own.held and own.held.exists() for own in older)
+
+    @pytest.mark.parametrize("policy", ["all", "latest", "every:3"])
+    def test_one_alone_is_taken(self, root: Path, state: Path, policy: str) -> None:
+        """While peeling keeps up nothing is passed over."""
+        queue = Queue(Pins(root, state), policy)
+        queue.add(checkpoint(root, 10))
+        ref, older = queue.next()
+        assert (ref.step, older, len(queue)) == (10, [], 0)
+
+    def test_a_full_disk_frees_what_waits(self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Pins keep rotated checkpoints on the disk: when it is nearly full they are given up, once, and told."""
+        queue = Queue(Pins(root, state), "all")
+        queue.add(checkpoint(root, 10))
+        assert queue.make_room() is None
+        usage = shutil.disk_usage(state)._replace(free=0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        assert queue.make_room() == state / "pins"
+        assert queue.make_room() is None
+        assert queue.gone() == ()
+        shutil.rmtree(root / "checkpoint-10")
+        assert [ref.step for ref in queue.gone()] == [10]
+        assert len(queue) == 0
