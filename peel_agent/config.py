@@ -24,6 +24,7 @@ from peel_agent.records import SETS, Rule, WeightSet
 PREFIX = "PEEL__"
 Backlog: TypeAlias = str
 Device: TypeAlias = str
+Factory: TypeAlias = str
 Precision: TypeAlias = Mapping[str, WeightSet]
 
 
@@ -44,8 +45,12 @@ class WatchSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """`[model]`: `precision` says by glob which matrices hold the latents of a quantiser, and of which."""
+    """`[model]`: `factory` makes models of your own, `package.module:callable`; None (`auto`) is transformers.
 
+    `precision` says by glob which matrices hold the latents of a quantiser, and of which.
+    """
+
+    factory: Factory | None = None
     precision: Precision = field(default_factory=dict)
 
 
@@ -118,7 +123,6 @@ class Settings:
 
 
 RESERVED = {
-    "model": {"factory"},
     "health": {"listen"},
     "engine": {"use"},
     "sink": set[str](),
@@ -333,6 +337,14 @@ def _backlog(value: Any) -> str:
     return str(value)
 
 
+def _factory(value: Any) -> str | None:
+    if value == "auto":
+        return None
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(value)):
+        raise ValueError
+    return str(value)
+
+
 def _maps(value: Any) -> str | tuple[tuple[int, ...], ...]:
     if isinstance(value, str):
         return value
@@ -361,6 +373,7 @@ CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "str | tuple[tuple[int, ...], ...]": (_maps, "the name of a suite or a list of maps such as [[1, 4], [2, 4]]"),
     "Precision": (_precision, f'a table such as {{ "model.layers.*_proj.weight" = "ternary" }}, with sets like {SETS}'),
     "Backlog | None": (_backlog, "latest, all, or every:N with a whole number N"),
+    "Factory | None": (_factory, "auto, or package.module:callable"),
     "Device": (_device, "auto, cpu, cuda:N, or a GPU's uuid as nvidia-smi -L prints it"),
     "RuleKind": (str, "a rule kind"),
     "Severity": (str, "a severity"),

@@ -35,7 +35,7 @@ class PeelError(Exception):
     def __init__(self, what: str, *, remedy: str) -> None:
         super().__init__(printable(what))
         self.what = printable(what)
-        self.remedy = remedy
+        self.remedy = printable(remedy)
 
     def __str__(self) -> str:
         return f"{self.what}\n  -> {self.remedy}"
@@ -46,8 +46,9 @@ def printable(text: str) -> str:
 
     Names and messages may come out of a hostile checkpoint.
     """
-    shown = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
 
 
 class ConfigurationError(PeelError):

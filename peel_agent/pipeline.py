@@ -58,6 +58,8 @@ def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
             readiness = form.inspect(path)
             if readiness.state == "complete":
                 return checkpoint_ref(path, form.name, readiness, form.step(path))
+            if readiness.state == "damaged":
+                raise CheckpointError(f"{path} cannot be used: {readiness.reason}", remedy="take another checkpoint")
             raise IncompleteCheckpoint(
                 f"{path} is {readiness.state}: {readiness.reason}",
                 remedy="wait until it is written, or take another checkpoint",
@@ -91,12 +93,11 @@ def measure(
     (form,) = registry.formats(ref.format)
     try:
         weights = form.open(ref.in_place())
-        config = weights.config()
-        family = registry.family(str(config.get("model_type", "(none)")))
-        stack = family.anatomy(config)
-        if isinstance(stack, Stack):
+        network = _network_of(weights) if model.factory is None else None
+        if network is not None:
+            family, stack = network
             peeled = _measure_network(
-                ref, weights, family=family.name, stack=stack, probe=probe, clock=clock, earlier=earlier
+                ref, weights, family=family, stack=stack, probe=probe, clock=clock, earlier=earlier
             )
         else:
             peeled = _measure_decoder(
@@ -117,6 +118,14 @@ def measure(
     return peeled
 
 
+def _network_of(weights: Weights) -> tuple[str, Stack] | None:
+    """The family and the layers of a fully connected network; None for a decoder."""
+    config = weights.config()
+    family = registry.family(str(config.get("model_type", "(none)")))
+    anatomy = family.anatomy(config)
+    return (family.name, anatomy) if isinstance(anatomy, Stack) else None
+
+
 def _measure_decoder(
     ref: CheckpointRef,
     form: Format,
@@ -135,7 +144,9 @@ def _measure_decoder(
     from peel_agent.peel import peel
 
     start = clock()
-    snapshot = open_snapshot(ref.in_place(), form, registry.family, sets=model.precision, patch=patch)
+    snapshot = open_snapshot(
+        ref.in_place(), form, registry.family, sets=model.precision, patch=patch, factory=model.factory
+    )
     tokens = probe_for(snapshot, probe, quick=peeling.effort == "quick")
     trace = open_trace(snapshot, tokens, device=device)
     loaded = clock()

@@ -83,7 +83,7 @@ def family(model_type: str) -> Family:
     covered = sorted(name for candidate in families for name in candidate.model_types)
     raise UnknownFamily(
         f"no family plug-in covers model_type `{model_type}`",
-        remedy=f"covered: {', '.join(covered)}; a family is one small file, see `peel_agent.spi.Family`",
+        remedy=f"covered: {', '.join(covered)}; for a model of your own name a [model] factory (README)",
     )
 
 

@@ -57,7 +57,7 @@ def witness(
 
     ref = locate(path)
     (form,) = registry.formats(ref.format)
-    snapshot = open_snapshot(ref, form, registry.family, sets=model.precision)
+    snapshot = open_snapshot(ref, form, registry.family, sets=model.precision, factory=model.factory)
     trace = open_trace(snapshot, probe_for(snapshot, probe), device=device)
     if not 0 <= layer < len(trace.block_names):
         raise ConfigurationError(

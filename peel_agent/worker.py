@@ -58,7 +58,9 @@ class Request:
             ref=CheckpointRef(**(ref | {"path": Path(ref["path"]), "files": files, "held": _path(ref["held"])})),
             probe=ProbeSettings(**(probe | paths)),
             peel=PeelSettings(**(peel | {"maps": maps})),
-            model=ModelSettings({glob: WeightSet(**own) for glob, own in raw["model"]["precision"].items()}),
+            model=ModelSettings(
+                raw["model"]["factory"], {glob: WeightSet(**own) for glob, own in raw["model"]["precision"].items()}
+            ),
             device=raw["device"],
             nice=raw["nice"],
             earlier=None if raw["earlier"] is None else restored(raw["earlier"]),

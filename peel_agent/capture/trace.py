@@ -61,8 +61,8 @@ class BlockwiseTrace:
         self.tied_head = snapshot.tied_head
         self._snapshot = snapshot
         self._model = snapshot.model
-        self._body: Any = snapshot.model.base_model
-        self._initialise: Any = snapshot.model._init_weights
+        self._body = snapshot.body
+        self._initialise = snapshot.initialise
         self.chunk = Chunk(max(1, CHUNK_TOKENS // probe.sequence_length))
         container = self._model.get_submodule(snapshot.anatomy.blocks)
         assert isinstance(container, nn.ModuleList)
@@ -99,7 +99,7 @@ class BlockwiseTrace:
     def _rehearse(self, ids: TokenIds) -> Tensor:
         """Runs the model without its blocks; the taps then hold each block's arguments. Returns h_0."""
         with torch.no_grad():
-            self._body(torch.from_numpy(ids).to(self.device), use_cache=False)
+            self._body(torch.from_numpy(ids).to(self.device))
         stream = self._taps[0].stream
         assert stream is not None
         return stream

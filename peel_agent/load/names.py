@@ -24,14 +24,20 @@ class NamedWeights:
     is read when it is asked for, and nothing else.
     """
 
-    def __init__(self, stored: Weights, model: nn.Module, stored_as: Mapping[str, Stored]) -> None:
+    def __init__(
+        self,
+        stored: Weights,
+        model: nn.Module,
+        stored_as: Mapping[str, Stored],
+        *,
+        tied: Mapping[str, str] | None = None,
+        ignored: Iterable[str] = (),
+    ) -> None:
         self._stored = stored
         self._shapes = stored.shapes()
         self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self._ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-        ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-        settings: Any = model.config
-        self.tied = dict(ties) if settings.tie_word_embeddings else {}
+        self._ignored = [re.compile(pattern) for pattern in ignored]
+        self.tied = dict(tied or {})
         self._renamed = _renamed(self._shapes, self._expected, stored_as)
         self._pieces = {name: self._pieces_of(name) for name in self._expected}
         for name, other in self.tied.items():

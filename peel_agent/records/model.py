@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -78,6 +78,24 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
+class CustomModel:
+    """What a `[model] factory` gives: a decoder that transformers does not have, and where its parts are.
+
+    The weights of `module` are not used: they come from the checkpoint, by the names of its state dict. It is called
+    with token ids [B, S], int64, of at most `context` tokens, and gives to each block of `anatomy.blocks`, a
+    torch.nn.ModuleList, the stream [B, S, d] as first argument; a block returns the stream, alone or first of a tuple.
+    `anatomy.head` is a torch.nn.Linear. `body`, when it is given, is called instead of the module: it may leave out the
+    head. `initialise` fills one submodule as the architecture does, by default with its own reset_parameters.
+    """
+
+    module: nn.Module
+    anatomy: Anatomy
+    context: int
+    body: Callable[[Tensor], Any] | None = None
+    initialise: Callable[[nn.Module], Any] | None = None
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """One checkpoint opened: the model's modules on the meta device, and the weights to fill them with."""
 
@@ -92,6 +110,9 @@ class Snapshot:
     parameters: int
     precision: str
     tied_head: bool
+    body: Callable[[Tensor], Any]
+    """Runs token ids [B, S] through embeddings and blocks."""
+    initialise: Callable[[nn.Module], Any]
     sets: Mapping[str, WeightSet] = field(default_factory=dict)
     """Weight sets by glob, for weights that are stored as latents."""
 

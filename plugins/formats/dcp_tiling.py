@@ -1,4 +1,4 @@
-"""Whether boxes tile a tensor, with no gap, no overlap and nothing outside."""
+"""Boxes in a tensor: what two have in common, and whether many tile it, with no gap, no overlap, nothing outside."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 MAX_ABREAST = 32
 """Boxes side by side across the sweep, on average, that are compared: a mesh of up to 64 in its smaller dimension."""
+
+
+def intersection(one: Box, other: Box) -> Box | None:
+    """What two boxes of the same dimensions have in common, or None."""
+    if not _meet(one, other):
+        return None
+    offsets = tuple(max(pair) for pair in zip(one[0], other[0], strict=True))
+    ends = (
+        min(one_offset + one_size, other_offset + other_size)
+        for one_offset, one_size, other_offset, other_size in zip(*one, *other, strict=True)
+    )
+    return offsets, tuple(end - offset for offset, end in zip(offsets, ends, strict=True))
 
 
 def check_tiling(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,8 @@ from peel_agent.records import FileStamp
 
 from .checkpoint_folder import close_all, open_inside, read_into, torn_file
 from .dcp_item import find_numbers
-from .dcp_metadata import Chunk
+from .dcp_metadata import Chunk, StoredTensor
+from .dcp_tiling import Box, intersection
 from .distributed_checkpoint import Layout
 
 MAX_OPEN = 256
@@ -45,28 +47,52 @@ class DcpWeights:
         return {name: tensor.shape for name, tensor in self._layout.tensors.items()}
 
     def read(self, name: str) -> Tensor:
+        shape = self._stored(name).shape
+        return self.read_part(name, ((0,) * len(shape), shape))
+
+    def read_part(self, name: str, box: Box) -> Tensor:
+        """A box of one tensor, contiguous.
+
+        Only the chunks that it meets are read, and of each only what lies from its first number there to its last.
+        Raises CheckpointError for a box that is not inside the tensor.
+        """
+        stored = self._stored(name)
+        dtype: torch.dtype = getattr(torch, stored.dtype)
+        common = ((chunk, intersection((chunk.offsets, chunk.sizes), box)) for chunk in stored.chunks)
+        shares = [(chunk, share) for chunk, share in common if share is not None]
+        if sum(math.prod(sizes) for _, (_, sizes) in shares) != math.prod(box[1]):
+            raise CheckpointError(
+                f"tensor `{name}` of shape {stored.shape} has no part of sizes {box[1]} at {box[0]}",
+                remedy="ask for a part that is inside the shape in shapes()",
+            )
+        if len(shares) == 1:
+            return self._read_share(*shares[0], dtype)
+        whole = torch.empty(box[1], dtype=dtype)
+        for chunk, (offsets, sizes) in shares:
+            starts = (offset - start for offset, start in zip(offsets, box[0], strict=True))
+            part = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+            whole[part] = self._read_share(chunk, (offsets, sizes), dtype)
+        return whole
+
+    def _stored(self, name: str) -> StoredTensor:
         if name not in self._layout.tensors:
             raise CheckpointError(
                 f"{self._layout.folder} has no tensor `{name}`", remedy="ask for one of the names in shapes()"
             )
-        stored = self._layout.tensors[name]
-        dtype: torch.dtype = getattr(torch, stored.dtype)
-        if len(stored.chunks) == 1:
-            return self._read_chunk(stored.chunks[0], dtype)
-        whole = torch.empty(stored.shape, dtype=dtype)
-        for chunk in stored.chunks:
-            part = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[part] = self._read_chunk(chunk, dtype)
-        return whole
+        return self._layout.tensors[name]
 
-    def _read_chunk(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-        """The numbers of one chunk, contiguous, of its own sizes."""
-        file = chunk.item.file
+    def _read_share(self, chunk: Chunk, share: Box, dtype: torch.dtype) -> Tensor:
+        """The numbers of a box inside one chunk, contiguous."""
+        file, (offsets, sizes) = chunk.item.file, share
         with self._opened(file) as descriptor:
             numbers = find_numbers(descriptor, chunk, str(dtype).removeprefix("torch."))
-            data = torch.empty(numbers.size, dtype=torch.uint8)
-            read_into(descriptor, data.numpy().data, numbers.position, file)
-        return data.view(dtype).as_strided(chunk.sizes, numbers.strides).contiguous()
+            strides = numbers.strides
+            starts = zip(offsets, chunk.offsets, strides, strict=True)
+            first = sum((offset - start) * stride for offset, start, stride in starts)
+            count = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+            data = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+            read_into(descriptor, data.numpy().data, numbers.position + first * dtype.itemsize, file)
+        return data.view(dtype).as_strided(sizes, strides).contiguous()
 
     @contextmanager
     def _opened(self, file: str) -> Iterator[int]:

@@ -23,12 +23,13 @@ from .checkpoint_folder import (
     is_file,
     names_in,
     opened,
+    read_config,
     read_into,
-    read_json,
     stamp_of,
     stamps_of,
 )
 from .dcp_metadata import METADATA, StoredTensor, read_contents
+from .megatron_metadata import is_megatron_folder
 from .safetensors_files import FORMAT as SAFETENSORS
 from .safetensors_reader import CONFIG, INDEX, WEIGHTS
 from .transformers_checkpoint import SENTINEL
@@ -60,6 +61,8 @@ class DistributedFormat:
     name = "dcp"
 
     def recognise(self, path: Path) -> bool:
+        if is_megatron_folder(path):
+            return False
         names = names_in(path)
         if any(_SHARD.fullmatch(name) for name in names) or is_file(path / METADATA):
             return True
@@ -161,10 +164,10 @@ def _read_config(path: Path, inside: str) -> tuple[dict[str, Any], list[FileStam
     """
     for name in dict.fromkeys((inside + CONFIG, CONFIG)):
         if CONFIG in names_in((path / name).parent):
-            config, stamp = read_json(path, name)
+            config, stamp = read_config(path, name)
             return config, [stamp]
     try:
-        return read_json(path.parent, CONFIG)[0], []
+        return read_config(path.parent)[0], []
     except IncompleteCheckpoint as error:
         raise IncompleteCheckpoint(
             f"{error.what}: the model cannot be built without it",

@@ -20,6 +20,7 @@ from .torch_zip import Archive, read_archive, refused, shown
 
 STATE_DICTS = ("model", "state_dict", "model_state_dict", "module")
 STEPS = ("iter_num", "global_step", "step", "iteration")
+SETTINGS = ("model_args", "hyper_parameters")
 _EXTRA = "_extra_state"
 """What a module may add to its state dict besides tensors; torch's own name for it."""
 
@@ -37,14 +38,29 @@ class View:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The model's tensors in one file by the names they have there, and the step that stands beside them."""
+    """The model's tensors in one file by the names they have there, and what stands beside them.
+
+    `settings` are those that the model was made with, as nanoGPT (`model_args`) and Lightning (`hyper_parameters`) save
+    them; None when there are none.
+    """
 
     stamp: FileStamp
     tensors: Mapping[str, View]
     step: int | None
+    settings: Mapping[str, Any] | None = None
 
 
-def read_saved_model(folder: Path, name: str) -> SavedModel:
+@dataclass(frozen=True)
+class Saved:
+    """All that is in one file: the value of its pickle, which has `pickle_bytes`, and where its storages begin."""
+
+    stamp: FileStamp
+    value: Any
+    offsets: Mapping[str, int]
+    pickle_bytes: int
+
+
+def read_saved(folder: Path, name: str) -> Saved:
     """What is in the file `name` of a folder.
 
     Raises IncompleteCheckpoint for a file that is not all there, CheckpointError for one that is refused.
@@ -53,16 +69,37 @@ def read_saved_model(folder: Path, name: str) -> SavedModel:
         archive = read_archive(descriptor, name, stamp.size)
         if archive.members.keys() & {"byteorder"} and archive.content("byteorder", 16) != b"little":
             raise refused(name, "holds big-endian numbers, which are not read")
-        what = f"{name}: data.pkl"
-        content = read_pickle(archive.content("data.pkl", MAX_PICKLE_BYTES), what)
+        pickle = archive.content("data.pkl", MAX_PICKLE_BYTES)
+        content = read_pickle(pickle, f"{name}: data.pkl")
         offsets = {key: _offset(archive, storage) for key, storage in content.storages.items()}
-    where, state = _state_dict(content.value, what)
-    tensors = {
-        tensor: _view(value, offsets, f"{where}: {shown(tensor)}")
+    return Saved(stamp, content.value, offsets, len(pickle))
+
+
+def read_saved_model(folder: Path, name: str) -> SavedModel:
+    """The model in the file `name` of a folder; raises as `read_saved` does."""
+    saved = read_saved(folder, name)
+    where, state = _state_dict(saved.value, f"{name}: data.pkl")
+    views = views_of(state, saved.offsets, where)
+    return SavedModel(saved.stamp, views, _step(saved.value), _settings(saved.value))
+
+
+def views_of(state: Table, offsets: Mapping[str, int], where: str) -> dict[str, View]:
+    """The tensors of a state dict; raises CheckpointError for anything else in it but `_extra_state`."""
+    if state.unnamed:
+        raise refused(where, f"has {state.unnamed:,} names that are no text")
+    return {
+        tensor: view_of(value, offsets, f"{where}: {shown(tensor)}")
         for tensor, value in state.items()
         if type(value) is Rebuild or not tensor.endswith(_EXTRA)
     }
-    return SavedModel(stamp, tensors, _step(content.value))
+
+
+def _settings(top: Table) -> Mapping[str, Any] | None:
+    """What is plain data among the settings beside the weights."""
+    found = next((top[key] for key in SETTINGS if type(top.get(key)) is Table), None)
+    if found is None:
+        return None
+    return {key: value for key, value in found.items() if value is None or type(value) in (bool, int, float, str)}
 
 
 def _offset(archive: Archive, storage: Storage) -> int:
@@ -91,10 +128,7 @@ def _state_dict(top: Any, what: str) -> tuple[str, Table]:
         if opaque:
             raise refused(what, f"has {_kind(top[opaque[0]])} under `{opaque[0]}`, not a state dict")
         raise refused(what, f"has no state dict: neither itself nor under any of {', '.join(STATE_DICTS)}")
-    where, state = (f"{what}: {under[0]}", top[under[0]]) if under else (what, top)
-    if state.unnamed:
-        raise refused(where, f"has {state.unnamed:,} names that are no text")
-    return where, state
+    return (f"{what}: {under[0]}", top[under[0]]) if under else (what, top)
 
 
 def _has_tensors(table: Table) -> bool:
@@ -110,7 +144,8 @@ def _step(top: Table) -> int | None:
     return next((step for step in found if type(step) is int and 0 <= step < 2**63), None)
 
 
-def _view(value: Any, offsets: Mapping[str, int], what: str) -> View:
+def view_of(value: Any, offsets: Mapping[str, int], what: str) -> View:
+    """Where the tensor lies that a pickle describes; CheckpointError, about `what`, when it cannot be there."""
     if type(value) is not Rebuild:
         raise refused(what, f"is {_kind(value)}, not a tensor")
     typed = value.function.endswith("_v2")

@@ -141,12 +141,19 @@ def _read_folder(folder: Path) -> _Found:
 def _read_pickles(
     folder: Path, names: tuple[str, ...], *, weight_map: Mapping[str, str] | None = None, own_config: bool = True
 ) -> _Found:
-    """config.json and the named files; raises IncompleteCheckpoint or CheckpointError."""
-    layout = read_files(folder, (), own_config=own_config)
+    """config.json and the named files; raises IncompleteCheckpoint or CheckpointError.
+
+    Where there is no config.json, the settings that a single file has of its model take its place.
+    """
+    first = read_saved_model(folder, names[0]) if len(names) == 1 and CONFIG not in names_in(folder) else None
+    if first is not None and first.settings is not None:
+        layout = Layout(folder, first.settings, {}, ())
+    else:
+        layout = read_files(folder, (), own_config=own_config)
     places: dict[str, tuple[str, View]] = {}
     step = None
     for name in names:
-        saved = read_saved_model(folder, name)
+        saved = first if first is not None else read_saved_model(folder, name)
         for tensor, view in saved.tensors.items():
             if tensor in places:
                 raise refused(f"tensor `{tensor}`", f"is both in {places[tensor][0]} and in {name}")
@@ -157,7 +164,7 @@ def _read_pickles(
     for tensor, shard in (weight_map or {}).items():
         if tensor not in places or places[tensor][0] != shard:
             raise refused(INDEX, f"says that {shard} holds `{tensor}`; it does not")
-    skip = len(_shared_prefix(tuple(places)))
+    skip = len(shared_prefix(tuple(places)))
     views = {tensor[skip:]: view for tensor, (_, view) in places.items()}
     # As bytes: torch_weights makes dtype, shape and strides of them.
     extents = {
@@ -167,7 +174,7 @@ def _read_pickles(
     return _Found(dataclasses.replace(layout, tensors=extents), views, step)
 
 
-def _shared_prefix(names: tuple[str, ...]) -> str:
+def shared_prefix(names: tuple[str, ...]) -> str:
     """What torch.compile, DistributedDataParallel and Lightning put before every name.
 
     `model.` is also what most of transformers' own names begin with, all of them where a tied head is not stored. It is

@@ -227,12 +227,12 @@ def test_the_loader_builds_the_model(checkpoint: Path) -> None:
     assert set(snapshot.weights.shapes()) == set(FORMAT.open(reference(checkpoint)).shapes())
 
 
-def test_torchtitan_s_own_names_are_not_taken_for_others(written: Path, tmp_path: Path) -> None:
-    """Weights under torchtitan's names for a Llama are refused by the load room with the names that are missing."""
+def test_names_of_no_model_are_not_taken_for_others(written: Path, tmp_path: Path) -> None:
+    """Weights under other names than the model's are refused by the load room with the names that are missing."""
     weights = reference_weights(written, "float32")
     renamed = {
         name.removeprefix("model.")
-        .replace("embed_tokens", "tok_embeddings")
+        .replace("embed_tokens", "word_embeddings")
         .replace("self_attn.q_proj", "attention.wq"): (tensor)
         for name, tensor in weights.items()
     }
@@ -240,7 +240,7 @@ def test_torchtitan_s_own_names_are_not_taken_for_others(written: Path, tmp_path
         warnings.simplefilter("ignore")
         dcp.save(renamed, checkpoint_id=tmp_path / "step-1")
     shutil.copy(written / "safetensors-float32" / "config.json", tmp_path)
-    with pytest.raises(WeightsMismatch, match=r"missing model\.embed_tokens\.weight.*unexpected tok_embeddings"):
+    with pytest.raises(WeightsMismatch, match=r"missing model\.embed_tokens\.weight.*unexpected word_embeddings"):
         open_snapshot(reference(tmp_path / "step-1"), FORMAT, registry.family)
 
 

@@ -76,7 +76,7 @@ def test_mlflow_run_id_from_the_training(monkeypatch: pytest.MonkeyPatch) -> Non
         ("[peel]\nquantities = ['headrom']", "`peel.quantities` is `headrom`"),
         ("[model.precision]\n'*.weight' = 'int1'", r"`model.precision`(.|\n)*sets like none, sign"),
         ("[model]\nprecision = 'ternary'", r"`model.precision` is 'ternary'(.|\n)*a table"),
-        ("[model]\nfactory = 'a:b'", "`model.factory` is not available in this version"),
+        ("[model]\nfactory = 'a b'", "auto, or package.module:callable"),
         ("[peel]\nmaps = [['a']]", "`peel.maps`"),
         ("watch = 3", "`watch` is 3, not a table"),
         ("[[rule]]\nname = 'x'", r"\[\[rule\]\] is not complete: .*kind"),

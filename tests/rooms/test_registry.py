@@ -26,7 +26,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unnamed_and_broken_is_left_alone(broken: None) -> None:
     """With `auto`, formats that load are used, and families are found, though one does not load."""
     names = {form.name for form in registry.formats()}
-    assert names == {"transformers", "safetensors", "torch", "dcp"}
+    assert names == {"transformers", "safetensors", "torch", "dcp", "deepspeed", "megatron", "declined"}
     assert registry.family("llama").name == "llama"
 
 
@@ -41,7 +41,7 @@ def test_unknown_names(broken: None) -> None:
     with pytest.raises(PluginError, match=r"(.|\n)*did you mean `mlflow`"):
         registry.tracker("mlfow")
     with pytest.raises(
-        UnknownFamily, match=r"`mamba`(.|\n)*gpt2, gpt_neox, llama, mistral, mlp, olmo2, opt, phi3, qwen2, qwen3"
+        UnknownFamily, match=r"`mamba`(.|\n)*gpt2, gpt_neox, llama, mistral, mixtral, mlp, olmo2, olmoe, opt, phi3, qwen2, qwen2_moe"
     ):
         registry.family("mamba")
 

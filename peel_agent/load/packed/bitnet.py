@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peel_agent.load.architecture import build_model
 from peel_agent.load.packed.dequantised import (
     CONFIG,
     DequantisedWeights,
@@ -55,8 +56,6 @@ def unpack(weights: Weights, settings: Mapping[str, Any]) -> Unpacked:
 
 def _quantised_linears(weights: Weights, patterns: Collection[str]) -> dict[str, tuple[int, int]]:
     """[out, in] of the linear layers that transformers replaces in this model, by module name."""
-    from peel_agent.load.snapshot import build_model  # which in turn opens checkpoints with this package
-
     model: Any = build_model(DequantisedWeights(weights, {}).config())
     skipped = [*patterns, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     if not patterns:

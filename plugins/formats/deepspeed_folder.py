@@ -1,0 +1,248 @@
+"""DeepSpeed's folders: `global_stepN` in the watched folder, and those in a `checkpoint-N` of transformers' Trainer.
+
+With ZeRO 0 to 2 the weights are in `mp_rank_00_model_states.pt` alone, in the dtype that the model runs in: they are
+read as they are, and no optimizer states are opened. With ZeRO 3 they are put together, see deepspeed_zero3.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
+
+from .checkpoint_folder import WAIT, as_found, names_in, opened, read_config, read_into, stamps_of
+from .deepspeed_names import MODEL, SAVE_AGAIN, Names, belongs, is_states, names_by_rank
+from .deepspeed_states import Split, Whole, check_parallelism, table_of, world_size
+from .deepspeed_zero3 import Merged, merge
+from .safetensors_reader import CONFIG
+from .torch_archive import read_saved, views_of
+from .torch_file import shared_prefix
+from .transformers_checkpoint import SENTINEL, STATE, check_written, is_trainer_folder, trainer_step
+
+LATEST = "latest"
+OTHERS_TAGS = ("checkpoint", "pytorch_model")
+"""The folders that Lightning and Accelerate let DeepSpeed write to, in a checkpoint's own."""
+
+_MAX_TAG_BYTES = 200
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
+_NUMBERED = re.compile(r"global_step([0-9]{1,18})")
+_WEIGHTS = re.compile(r"(?:pytorch_)?model(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint found whole: its weights by the model's names, and the stamps of all files that were read."""
+
+    folder: Path
+    inside: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Whole | Split]
+    files: tuple[FileStamp, ...]
+
+
+class DeepSpeedFormat:
+    """A folder of DeepSpeed's states, or a checkpoint's folder of Trainer, Lightning or Accelerate with one in it.
+
+    It is complete when the files of every rank are there and whole, as many as the states themselves say, config.json
+    is in the folder or in the one above, and Trainer's own files are written. With ZeRO 0 to 2 the optimizer states may
+    all be missing: they hold nothing that is read. A folder with weights in other files too is left to their formats.
+    """
+
+    name = "deepspeed"
+
+    def recognise(self, path: Path) -> bool:
+        names = names_in(path)
+        if any(map(_WEIGHTS.fullmatch, names)):
+            return False
+        if any(map(is_states, names)):
+            return not is_trainer_folder(path.parent) and path.name not in OTHERS_TAGS
+        if is_trainer_folder(path):
+            return LATEST in names or any(map(_NUMBERED.fullmatch, names))
+        tag = _tag_of_others(names)
+        return tag is not None and any(map(is_states, names_in(path / tag)))
+
+    def inspect(self, path: Path) -> Readiness:
+        try:
+            own = _read_own(path)
+            looked = _look(path, own.inside)
+            if looked.fault is not None:
+                return Readiness("damaged", looked.fault, _evidence(path))
+            _, config = _read_config(path, own.inside)
+        except CheckpointError as error:
+            unfinished = isinstance(error, IncompleteCheckpoint | TornCheckpoint)
+            return Readiness("incomplete" if unfinished else "damaged", error.what, _evidence(path))
+        files = _by_name(*looked.files, *own.files, *config)
+        return Readiness("complete", f"{len(files)} files are whole", files)
+
+    def step(self, path: Path) -> int | None:
+        """Trainer's global_step, else the number in `global_stepN`, else DeepSpeed's own count beside the weights."""
+        try:
+            own = _read_own(path)
+            named = _NUMBERED.fullmatch(path.name)
+            if own.step is not None or named is not None:
+                return own.step if named is None else int(named[1])
+            return _look(path, own.inside).step
+        except CheckpointError:
+            return None
+
+    def open(self, ref: CheckpointRef) -> Weights:
+        from .deepspeed_weights import DeepSpeedWeights  # imports torch
+
+        return DeepSpeedWeights(as_found(ref, lambda: _read(ref.path)))
+
+
+@dataclass(frozen=True)
+class _Own:
+    """Where in a checkpoint's folder the states are (`inside` is empty or ends in /), and what Trainer says beside."""
+
+    inside: str
+    files: tuple[FileStamp, ...] = ()
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What is kept of a look at the states: little."""
+
+    fault: str | None
+    files: tuple[FileStamp, ...] = ()
+    step: int | None = None
+
+
+def _read(path: Path) -> Layout:
+    own = _read_own(path)
+    merged = _read_states(path, own.inside, _names(path, own.inside))
+    config, config_files = _read_config(path, own.inside)
+    skip = len(shared_prefix(tuple(merged.tensors)))
+    tensors = {name[skip:]: tensor for name, tensor in merged.tensors.items()}
+    return Layout(path, own.inside, config, tensors, _by_name(*merged.files, *own.files, *config_files))
+
+
+def _read_own(path: Path) -> _Own:
+    names = names_in(path)
+    if any(map(is_states, names)):
+        return _Own("")
+    if not is_trainer_folder(path):
+        return _Own(f"{tag}/" if (tag := _tag_of_others(names)) else "")
+    check_written(path)
+    tag, latest = _read_latest(path)
+    if tag not in names:
+        raise IncompleteCheckpoint(f"{LATEST} names the folder {tag}, which is not there", remedy=WAIT)
+    step, state = trainer_step(path)
+    return _Own(f"{tag}/", (latest, state), step)
+
+
+def _read_latest(path: Path) -> tuple[str, FileStamp]:
+    with opened(path, LATEST) as (descriptor, stamp):
+        text = bytearray(min(stamp.size, _MAX_TAG_BYTES + 1))
+        read_into(descriptor, memoryview(text), 0, LATEST)
+    tag = text.decode("latin-1").strip()
+    if not tag:
+        raise IncompleteCheckpoint(f"{LATEST} is empty", remedy=WAIT)
+    if len(text) > _MAX_TAG_BYTES or not _TAG.fullmatch(tag):
+        raise CheckpointError(
+            f"{LATEST} holds {tag[:80]!r}, which is not the name of a folder beside it", remedy=SAVE_AGAIN
+        )
+    return tag, stamp
+
+
+def _tag_of_others(names: frozenset[str]) -> str | None:
+    return next((tag for tag in OTHERS_TAGS if tag in names), None)
+
+
+def _names(path: Path, inside: str) -> frozenset[str]:
+    return frozenset(filter(belongs, names_in(path / inside)))
+
+
+def _look(path: Path, inside: str) -> _Looked:
+    names = _names(path, inside)
+    read = {MODEL} if MODEL in names else set(filter(is_states, names))
+    stamps = stamps_of(path, (inside + name for name in read))
+    # What has no stamp may go or come without a change of the stamps, so nothing is remembered of it.
+    look = _look_at if len(stamps) == len(read) else _look_at.__wrapped__
+    return look(path, inside, names, stamps)
+
+
+# Many pickles take long, and every scan asks: each version of the files is read once. What may be otherwise at the next
+# look is raised, so that it is not remembered.
+@lru_cache(maxsize=1024)
+def _look_at(path: Path, inside: str, names: frozenset[str], stamps: tuple[FileStamp, ...]) -> _Looked:
+    try:
+        merged = _read_states(path, inside, names)
+    except (IncompleteCheckpoint, TornCheckpoint):
+        raise
+    except CheckpointError as error:
+        return _Looked(error.what)
+    if not set(merged.files) <= set(stamps):
+        raise TornCheckpoint(f"{path} changed while it was looked at", remedy=WAIT)
+    step = merged.step if type(merged.step) is int and 0 <= merged.step < 2**63 else None
+    return _Looked(None, merged.files, step)
+
+
+def _read_states(path: Path, inside: str, names: frozenset[str]) -> Merged:
+    found = names_by_rank(names)
+    return merge(path, inside, found) if found.partitioned else _read_module(path, inside, found)
+
+
+def _read_module(path: Path, inside: str, names: Names) -> Merged:
+    """The weights of ZeRO 0 to 2, all in one file."""
+    saved = read_saved(path, inside + MODEL)
+    what = f"{MODEL}: data.pkl"
+    states = table_of(saved.value, what)
+    check_parallelism(states, what)
+    # They are not read, and need not be there at all: they are what is deleted first. But some without the others are
+    # a saving that goes on.
+    for rank in range(world_size(states, what)) if names.optimizer else ():
+        if rank not in names.optimizer:
+            raise IncompleteCheckpoint(
+                f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt is not there, as that of rank "
+                f"{min(names.optimizer)} is",
+                remedy=WAIT,
+            )
+    module = table_of(states.get("module"), f"{MODEL}: module")
+    tensors = views_of(module, saved.offsets, f"{MODEL}: module")
+    return Merged(
+        {name: Whole(MODEL, view) for name, view in tensors.items()}, (saved.stamp,), states.get("global_steps")
+    )
+
+
+def _read_config(path: Path, inside: str) -> tuple[dict[str, Any], tuple[FileStamp, ...]]:
+    """config.json, and its stamp if it is the checkpoint's own.
+
+    One in the folder above belongs to several checkpoints: writing it again with the next does not change this one.
+    """
+    for name in dict.fromkeys((inside + CONFIG, CONFIG)):
+        if CONFIG in names_in((path / name).parent):
+            config, stamp = read_config(path, name)
+            return config, (stamp,)
+    try:
+        return read_config(path.parent)[0], ()
+    except IncompleteCheckpoint as error:
+        raise IncompleteCheckpoint(
+            f"{error.what}: the model cannot be built without it",
+            remedy=f"put the model's {CONFIG} into {path} (model.config.save_pretrained writes it), or into the folder "
+            "above for all checkpoints of the run",
+        ) from error
+
+
+def _evidence(path: Path) -> tuple[FileStamp, ...]:
+    """Stamps of what is there of a checkpoint that is not whole: they say whether somebody is still writing."""
+    own = names_in(path)
+    folders = sorted(name for name in own if _NUMBERED.fullmatch(name) or name in OTHERS_TAGS)
+    states = {f"{folder}/{name}" for folder in folders for name in names_in(path / folder) if is_states(name)}
+    return stamps_of(
+        path, states | {name for name in own if is_states(name) or name in (CONFIG, STATE, SENTINEL, LATEST)}
+    )
+
+
+def _by_name(*stamps: FileStamp) -> tuple[FileStamp, ...]:
+    return tuple(sorted(stamps, key=lambda stamp: stamp.name))
+
+
+FORMAT = DeepSpeedFormat()
