@@ -22,16 +22,18 @@ def scan(path: str | Path, *, probe: str | Path, device: str = "cpu", **options:
 
     from peel_agent.config import Settings, load_settings
     from peel_agent.pipeline import scan as scan_one
+    from peel_agent.worker import quiet_libraries
 
     sections = ("probe", "model", "peel")
     homes = {field.name: name for name in sections for field in dataclasses.fields(getattr(Settings, name))}
     flags = {f"{homes.get(key, 'peel')}.{key}": value for key, value in options.items()}
     settings = load_settings(None, flags | {"probe.path": str(probe), "device.select": device})
-    return scan_one(
-        path,
-        probe=settings.probe,
-        peeling=settings.peel,
-        model=settings.model,
-        device=settings.device.in_process,
-        clock=time.perf_counter,
-    )
+    with quiet_libraries():
+        return scan_one(
+            path,
+            probe=settings.probe,
+            peeling=settings.peel,
+            model=settings.model,
+            device=settings.device.in_process,
+            clock=time.perf_counter,
+        )

@@ -199,24 +199,24 @@ def _scan(options: argparse.Namespace) -> int:
     _check_fail_on(settings, options.fail_on)
     from peel_agent.pipeline import scan
     from peel_agent.publish import report_line, table
-    from peel_agent.worker import quieten_libraries
+    from peel_agent.worker import quiet_libraries
 
-    quieten_libraries()
     form = report_line if options.format == "json" else table
     status = 0
     with _output(options.out) as output:
         for path in options.checkpoints:
             meter = _meter()
             try:
-                report = scan(
-                    path,
-                    probe=settings.probe,
-                    peeling=settings.peel,
-                    model=settings.model,
-                    device=settings.device.in_process,
-                    clock=time.perf_counter,
-                    progress=meter,
-                )
+                with quiet_libraries():
+                    report = scan(
+                        path,
+                        probe=settings.probe,
+                        peeling=settings.peel,
+                        model=settings.model,
+                        device=settings.device.in_process,
+                        clock=time.perf_counter,
+                        progress=meter,
+                    )
             except PeelError as error:
                 say(f"peel-agent: {error}")
                 status = max(status, error.exit_code)
@@ -279,21 +279,21 @@ def _witness(options: argparse.Namespace) -> int:
     settings = load_settings(options.config, _probe_flags(options))
     _check_probe(settings)
     from peel_agent.witness import witness
-    from peel_agent.worker import quieten_libraries
+    from peel_agent.worker import quiet_libraries
 
-    quieten_libraries()
     meter = _meter()
     try:
-        proven = witness(
-            options.checkpoint,
-            layer=options.layer,
-            out=options.out,
-            probe=settings.probe,
-            model=settings.model,
-            device=settings.device.in_process,
-            clock=time.perf_counter,
-            progress=meter,
-        )
+        with quiet_libraries():
+            proven = witness(
+                options.checkpoint,
+                layer=options.layer,
+                out=options.out,
+                probe=settings.probe,
+                model=settings.model,
+                device=settings.device.in_process,
+                clock=time.perf_counter,
+                progress=meter,
+            )
     finally:
         meter.close()
     print(f"loss as trained     {proven.trained} nats per token, on held-out tokens of the probe")

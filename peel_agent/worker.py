@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
+def command() -> list[str]:
+    """How a worker is started. -P: the working directory may be a checkpoint's, with a torch.py in it."""
+    return [sys.executable, "-P", "-m", "peel_agent.worker"]
+
+
 def ask(
     request: Request, environment: Mapping[str, str], *, started: Callable[[subprocess.Popen[str]], None]
 ) -> Peeled:
@@ -81,9 +87,8 @@ def ask(
 
     Raises WorkerError when it dies, and what it answers with when that is an error of the tree.
     """
-    child = subprocess.Popen(
-        # -P: the working directory may be a checkpoint's, and a torch.py in it is not to be imported.
-        [sys.executable, "-P", "-m", "peel_agent.worker"],
+    child = subprocess.Popen(  # noqa: S603 - our own interpreter
+        command(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -103,7 +108,7 @@ def ask(
             f"the worker that peeled it ended with {cause}",
             remedy="its output stands above; SIGKILL usually means that memory ran out",
         )
-    return _peeled_from(json.loads(answer.splitlines()[-1]))  # a library may have printed before
+    return _peeled_from(json.loads(answer.splitlines()[-1]))
 
 
 def _peeled_from(answer: dict[str, Any]) -> Peeled:
@@ -121,7 +126,13 @@ def main() -> int:
     give_way(request.nice)
     share_processors(request.device)
     limit_memory(request.memory_fraction, request.device)
-    quieten_libraries()
+    with quiet_libraries():
+        answer = _answer(request)
+    sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
+    return 0
+
+
+def _answer(request: Request) -> dict[str, Any]:
     from peel_agent.pipeline import measure
     from peel_agent.publish import Meter, report_json
     from peel_agent.watch import copied
@@ -147,12 +158,11 @@ def main() -> int:
             progress=progress,
         )
         memory = None if peeled.memory is None else dataclasses.asdict(peeled.memory)
-        answer: dict[str, Any] = {"report": report_json(peeled.report), "memory": memory}
+        return {"report": report_json(peeled.report), "memory": memory}
     except PeelError as error:
-        answer = {"error": {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy}}
-    meter.close()
-    sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
-    return 0
+        return {"error": {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy}}
+    finally:
+        meter.close()
 
 
 def _to_stderr(text: str) -> None:
@@ -214,9 +224,15 @@ def cgroup_limits(own: Path, root: Path) -> list[int]:
     return limits
 
 
-def quieten_libraries() -> None:
-    """Keeps transformers' hints, written for people who build models, out of the log."""
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps transformers' hints, written for people who build models, out of the log, and stdout for our own data.
+
+    Some libraries that transformers imports where they are installed print there as they are loaded.
+    """
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 if __name__ == "__main__":

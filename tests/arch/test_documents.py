@@ -86,6 +86,7 @@ def test_python_example_runs(
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     real = peel_agent.scan
     monkeypatch.setattr(peel_agent, "scan", lambda _, **options: real(path, **options))
+    capsys.readouterr()  # a library may have said something as it was imported to write the checkpoint
     exec(compile(code, "README.md", "exec"), {})  # the text of this repository
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == [f"model.layers.{index}" for index in range(zoo.BLOCKS)]

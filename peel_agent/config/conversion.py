@@ -1,0 +1,96 @@
+"""What a value of the configuration must be, and how it is read from TOML, a flag or the environment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peel_agent.config.sections import Precision
+from peel_agent.errors import ConfigurationError
+from peel_agent.records import SETS, WeightSet
+
+CHOICES = {
+    "peel.effort": ("quick", "standard", "full"),
+    "peel.solver": ("closed_form", "descent", "descent_cold"),
+    "peel.quantities": ("margin", "bounds", "headroom", "redundancy"),
+    "rule.kind": ("layer_below",),
+    "rule.severity": ("info", "warning", "critical"),
+}
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError
+    return int(value)
+
+
+def _device(value: Any) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda:\d+|(GPU|MIG)-[\w-]+", str(value)):
+        raise ValueError
+    return str(value)
+
+
+def _backlog(value: Any) -> str:
+    if not re.fullmatch(r"latest|all|every:[1-9]\d{0,8}", str(value)):
+        raise ValueError
+    return str(value)
+
+
+def _factory(value: Any) -> str | None:
+    if value == "auto":
+        return None
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(value)):
+        raise ValueError
+    return str(value)
+
+
+def _maps(value: Any) -> str | tuple[tuple[int, ...], ...]:
+    if isinstance(value, str):
+        return value
+    return tuple(tuple(_whole(entry) for entry in own) for own in value)
+
+
+def _precision(value: Any) -> Precision:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {glob: WeightSet.named(str(name)) for glob, name in value.items()}
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(value.split(",")) if isinstance(value, str) else tuple(str(entry) for entry in value)
+
+
+CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "str": (str, "text"),
+    "int": (_whole, "a whole number"),
+    "int | None": (_whole, "a whole number"),
+    "float": (float, "a number"),
+    "float | None": (float, "a number"),
+    "Path | None": (lambda value: Path(value).expanduser(), "a path"),
+    "tuple[str, ...]": (_texts, "a list of names"),
+    "tuple[str, ...] | None": (_texts, "a list of names"),
+    "str | tuple[tuple[int, ...], ...]": (_maps, "the name of a suite or a list of maps such as [[1, 4], [2, 4]]"),
+    "Precision": (_precision, f'a table such as {{ "model.layers.*_proj.weight" = "ternary" }}, with sets like {SETS}'),
+    "Backlog | None": (_backlog, "latest, all, or every:N with a whole number N"),
+    "Factory | None": (_factory, "auto, or package.module:callable"),
+    "Device": (_device, "auto, cpu, cuda:N, or a GPU's uuid as nvidia-smi -L prints it"),
+    "RuleKind": (str, "a rule kind"),
+    "Severity": (str, "a severity"),
+}
+
+
+def converted(dotted: str, kind: str, value: Any) -> Any:
+    convert, words = CONVERTERS[kind]
+    try:
+        converted = convert(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigurationError(f"`{dotted}` is {value!r}", remedy=f"it must be {words}") from error
+    choices = CHOICES.get(dotted)
+    wrong = [
+        one for one in (converted if isinstance(converted, tuple) else (converted,)) if choices and one not in choices
+    ]
+    if choices and wrong:
+        raise ConfigurationError(f"`{dotted}` is `{wrong[0]}`", remedy=f"it must be one of: {', '.join(choices)}")
+    return converted
