@@ -226,11 +226,12 @@ def cgroup_limits(own: Path, root: Path) -> list[int]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps transformers' hints, written for people who build models, out of the log, and stdout for our own data.
+    """Keeps hints of libraries, written for people who build models, out of the log, and stdout for our own data.
 
-    Some libraries that transformers imports where they are installed print there as they are loaded.
+    Some that transformers imports where they are installed log and print as they are loaded.
     """
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with redirect_stdout(sys.stderr):
         yield
 

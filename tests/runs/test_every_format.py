@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from peel_agent import registry, watch
 from peel_agent.config import PeelSettings, ProbeSettings
-from peel_agent.pipeline import scan
+from peel_agent.pipeline import locate, scan
 from peel_agent.publish import report_json
 from tests import zoo
+from tests.runs import producers
 
 
 def as_pickle(model: Any, folder: Path) -> Path:
@@ -85,3 +87,76 @@ def test_numbers_are_those_of_safetensors(name: str, kind: str, tmp_path: Path) 
     path = WRITERS[name](model, other)
     assert numbers(path, tmp_path / "probe.npy") == numbers(plain, tmp_path / "probe.npy")
     shutil.rmtree(other)
+
+
+# ---------------------------------------------------------------- what real trainings write
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which every producer of one process wrote."""
+    root = tmp_path_factory.mktemp("single")
+    producers.run(root, producers.SINGLE, ranks=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks wrote."""
+    root = tmp_path_factory.mktemp("pair")
+    producers.run(root, producers.PAIR, ranks=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("probe") / "probe.npy"
+    np.save(path, zoo.token_ids(200, 3))
+    return path
+
+
+PRODUCERS = {
+    **{name: ("single", producer) for name, producer in producers.SINGLE.items()},
+    **{name: ("pair", producer) for name, producer in producers.PAIR.items()},
+}
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_what_a_training_wrote(name: str, probe: Path, request: pytest.FixtureRequest) -> None:
+    """Its format and step are found, and its report is, bit for bit, that of the same weights in safetensors."""
+    fixture, producer = PRODUCERS[name]
+    folder: Path = request.getfixturevalue(fixture) / name
+    ref = locate(folder / producer.checkpoint)
+    assert (ref.format, ref.step) == (producer.format, producer.step)
+    written, plain = numbers(ref.path, probe), numbers(folder / producers.PLAIN, probe)
+    assert written == plain
+    assert written["model"]["precision"] == ("bfloat16" if "bfloat16" in name else "float32")
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_a_watched_folder_has_it_once(name: str, request: pytest.FixtureRequest) -> None:
+    """In the folder that the training writes to, the checkpoint is seen once and whole; nothing else is taken for one.
+
+    Of Lightning that is without `last.ckpt`, a link to another.
+    """
+    fixture, producer = PRODUCERS[name]
+    path: Path = request.getfixturevalue(fixture) / name / producer.checkpoint
+    seen = watch.scan(path.parent, registry.formats())
+    found = [sighting for sighting in seen if sighting.path.name != producers.PLAIN]
+    assert [(sighting.path, sighting.readiness.state) for sighting in found] == [(path.resolve(), "complete")]
+
+
+def test_the_trainings_did_what_they_say(single: Path, pair: Path) -> None:
+    """Weights are cut over two ranks, a state is of a compiled model, Lightning's last is a link."""
+    for name, within in (
+        ("torch.distributed.checkpoint", "step-3"),
+        ("the same, asynchronous", "step-3"),
+        ("Accelerate, FSDP2", "project/checkpoints/checkpoint_0/pytorch_model_fsdp_0"),
+        ("Trainer, FSDP2", "checkpoint-2/pytorch_model_fsdp_0"),
+        ("Lightning, ModelParallelStrategy", "epoch=0-step=2.ckpt"),
+    ):
+        assert {file.name for file in (pair / name / within).glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    assert (single / "Lightning" / "last.ckpt").readlink() == Path("epoch=1-step=4.ckpt")
+    for folder, prefix in ((single / "torch.compile", b"_orig_mod.transformer"), (pair, b"module.transformer")):
+        file = folder / "ckpt.pt" if folder != pair else pair / "DistributedDataParallel" / "ckpt.pt"
+        assert prefix in file.read_bytes()

@@ -1,0 +1,110 @@
+"""A trainer that writes slowly, rotates and is killed, and the daemon beside it: two real processes on one directory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from peel_agent.config import PeelSettings, ProbeSettings
+from peel_agent.pipeline import scan
+from tests import zoo
+from tests.runs.command import environment_of
+from tests.waiting import wait_for
+
+CONFIGURATION = """
+[watch]
+settle_seconds = 1
+poll_seconds = 0.5
+backlog = "all"
+[probe]
+sequence_length = 12
+[peel]
+quantities = ["bounds"]
+maps = [[4]]
+[tracker]
+use = ["jsonl"]
+"""
+VERSIONS = 6
+KILLED = (1, 3)
+KEEP = 1
+
+
+def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> None:
+    """Every checkpoint that was finished has one report with the loss of its own weights, though only one is kept.
+
+    Those whose writer was killed have none.
+    """
+    run, probe = tmp_path / "run", tmp_path / "probe.npy"
+    run.mkdir()
+    np.save(probe, zoo.token_ids(200, 3))
+    (tmp_path / "peel.toml").write_text(CONFIGURATION)
+    model = zoo.build("llama", steps=5)
+    losses = {}
+    for version in range(VERSIONS):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.2)
+        model.save_pretrained(tmp_path / str(version))
+        settings = PeelSettings(quantities=("bounds",), maps=((4,),))
+        report = scan(
+            tmp_path / str(version),
+            probe=ProbeSettings(path=probe, sequence_length=12),
+            peeling=settings,
+            clock=itertools.count().__next__,
+        )
+        losses[10 * (version + 1)] = report.loss.value
+    command = [
+        sys.executable,
+        "-m",
+        "peel_agent",
+        "watch",
+        run,
+        "-c",
+        tmp_path / "peel.toml",
+        "--probe",
+        probe,
+        "--json",
+    ]
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        daemon = subprocess.Popen(command, stdout=out, stderr=err, env=environment_of(tmp_path))
+        try:
+            wait_for(lambda: "watching" in (tmp_path / "err").read_text())
+            dice, finished = random.Random(7), []
+            for version in range(VERSIONS):
+                step = 10 * (version + 1)
+                arguments = [run, tmp_path / str(version), step, KEEP, version]
+                writer = subprocess.Popen([sys.executable, "-m", "tests.runs.restless_writer", *map(str, arguments)])
+                if version in KILLED:
+                    wait_for((run / f"checkpoint-{step}").exists)
+                    time.sleep(dice.uniform(0.0, 0.3))
+                    writer.kill()
+                    assert writer.wait() == -signal.SIGKILL
+                else:
+                    assert writer.wait() == 0
+                    finished.append(step)
+                    held = tmp_path / "peel-agent"
+                    wait_for(lambda step=step: _seen(held, step, (tmp_path / "out").read_text()))
+            wait_for(lambda: len((tmp_path / "out").read_text().splitlines()) >= len(finished))
+            time.sleep(2)  # a second report of one, or a first of another, would come now
+        finally:
+            daemon.send_signal(signal.SIGTERM)
+            assert daemon.wait(60) == 0, (tmp_path / "err").read_text()
+    reports = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [report["checkpoint"]["step"] for report in reports] == finished
+    assert {report["checkpoint"]["step"]: report["loss"]["value"] for report in reports} == {
+        step: losses[step] for step in finished
+    }
+    assert len([path for path in run.glob("checkpoint-*") if (path / "trainer_state.json").exists()]) == KEEP
+
+
+def _seen(state: Path, step: int, published: str) -> bool:
+    """The daemon holds the checkpoint or has published it: the next one may be written, and this one rotated."""
+    return any(state.glob(f"*/pins/*/checkpoint-{step}")) or f'"step": {step},' in published
