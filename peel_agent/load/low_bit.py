@@ -41,9 +41,16 @@ def check_globs(sets: Mapping[str, WeightSet], shapes: Mapping[str, tuple[int, .
                 )
 
 
-def precision_in_words(name: str, stored: Tensor, sets: Mapping[str, WeightSet], anatomy: Anatomy) -> str:
-    """What a block's matrix is stored as and stands for: `bfloat16`, `float32 latents of ternary`."""
+def precision_in_words(
+    name: str, stored: Tensor, sets: Mapping[str, WeightSet], anatomy: Anatomy, *, packed: str = ""
+) -> str:
+    """What a block's matrix is stored as and stands for: `bfloat16`, `float32 latents of ternary`.
+
+    `packed` says it of weights that were dequantised; whether references keep to their grid is added.
+    """
     quantisers = Quantisers(sets, transposed=anatomy.projection_layout == "in_out")
+    if packed:
+        return packed + ("" if quantisers.of(name, stored).restricts else "; references are not held to that grid")
     dtype, own = str(stored.dtype).removeprefix("torch."), quantisers.of(name, stored)
     if not own.restricts:
         return dtype

@@ -54,7 +54,7 @@ def open_snapshot(
         vocabulary=vocabulary,
         context=built.context,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        precision=unpacked.note or precision_in_words(example, named.read(example), sets, anatomy),
+        precision=precision_in_words(example, named.read(example), sets, anatomy, packed=unpacked.note),
         sets=sets,
         tied_head=anatomy.head + ".weight" in named.tied,
         body=built.body,

@@ -1,4 +1,4 @@
-"""A trainer that writes slowly, rotates and is killed, and the daemon beside it: two real processes on one directory."""
+"""A trainer that writes slowly, rotates and is killed, with the daemon beside it: real processes on one directory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,18 +62,8 @@ def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> N
             clock=itertools.count().__next__,
         )
         losses[10 * (version + 1)] = report.loss.value
-    command = [
-        sys.executable,
-        "-m",
-        "peel_agent",
-        "watch",
-        run,
-        "-c",
-        tmp_path / "peel.toml",
-        "--probe",
-        probe,
-        "--json",
-    ]
+    watch = ["watch", run, "-c", tmp_path / "peel.toml", "--probe", probe, "--json"]
+    command = [sys.executable, "-m", "peel_agent", *map(str, watch)]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         daemon = subprocess.Popen(command, stdout=out, stderr=err, env=environment_of(tmp_path))
         try:
@@ -90,8 +81,7 @@ def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> N
                 else:
                     assert writer.wait() == 0
                     finished.append(step)
-                    held = tmp_path / "peel-agent"
-                    wait_for(lambda step=step: _seen(held, step, (tmp_path / "out").read_text()))
+                    wait_for(partial(_seen, tmp_path, step))
             wait_for(lambda: len((tmp_path / "out").read_text().splitlines()) >= len(finished))
             time.sleep(2)  # a second report of one, or a first of another, would come now
         finally:
@@ -105,6 +95,7 @@ def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> N
     assert len([path for path in run.glob("checkpoint-*") if (path / "trainer_state.json").exists()]) == KEEP
 
 
-def _seen(state: Path, step: int, published: str) -> bool:
+def _seen(home: Path, step: int) -> bool:
     """The daemon holds the checkpoint or has published it: the next one may be written, and this one rotated."""
-    return any(state.glob(f"*/pins/*/checkpoint-{step}")) or f'"step": {step},' in published
+    held = any((home / "peel-agent").glob(f"*/pins/*/checkpoint-{step}"))
+    return held or f'"step": {step},' in (home / "out").read_text()
