@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -27,14 +27,16 @@ from transformers import (
     TorchAoConfig,
 )
 
+import peel_agent
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, WeightsMismatch
+from peel_agent.load.architecture import build_model
 from peel_agent.load.names import NamedWeights
 from peel_agent.load.packed import Unpacked, unpack
 from peel_agent.load.packed.bitnet import globs_of
-from peel_agent.load.snapshot import build_model
 from peel_agent.pipeline import locate
 from peel_agent.precision import quantise, recognise
+from peel_agent.publish import report_json
 
 IDS = (torch.arange(48)[None] * 7) % 32
 _SHARED: dict[str, Any] = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
@@ -83,13 +85,11 @@ class Tensors:
 
 
 def opened(path: Path) -> Tensors:
-    """A checkpoint as our own reader gives it, with the headers' texts that it does not hand out yet."""
+    """A checkpoint as our own reader gives it, with the texts in the headers of its files."""
     ref = locate(path)
     (form,) = registry.formats(ref.format)
-    weights = form.open(ref)
-    with safe_open(path / "model.safetensors", "pt") as file:
-        texts = file.metadata() or {}
-    return Tensors(dict(weights.config()), {name: weights.read(name) for name in weights.shapes()}, texts)
+    weights: Any = form.open(ref)
+    return Tensors(dict(weights.config()), {name: weights.read(name) for name in weights.shapes()}, weights.metadata())
 
 
 @torch.no_grad()
@@ -100,7 +100,8 @@ def loss_of(model: Any) -> float:
 def plain_loss(unpacked: Unpacked) -> float:
     """The loss of the plain model with these weights, latents quantised; every weight must fit the model."""
     config, weights = unpacked.weights.config(), unpacked.weights
-    NamedWeights(weights, build_model(config), {}).check()
+    tied = {"lm_head.weight": "transformer.wte.weight"} if config["tie_word_embeddings"] else {}
+    NamedWeights(weights, build_model(config), {}, tied=tied).check()
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()
     state = {}
     for name in weights.shapes():
@@ -455,6 +456,35 @@ def test_bitnet_offline(by_bitnet: Callable[[str, str], Written], linear_class: 
     assert not unpacked.sets
     assert unpacked.note.startswith("ternary packed by bitnet (offline), dequantised")
     assert plain_loss(unpacked) == pytest.approx(written.loss, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "arguments", "precision"),
+    [
+        ("compressed", ("int4-group", "compressed"), "int4 packed by compressed-tensors"),
+        ("by_bitsandbytes", ("llama", "nf4"), "nf4 packed by bitsandbytes"),
+        ("by_torchao", ("int8",), "int8 by torchao"),
+        ("by_bitnet", ("bitlinear", "offline"), "ternary packed by bitnet"),
+    ],
+)
+def test_scan(
+    fixture: str, arguments: tuple[str, ...], precision: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """`scan` gives the very numbers of the dequantised weights saved plainly, and says what they were."""
+    written: Written = request.getfixturevalue(fixture)(*arguments)
+    unpacked = unpack(opened(written.path)).weights
+    save_file({name: unpacked.read(name).clone() for name in unpacked.shapes()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(unpacked.config())))
+    np.save(tmp_path / "probe.npy", np.random.default_rng(0).integers(0, 32, (200, 12)))
+    low, plain = (
+        report_json(peel_agent.scan(path, probe=tmp_path / "probe.npy", sequence_length=12))
+        for path in (written.path, tmp_path)
+    )
+    for report in (low, plain):
+        del report["checkpoint"], report["timing"]
+    assert low["model"].pop("precision").startswith(precision)
+    assert plain["model"].pop("precision").startswith("float32")
+    assert low == plain
 
 
 def test_bitnet_leaves_named_modules(by_bitnet: Callable[[str, str], Written]) -> None:
