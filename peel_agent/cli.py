@@ -17,6 +17,7 @@ from peel_agent.errors import ConfigurationError, PeelError, ProbeError
 from peel_agent.pipeline import plan_of
 from peel_agent.publish import Meter
 from peel_agent.records import PeelReport
+from peel_agent.watch import is_url
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,7 +128,12 @@ def _probe_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_watch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="?", metavar="PATH", help="the directory that the training writes checkpoints to")
+    parser.add_argument(
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="the directory that the training writes checkpoints to, or its s3:// URL",
+    )
     _add_common(parser)
     parser.add_argument("--run-id", metavar="ID", help="MLflow run to write into (default: found, else a new one)")
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow tracking server")
@@ -158,17 +164,21 @@ def _watch(options: argparse.Namespace) -> int:
         ledger.close()
 
 
-def _watched(settings: Settings) -> Path:
-    path = settings.watch.path
-    if path is None:
+def _watched(settings: Settings) -> str:
+    """The absolute path of the directory, or the URL of the folder in an object store."""
+    place = settings.watch.path
+    if place is None:
         raise ConfigurationError(
             "there is no directory to watch", remedy="give it: peel-agent watch PATH, or [watch] path in peel.toml"
         )
+    if is_url(place):
+        return place
+    path = Path(place).expanduser()
     if not path.is_dir():
         raise ConfigurationError(
             f"{path} is no directory", remedy="give the directory that the training writes its checkpoints to"
         )
-    return path.resolve()
+    return str(path.resolve())
 
 
 def _check_probe(settings: Settings) -> None:
@@ -185,7 +195,7 @@ def _check_probe(settings: Settings) -> None:
 
 
 def _add_scan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="a checkpoint folder or .safetensors")
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a checkpoint folder or file, or its s3:// URL")
     _add_common(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table", help="json: one report a line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
@@ -267,7 +277,7 @@ def _fails(report: PeelReport, what: str | None) -> bool:
 
 
 def _add_witness(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint folder or .safetensors")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder or file, or its s3:// URL")
     _add_probe(parser)
     _add_model(parser)
     parser.add_argument("--layer", type=int, required=True, metavar="N", help="the block's index, from 0")

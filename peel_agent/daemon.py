@@ -23,7 +23,7 @@ from peel_agent.publish import Delivery
 from peel_agent.records import Peeled
 from peel_agent.rounds import Rounds
 from peel_agent.spi import Tracker
-from peel_agent.watch import Hints
+from peel_agent.watch import Bucket, Folder, Hints, Mirror, Settling, Source, Store, is_url
 from peel_agent.worker import Request, ask
 
 SCAN_PAUSE_SECONDS = 0.5
@@ -32,9 +32,12 @@ SCAN_PAUSE_SECONDS = 0.5
 
 @dataclass
 class Daemon:
-    """One watched directory. `say` gets lines for people (stderr), `emit` gets each report's line (stdout)."""
+    """One watched directory or folder of an object store (its URL).
 
-    root: Path
+    `say` gets lines for people (stderr), `emit` gets each report's line (stdout).
+    """
+
+    place: str
     settings: Settings
     ledger: Ledger
     say: Callable[[str], None]
@@ -48,16 +51,18 @@ class Daemon:
         Returns 0, or 3 when `once` found nothing readable. Raises ConfigurationError.
         """
         delivery = Delivery(self.ledger, self._trackers(), now=time.monotonic, say=self.say)
-        formats = registry.formats(self.settings.watch.format)
-        with Hints(self.root) as hints, self._signals(hints), ThreadPoolExecutor(1) as executor:
+        policy = self.settings.watch.backlog or ("all" if once else "latest")
+        source = self._source(policy, once=once)
+        root = source.root if isinstance(source, Folder) else None
+        with Hints(root) as hints, self._signals(hints), ThreadPoolExecutor(1) as executor:
 
             def submit(request: Request) -> Future[Peeled]:
                 answer = executor.submit(self._attempt, request)
                 answer.add_done_callback(lambda _: hints.wake())
                 return answer
 
-            rounds = Rounds(self.root, self.settings, self.ledger, formats, submit, self.say, self.emit, once)
-            self.say(f"watching {self.root} ({hints.status}); findings are kept in {self.ledger.state_dir}")
+            rounds = Rounds(source, policy, self.settings, self.ledger, submit, self.say, self.emit)
+            self.say(f"watching {source.label} ({hints.status}); findings are kept in {self.ledger.state_dir}")
             try:
                 self._loop(rounds, hints, delivery, once=once)
             finally:
@@ -65,6 +70,17 @@ class Daemon:
                 rounds.close()
         delivery.close()
         return self._outcome(once=once)
+
+    def _source(self, policy: str, *, once: bool) -> Source:
+        watch = self.settings.watch
+        formats = registry.formats(watch.format)
+        if not is_url(self.place):
+            give_up = [watch.settle_seconds] if once else []
+            return Folder(Path(self.place), formats, Settling(watch.settle_seconds, *give_up))
+        folder = self.ledger.state_dir / "mirror"
+        folder.mkdir(exist_ok=True)
+        mirror = Mirror(Store(self.place), folder, formats)
+        return Bucket(mirror, formats, watch.settle_seconds, policy == "latest", self.say, lambda: self._stopping)
 
     def _loop(self, rounds: Rounds, hints: Hints, delivery: Delivery, *, once: bool) -> None:
         watch = self.settings.watch
@@ -123,13 +139,13 @@ class Daemon:
                     f"unknown key `tracker.{name}.{key}` in the configuration",
                     remedy=f"known here: {', '.join(sorted(plugin.options))}",
                 )
-            trackers[name] = plugin.connect(options, checkpoint_dir=self.root, state_dir=self.ledger.state_dir)
+            trackers[name] = plugin.connect(options, checkpoint_dir=self.place, state_dir=self.ledger.state_dir)
         return trackers
 
     def _outcome(self, *, once: bool) -> int:
         if once and not self.ledger.count("peeled"):
             self.say(
-                f"nothing readable in {self.root}: expected checkpoint-N folders, save_pretrained folders or "
+                f"nothing readable in {self.place}: expected checkpoint-N folders, save_pretrained folders or "
                 ".safetensors files with their config.json"
             )
             for path, reason in self.ledger.refused():

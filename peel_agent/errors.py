@@ -6,6 +6,7 @@ PeelError
 ├── CheckpointError        a checkpoint cannot be used                                (exit 3)
 │   ├── IncompleteCheckpoint   still being written, or truncated
 │   ├── TornCheckpoint         changed or vanished while it was read                  retryable
+│   ├── StoreUnavailable       an object store cannot be reached now                  retryable
 │   ├── UnknownFamily          no family plug-in knows this architecture
 │   └── WeightsMismatch        missing, unexpected or misshapen weights
 ├── NoWitness              no better weights were proven
@@ -72,6 +73,10 @@ class IncompleteCheckpoint(CheckpointError):
 
 
 class TornCheckpoint(CheckpointError):
+    retryable = True
+
+
+class StoreUnavailable(CheckpointError):
     retryable = True
 
 

@@ -168,7 +168,7 @@ class Ledger:
             self._finish(ref, outcome, detail)
 
     def _finish(self, ref: CheckpointRef, outcome: Outcome, detail: str) -> None:
-        row = (ref.fingerprint, printable(str(ref.path)), ref.step, ref.committed_at, outcome, detail)
+        row = (ref.fingerprint, printable(ref.label), ref.step, ref.committed_at, outcome, detail)
         self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def waiting(self, tracker: str) -> tuple[tuple[int, Publication], ...]:

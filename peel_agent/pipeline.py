@@ -7,8 +7,10 @@ neither torch nor a tracker's library.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from peel_agent import registry
@@ -38,7 +40,7 @@ from peel_agent.records import (
     YesMemory,
 )
 from peel_agent.spi import Format
-from peel_agent.watch import checkpoint_ref, fingerprint
+from peel_agent.watch import checkpoint_ref, fetch, fingerprint, is_url
 
 if TYPE_CHECKING:
     from peel_agent.load import ProbeSizes
@@ -153,7 +155,7 @@ def _measure_decoder(
     known = earlier if isinstance(earlier, BoundMemory) else None
     findings = peel(trace, plan_of(peeling), clock, earlier=known, progress=progress)
     report = PeelReport(
-        checkpoint=CheckpointInfo(str(ref.path), ref.step, ref.format, ref.fingerprint),
+        checkpoint=CheckpointInfo(ref.label, ref.step, ref.format, ref.fingerprint),
         model=ModelInfo(snapshot.family, len(trace.block_names), snapshot.parameters, snapshot.precision),
         probe=ProbeInfo(
             tokens.fingerprint, tokens.fit.size, tokens.select.size, tokens.confirm.size, tokens.sequence_length
@@ -193,7 +195,7 @@ def _measure_network(
     findings, parameters = peel_network(network, samples, clock, earlier=known)
     fit, select, confirm = (part.X.shape[1] for part in (samples.fit, samples.select, samples.confirm))
     report = PeelReport(
-        checkpoint=CheckpointInfo(str(ref.path), ref.step, ref.format, ref.fingerprint),
+        checkpoint=CheckpointInfo(ref.label, ref.step, ref.format, ref.fingerprint),
         model=ModelInfo(family, len(network.weights), parameters, network.precision),
         probe=ProbeInfo(samples.fingerprint, fit, select, confirm, 1),
         loss=findings.loss,
@@ -256,17 +258,28 @@ def scan(
     progress: Progress | None = None,
 ) -> PeelReport:
     """One checkpoint located and measured in this process."""
-    ref = locate(Path(path), format_name)
-    peeled = measure(
-        ref,
-        probe=probe,
-        peeling=peeling,
-        model=model or ModelSettings(),
-        device=device,
-        clock=clock,
-        progress=progress,
-    )
+    with located(path, format_name) as ref:
+        peeled = measure(
+            ref,
+            probe=probe,
+            peeling=peeling,
+            model=model or ModelSettings(),
+            device=device,
+            clock=clock,
+            progress=progress,
+        )
     return peeled.report
+
+
+@contextmanager
+def located(path: str | Path, format_name: str = "auto") -> Iterator[CheckpointRef]:
+    """The checkpoint at a path, or at a URL: then as a copy for the length of the `with`. Raises as `locate`."""
+    if not is_url(str(path)):
+        yield locate(Path(path), format_name)
+        return
+    with TemporaryDirectory(prefix="peel-agent-") as folder:
+        copy = fetch(str(path), Path(folder), registry.formats(format_name))
+        yield dataclasses.replace(locate(copy, format_name), url=str(path).rstrip("/"))
 
 
 def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = False) -> Probe:

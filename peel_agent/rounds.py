@@ -16,8 +16,7 @@ from peel_agent.ledger import Ledger
 from peel_agent.pipeline import conclude
 from peel_agent.publish import alert_line, headline, report_line
 from peel_agent.records import CheckpointRef, Peeled
-from peel_agent.spi import Format
-from peel_agent.watch import Observed, Pins, Queue, Settling, scan
+from peel_agent.watch import Observed, Pins, Queue, Source
 from peel_agent.worker import Request
 
 ATTEMPTS = 3
@@ -36,34 +35,30 @@ class _Job:
 
 @dataclass
 class Rounds:
-    """The rounds over one root. `say` gets lines for people, `emit` each report's line; `submit` starts a worker.
+    """The rounds over one source, by a backlog's `policy`; `submit` starts a worker.
 
-    With `once`, what is incomplete and at rest is given up at once, and every checkpoint is peeled unless `[watch]
-    backlog` says otherwise.
+    `say` gets lines for people, `emit` each report's line.
     """
 
-    root: Path
+    source: Source
+    policy: str
     settings: Settings
     ledger: Ledger
-    formats: tuple[Format, ...]
     submit: Submit
     say: Callable[[str], None]
-    emit: Callable[[str], None] | None
-    once: bool
+    emit: Callable[[str], None] | None = None
     _job: _Job | None = None
     _attempts: dict[str, int] = field(default_factory=dict)
     _rewritten: set[Path] = field(default_factory=set)
-    _told: set[tuple[Path, str]] = field(default_factory=set)
+    _told: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        watch = self.settings.watch
-        self._settling = Settling(watch.settle_seconds, *([watch.settle_seconds] if self.once else []))
-        self._pins = Pins(self.root, self.ledger.state_dir)
-        self._queue = Queue(self._pins, watch.backlog or ("all" if self.once else "latest"))
+        self._pins = Pins(self.source.root, self.ledger.state_dir)
+        self._queue = Queue(self._pins, self.policy)
 
     def make(self, now: float) -> Observed:
         """One round at the time `now`, in Unix seconds. Raises ConfigurationError when nothing can be peeled so."""
-        observed = self._settling.observe(scan(self.root, self.formats), now)
+        observed = self.source.look(now)
         self._take(observed)
         self._conclude_job()
         self._start_job()
@@ -89,14 +84,14 @@ class Rounds:
         for path, reason in observed.unreadable:
             if (path, reason) not in self._told:
                 self._told.add((path, reason))
-                self.say(f"cannot read {printable(str(path))}: {reason}")
+                self.say(f"cannot read {printable(path)}: {reason}")
 
     def _is_due(self, ref: CheckpointRef) -> bool:
         """Neither in work, nor done, nor given up in this session."""
         if self._job is not None and self._job.ref.fingerprint == ref.fingerprint:
             return False
         outcome = self.ledger.outcome(ref.fingerprint)
-        done = ("peeled", "refused") if self._queue.policy == "all" else ("peeled", "refused", "passed over")
+        done = ("peeled", "refused") if self.policy == "all" else ("peeled", "refused", "passed over")
         return outcome not in done and self._attempts.get(ref.fingerprint, 0) < ATTEMPTS
 
     def _start_job(self) -> None:
@@ -104,7 +99,8 @@ class Rounds:
             return
         ref, passed = self._queue.next()
         for older in passed:
-            self.ledger.pass_over(older, f"backlog = {self._queue.policy}")
+            self.ledger.pass_over(older, f"backlog = {self.policy}")
+            self.source.done(older)
             self.say(f'passed over {_name(older)}: a newer one waits; [watch] backlog = "all" peels every one')
         self._job = _Job(ref, self.submit(self._request(ref)))
 
@@ -142,6 +138,8 @@ class Rounds:
         else:
             self._finish(ref, peeled)
         self._pins.release(ref)
+        if self.ledger.outcome(ref.fingerprint) is not None:
+            self.source.done(ref)
 
     def _torn(self, ref: CheckpointRef, error: TornCheckpoint) -> None:
         """One rewritten in place is copied the next time: the trainer may rewrite it faster than it is peeled."""
@@ -197,4 +195,4 @@ class Rounds:
 
 
 def _name(ref: CheckpointRef) -> str:
-    return printable(str(ref.path))
+    return printable(ref.label)

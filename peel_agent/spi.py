@@ -72,8 +72,8 @@ class TrackerPlugin(Protocol):
     options: frozenset[str]
     """The keys that `[tracker.<name>]` may have; any other is a configuration error."""
 
-    def connect(self, options: Mapping[str, str], *, checkpoint_dir: Path, state_dir: Path) -> Tracker:
-        """A tracker for the run that writes `checkpoint_dir`.
+    def connect(self, options: Mapping[str, str], *, checkpoint_dir: str, state_dir: Path) -> Tracker:
+        """A tracker for the run that writes `checkpoint_dir`, an absolute path or a URL.
 
         Contacts nobody yet: the first publish may find the server away. What must survive a restart (the id of a run
         that was created) is kept in `state_dir`, written before it is relied on.

@@ -13,8 +13,8 @@ from pathlib import Path
 from peel_agent import registry
 from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings, worker_environment
 from peel_agent.errors import ConfigurationError, NoWitness
-from peel_agent.pipeline import locate, probe_for
-from peel_agent.records import Estimate, Progress
+from peel_agent.pipeline import located, probe_for
+from peel_agent.records import CheckpointRef, Estimate, Progress
 from peel_agent.worker import Request, ask
 
 TOLERANCE = 0.05
@@ -35,7 +35,7 @@ class Witness:
 
 
 def witness(
-    path: Path,
+    path: str | Path,
     *,
     layer: int,
     out: Path,
@@ -49,13 +49,29 @@ def witness(
 
     Raises NoWitness, leaving no file, when the block's headroom cannot be told from 0 or the file does not win it.
     """
+    with located(path) as ref:
+        return _witness(
+            ref, layer=layer, out=out, probe=probe, model=model, device=device, clock=clock, progress=progress
+        )
+
+
+def _witness(
+    ref: CheckpointRef,
+    *,
+    layer: int,
+    out: Path,
+    probe: ProbeSettings,
+    model: ModelSettings,
+    device: str,
+    clock: Callable[[], float],
+    progress: Progress | None,
+) -> Witness:
     from safetensors.torch import save_file
 
     from peel_agent.capture import open_trace
     from peel_agent.load import open_snapshot
     from peel_agent.peel import improve
 
-    ref = locate(path)
     (form,) = registry.formats(ref.format)
     snapshot = open_snapshot(ref, form, registry.family, sets=model.precision, factory=model.factory)
     trace = open_trace(snapshot, probe_for(snapshot, probe), device=device)

@@ -64,6 +64,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "str": (str, "text"),
+    "str | None": (str, "text"),
     "int": (_whole, "a whole number"),
     "int | None": (_whole, "a whole number"),
     "float": (float, "a number"),

@@ -11,7 +11,7 @@ from peel_agent.config.sections import TrackerSettings
 from peel_agent.errors import ConfigurationError
 
 
-def default_state_dir(watched: Path, tracker: TrackerSettings) -> Path:
+def default_state_dir(watched: str, tracker: TrackerSettings) -> Path:
     """One folder for each watched path and destination, beneath $XDG_STATE_HOME (or ~/.local/state).
 
     The destination counts, so that a new run in an old directory neither inherits the old one's alerts and bounds nor
@@ -19,9 +19,9 @@ def default_state_dir(watched: Path, tracker: TrackerSettings) -> Path:
     """
     base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    identity = json.dumps([str(watched), sorted(tracker.use), tracker.options, uri], sort_keys=True)
+    identity = json.dumps([watched, sorted(tracker.use), tracker.options, uri], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    return base / "peel-agent" / f"{watched.name}-{digest}"
+    return base / "peel-agent" / f"{watched.rstrip('/').rpartition('/')[2]}-{digest}"
 
 
 def worker_environment(device: str) -> tuple[dict[str, str], str]:

@@ -23,7 +23,7 @@ class WatchSettings:
     default for what is there already, with `--once`), or `every:N`.
     """
 
-    path: Path | None = None
+    path: str | None = None
     format: str = "auto"
     settle_seconds: float = 10.0
     poll_seconds: float = 10.0

@@ -37,7 +37,8 @@ class CheckpointRef:
 
     `step` is the training step (None when nothing in the checkpoint says so), `committed_at` the newest modification
     time of its files in Unix seconds, `fingerprint` a digest of names, sizes and times of its files. `held` is the path
-    of a private copy, linked or real, that is to be read instead of `path`, if there is one.
+    of a private copy, linked or real, that is to be read instead of `path`, if there is one. `url` is where it is in an
+    object store, if it came from one.
     """
 
     path: Path
@@ -47,6 +48,12 @@ class CheckpointRef:
     committed_at: float
     files: tuple[FileStamp, ...] = ()
     held: Path | None = None
+    url: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What to call it: its URL or path."""
+        return self.url or str(self.path)
 
     def released(self) -> CheckpointRef:
         """The reference without its private copy."""

@@ -1,20 +1,31 @@
-"""watch: a folder that a trainer writes -> CheckpointRef, once a checkpoint is whole and at rest. Imports no torch."""
+"""watch: what a trainer writes -> CheckpointRef, once a checkpoint is whole and at rest. Imports no torch."""
 
 from peel_agent.watch.events import Hints
+from peel_agent.watch.fetch import fetch
+from peel_agent.watch.mirror import Mirror
 from peel_agent.watch.pins import Pins, copied
 from peel_agent.watch.queue import Queue
 from peel_agent.watch.scan import Sighting, scan
 from peel_agent.watch.settle import Observed, Settling, checkpoint_ref, fingerprint
+from peel_agent.watch.source import Bucket, Folder, Source
+from peel_agent.watch.store import Store, is_url
 
 __all__ = [
+    "Bucket",
+    "Folder",
     "Hints",
+    "Mirror",
     "Observed",
     "Pins",
     "Queue",
     "Settling",
     "Sighting",
+    "Source",
+    "Store",
     "checkpoint_ref",
     "copied",
+    "fetch",
     "fingerprint",
+    "is_url",
     "scan",
 ]

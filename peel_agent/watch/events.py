@@ -42,17 +42,18 @@ _TELLING: list[type[FileSystemEvent]] = [
 class Hints(FileSystemEventHandler):
     """`with Hints(root) as hints`: `hints.wait(seconds)` ends early when something was written below the root.
 
-    `status` says in words whether there are events at all. Raises ConfigurationError when the root does not exist.
+    Without a root there is nothing to hear of. `status` says in words whether there are events at all. Raises
+    ConfigurationError when the root does not exist.
     """
 
-    def __init__(self, root: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
-        if not root.exists():
+    def __init__(self, root: Path | None, mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
+        if root is not None and not root.exists():
             raise ConfigurationError(
                 f"the watched path {root} does not exist",
                 remedy="correct it, or create it before the training does: mkdir -p",
             )
         self.status = "not started"
-        self._root = root.resolve()
+        self._root = None if root is None else root.resolve()
         self._mountinfo = mountinfo
         self._watched: tuple[int, int] | None = None
         self._observer: BaseObserver | None = None
@@ -60,6 +61,9 @@ class Hints(FileSystemEventHandler):
         self._hints: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
+        if self._root is None:
+            self.status = "timed scans only: an object store reports no events"
+            return self
         kind = file_system_of(self._root, _text(self._mountinfo))
         if kind in SILENT or kind.startswith("fuse."):
             self.status = f"timed scans only: {kind} reports no events"
@@ -85,7 +89,7 @@ class Hints(FileSystemEventHandler):
 
     def refresh(self) -> None:
         """Watches the root anew when it is another folder than before: one that was removed and made again."""
-        if self._observer is None or (now := _identity(self._root)) is None:
+        if self._observer is None or self._root is None or (now := _identity(self._root)) is None:
             return
         # A folder made again may have the inode of the one before; the emitter of a removed one has ended.
         if now != self._watched or not all(emitter.is_alive() for emitter in self._observer.emitters):

@@ -37,7 +37,7 @@ class Pins:
     """
 
     def __init__(self, root: Path, state_dir: Path) -> None:
-        same = state_dir.stat().st_dev == root.stat().st_dev
+        same = not root.exists() or state_dir.stat().st_dev == root.stat().st_dev
         self.folder = state_dir / "pins" if same else root / FOLDER / state_dir.name
         self.release_all()
 

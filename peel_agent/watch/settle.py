@@ -15,11 +15,11 @@ from peel_agent.watch.scan import Sighting
 
 @dataclass(frozen=True)
 class Observed:
-    """`ready` oldest first; `waiting` and `unreadable` as (path, reason); `vanished` were whole, not settled."""
+    """`ready` oldest first; `waiting` and `unreadable` as (path or URL, reason); `vanished` were whole, not settled."""
 
     ready: tuple[CheckpointRef, ...]
-    waiting: tuple[tuple[Path, str], ...]
-    unreadable: tuple[tuple[Path, str], ...]
+    waiting: tuple[tuple[str, str], ...]
+    unreadable: tuple[tuple[str, str], ...]
     vanished: tuple[CheckpointRef, ...] = ()
 
 
@@ -57,19 +57,19 @@ class Settling:
         first, self._started = not self._started, True
         ready, waiting, unreadable = [], [], []
         for sighting in sightings:
-            path, readiness = sighting.path, sighting.readiness
+            path, readiness, label = sighting.path, sighting.readiness, str(sighting.path)
             since = _unchanged_since(before.get(path), readiness, now, trusted=first)
             age = now - since
             offered = readiness.state == "complete" and age >= self._settle_seconds
             self._rests[path] = _Rest(sighting, since, offered)
             if readiness.state == "damaged":
-                unreadable.append((path, readiness.reason))
+                unreadable.append((label, readiness.reason))
             elif readiness.state == "incomplete" and age >= self._give_up_seconds:
-                unreadable.append((path, f"{readiness.reason}, and nothing changed for {self._give_up_seconds:g} s"))
+                unreadable.append((label, f"{readiness.reason}, and nothing changed for {self._give_up_seconds:g} s"))
             elif readiness.state == "incomplete":
-                waiting.append((path, readiness.reason))
+                waiting.append((label, readiness.reason))
             elif not offered:
-                waiting.append((path, f"whole, but it changed less than {self._settle_seconds:g} s ago"))
+                waiting.append((label, f"whole, but it changed less than {self._settle_seconds:g} s ago"))
             else:
                 ready.append(_ref(sighting))
         return Observed(

@@ -70,7 +70,7 @@ class JsonlPlugin:
     name = "jsonl"
     options = frozenset({"path"})
 
-    def connect(self, options: Mapping[str, str], *, checkpoint_dir: Path, state_dir: Path) -> JsonlTracker:  # noqa: ARG002 -- the protocol's; one file serves one state folder
+    def connect(self, options: Mapping[str, str], *, checkpoint_dir: str, state_dir: Path) -> JsonlTracker:  # noqa: ARG002 -- the protocol's; one file serves one state folder
         """A tracker that appends to `path`, by default `publications.jsonl` in the state folder."""
         return JsonlTracker(Path(options.get("path", state_dir / "publications.jsonl")).expanduser())
 

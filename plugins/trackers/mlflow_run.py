@@ -50,9 +50,9 @@ class MlflowTracker:
     since a restarted sidecar goes on in it and only the user knows when the training is over.
     """
 
-    def __init__(self, options: Mapping[str, str], checkpoint_dir: Path, state_dir: Path) -> None:
+    def __init__(self, options: Mapping[str, str], checkpoint_dir: str, state_dir: Path) -> None:
         self._options = options
-        self._directory = checkpoint_dir.absolute()
+        self._directory = checkpoint_dir
         self._state_file = state_dir / STATE_FILE
         self._uri = options.get("tracking_uri", "")
         self._experiment = options.get("experiment") or "Default"
@@ -119,7 +119,7 @@ class MlflowTracker:
         )
 
     def _tagged(self, client: Any, experiment_id: str) -> str:
-        directory = str(self._directory)
+        directory = self._directory
         # MLflow's filters have no way to escape a quote: a wildcard stands for what could end the text, and the
         # runs found are compared again.
         pattern = re.sub(r"['\"`\\]", "_", directory)
@@ -145,8 +145,8 @@ class MlflowTracker:
         return str(run.info.run_id) if run.info.lifecycle_stage == "active" else ""
 
     def _create(self, client: Any, experiment_id: str) -> str:
-        name = self._options.get("run_name") or self._directory.name
-        run = client.create_run(experiment_id, tags={DIRECTORY_TAG: str(self._directory)}, run_name=name)
+        name = self._options.get("run_name") or self._directory.rstrip("/").rpartition("/")[2]
+        run = client.create_run(experiment_id, tags={DIRECTORY_TAG: self._directory}, run_name=name)
         self._remember(run.info.run_id)
         return str(run.info.run_id)
 
@@ -155,7 +155,7 @@ class MlflowTracker:
         return {
             "tracking_uri": _shown(self._uri),
             "experiment": self._experiment,
-            "checkpoint_dir": str(self._directory),
+            "checkpoint_dir": self._directory,
         }
 
     def _remember(self, run_id: str) -> None:
@@ -189,7 +189,7 @@ class MlflowPlugin:
     name = "mlflow"
     options = frozenset({"tracking_uri", "run_id", "experiment", "run_name"})
 
-    def connect(self, options: Mapping[str, str], *, checkpoint_dir: Path, state_dir: Path) -> MlflowTracker:
+    def connect(self, options: Mapping[str, str], *, checkpoint_dir: str, state_dir: Path) -> MlflowTracker:
         """A tracker for the run that writes `checkpoint_dir`; without `tracking_uri`, MLflow's own default counts."""
         return MlflowTracker(options, checkpoint_dir, state_dir)
 

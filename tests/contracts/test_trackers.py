@@ -46,7 +46,7 @@ class Run:
     def connect(self, **options: str) -> Tracker:
         return mlflow_run.PLUGIN.connect(
             {"tracking_uri": self.uri, "experiment": self.name, **options},
-            checkpoint_dir=self.checkpoints,
+            checkpoint_dir=str(self.checkpoints),
             state_dir=self.folder / "state",
         )
 
@@ -105,7 +105,7 @@ def jsonl_place(run: None, folder: Path) -> tuple[Connect, ReadMetrics]:
                 found.setdefault(key, []).append(value)
         return found
 
-    return lambda: jsonl_file.PLUGIN.connect({}, checkpoint_dir=folder, state_dir=folder / "state"), read
+    return lambda: jsonl_file.PLUGIN.connect({}, checkpoint_dir=str(folder), state_dir=folder / "state"), read
 
 
 def created_run(run: Run, folder: Path) -> tuple[Connect, ReadMetrics]:
@@ -162,7 +162,7 @@ def test_the_kit_refuses_a_tracker_that_repeats() -> None:
 class TestJsonl:
     def connect(self, folder: Path) -> Tracker:
         return jsonl_file.PLUGIN.connect(
-            {"path": str(folder / "new" / "p.jsonl")}, checkpoint_dir=folder, state_dir=folder
+            {"path": str(folder / "new" / "p.jsonl")}, checkpoint_dir=str(folder), state_dir=folder
         )
 
     def test_a_line_holds_the_whole_publication(self, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ class TestJsonl:
 
     def test_a_path_that_cannot_be_written_is_named(self, tmp_path: Path) -> None:
         """A folder in the file's place is an error that names it and can be tried again."""
-        tracker = jsonl_file.PLUGIN.connect({"path": str(tmp_path)}, checkpoint_dir=tmp_path, state_dir=tmp_path)
+        tracker = jsonl_file.PLUGIN.connect({"path": str(tmp_path)}, checkpoint_dir=str(tmp_path), state_dir=tmp_path)
         with pytest.raises(TrackerUnavailable, match="Is a directory") as caught:
             tracker.publish(example_publication(100))
         assert str(tmp_path) in str(caught.value)
@@ -414,13 +414,13 @@ class TestMlflowRefusals:
     @pytest.mark.parametrize("uri", ["nonsense://x", "postgresql+nosuchdriver://user:hunter2@127.0.0.1/db"])
     def test_a_store_that_this_mlflow_cannot_open(self, tmp_path: Path, uri: str) -> None:
         """An unknown scheme or a driver that is not installed will not work later either."""
-        tracker = mlflow_run.PLUGIN.connect({"tracking_uri": uri}, checkpoint_dir=tmp_path, state_dir=tmp_path)
+        tracker = mlflow_run.PLUGIN.connect({"tracking_uri": uri}, checkpoint_dir=str(tmp_path), state_dir=tmp_path)
         assert "hunter2" not in str(self.refused(tracker))
 
 
 def connect_to(uri: str, folder: Path, **options: str) -> Tracker:
     return mlflow_run.PLUGIN.connect(
-        {"tracking_uri": uri, **options}, checkpoint_dir=folder / "checkpoints", state_dir=folder / "state"
+        {"tracking_uri": uri, **options}, checkpoint_dir=str(folder / "checkpoints"), state_dir=folder / "state"
     )
 
 
@@ -538,7 +538,7 @@ from pathlib import Path
 from peel_agent.testing.trackers import example_publication
 from peel_plugins.trackers.mlflow_run import PLUGIN
 
-tracker = PLUGIN.connect({}, checkpoint_dir=Path("checkpoints"), state_dir=Path("state"))
+tracker = PLUGIN.connect({}, checkpoint_dir="checkpoints", state_dir=Path("state"))
 print(tracker.where())
 assert "mlflow" not in sys.modules, "connecting imported mlflow"
 tracker.publish(example_publication(100))

@@ -49,7 +49,7 @@ class Station:
         backlog: str | None = None,
     ) -> int:
         settings = dataclasses.replace(SETTINGS, watch=dataclasses.replace(SETTINGS.watch, backlog=backlog))
-        daemon = Daemon(self.root, settings, self.ledger, say=self.said.append, emit=emit)
+        daemon = Daemon(str(self.root), settings, self.ledger, say=self.said.append, emit=emit)
         daemon._measure = measure  # type: ignore[method-assign]
         return daemon.run(once=True)
 

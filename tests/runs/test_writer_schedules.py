@@ -24,19 +24,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from peel_agent import registry
-from peel_agent.config import Settings, TrackerSettings, WatchSettings
+from peel_agent.config import Settings, TrackerSettings
 from peel_agent.errors import PeelError
 from peel_agent.ledger import Ledger
 from peel_agent.pipeline import check_unchanged
 from peel_agent.records import Peeled
 from peel_agent.rounds import Rounds
-from peel_agent.watch import copied
+from peel_agent.watch import Folder, Settling, copied
 from peel_agent.worker import Request
 from tests.rooms.test_publish_form import FULL
 
 SETTLE = 10.0
 START = 1_700_000_000.0
-SETTINGS = Settings(watch=WatchSettings(settle_seconds=SETTLE, backlog="all"), tracker=TrackerSettings(use=("jsonl",)))
+SETTINGS = Settings(tracker=TrackerSettings(use=("jsonl",)))
 FORMATS = registry.formats()
 IN_PLACE = "ckpt.pt"
 KINDS = ("trainer", "sharded", "pretrained", "staged", "again", "in place")
@@ -107,9 +107,8 @@ class Schedule(RuleBasedStateMachine):
 
     def start(self) -> None:
         self.ledger = Ledger(self.home / "state")
-        self.rounds = Rounds(
-            self.root, SETTINGS, self.ledger, FORMATS, self.submit, lambda _: None, self.emit, once=False
-        )
+        source = Folder(self.root, FORMATS, Settling(SETTLE))
+        self.rounds = Rounds(source, "all", SETTINGS, self.ledger, self.submit, lambda _: None, self.emit)
 
     def emit(self, line: str) -> None:
         self.published.append(json.loads(line)["model"]["parameters"])

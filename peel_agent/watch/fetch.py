@@ -1,0 +1,106 @@
+"""One checkpoint copied from an object store, for a scan; and what a copy of any of them must hold to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from peel_agent.errors import CheckpointError, ConfigurationError, TornCheckpoint
+from peel_agent.spi import Format
+from peel_agent.watch.store import RemoteObject, Store
+from peel_agent.watch.units import COMPANIONS, ROOT, Division, Unit, needed
+
+SPARE = 0.1
+"""The part of the file system that is left free."""
+
+
+def fetch(url: str, folder: Path, formats: Sequence[Format], options: Mapping[str, str] | None = None) -> Path:
+    """Copies one checkpoint, a folder or a single file, into an empty `folder`; returns where it is then.
+
+    The config.json and tokenizer.json above it come too, if it has none of its own. Raises ConfigurationError as
+    `Store` does, CheckpointError when there is no checkpoint, none that may be written, or no room, TornCheckpoint when
+    it changed meanwhile, and StoreUnavailable.
+    """
+    url = Store(url, options).url
+    parent, _, name = url.rpartition("/")
+    if parent.endswith("/"):
+        raise ConfigurationError(
+            f"{url} is a whole bucket", remedy="give the folder or the file of one checkpoint in it"
+        )
+    store = Store(parent, options)
+    try:
+        unit, companions = _one(store, name, folder, formats)
+        objects = {remote.name: remote for remote in (*companions, *unit.objects)}.values()
+        check_space(folder, sum(remote.size for remote in objects), url)
+        part = folder / "part"
+        for remote in objects:
+            (part / remote.name).parent.mkdir(parents=True, exist_ok=True)
+            download(store, remote, part / remote.name, lambda: False)
+        check_unchanged(unit.objects, (*store.list(name), *companions), url)
+    finally:
+        store.close()
+    for child in part.iterdir():
+        child.replace(folder / child.name)
+    part.rmdir()
+    return folder / name
+
+
+def _one(store: Store, name: str, folder: Path, formats: Sequence[Format]) -> tuple[Unit, tuple[RemoteObject, ...]]:
+    """The checkpoint of this name, and the objects above it that it needs."""
+    listed = store.list(name)
+    own = {remote.name for remote in listed}
+    beside = (store.stat(companion) for companion in COMPANIONS if f"{name}/{companion}" not in own)
+    companions = companions_of(remote for remote in beside if remote is not None)
+    units = Division(store.name, folder, formats).units((*listed, *companions))
+    unit = next((unit for unit in units if unit.name in (name, ROOT)), None)
+    if unit is None:
+        raise CheckpointError(
+            f"{store.url}/{name} is no checkpoint of a known format" if listed else f"there is no {store.url}/{name}",
+            remedy="give one checkpoint (a checkpoint-N or save_pretrained folder, a .safetensors or .pt file); "
+            "for a folder of checkpoints use `peel-agent watch --once`",
+        )
+    if unit.fault is not None:
+        raise CheckpointError(
+            f"{store.url}/{name} is refused: {unit.fault}", remedy="remove or rename the object, or save it again"
+        )
+    return unit, companions
+
+
+def companions_of(objects: Iterable[RemoteObject]) -> tuple[RemoteObject, ...]:
+    """Those of a folder's objects that the checkpoints in it share."""
+    return tuple(remote for remote in needed(objects) if remote.name in COMPANIONS)
+
+
+def download(store: Store, remote: RemoteObject, target: Path, stopping: Callable[[], bool]) -> bool:
+    """As `Store.download`; CheckpointError too when the disk is full or broken."""
+    try:
+        return store.download(remote, target, stopping)
+    except OSError as error:
+        raise CheckpointError(
+            f"{store.url}/{remote.name} cannot be written to {target.parent}: {error.strerror}",
+            remedy="make room there, or put the state elsewhere ([state] path)",
+        ) from error
+
+
+def check_space(folder: Path, size: int, url: str) -> None:
+    """Raises CheckpointError when `size` bytes more would leave less than a tenth of the file system free."""
+    usage = shutil.disk_usage(folder)
+    if size > usage.free - SPARE * usage.total:
+        raise CheckpointError(
+            f"{url} needs {size:,} bytes, more than the file system of {folder} has to spare (a tenth is left free)",
+            remedy="make room there, or put the state on a larger disk ([state] path)",
+        )
+
+
+def check_unchanged(before: Iterable[RemoteObject], now: Iterable[RemoteObject], url: str) -> None:
+    """Raises TornCheckpoint when an object is not in the store as it was when it was listed first."""
+    there = set(now)
+    for remote in before:
+        if remote not in there:
+            raise torn(f"{url} changed while it was fetched: {remote.name}")
+
+
+def torn(what: str) -> TornCheckpoint:
+    """The error of a checkpoint that changed while it was fetched."""
+    return TornCheckpoint(what, remedy="nothing to do: it is fetched again once it is at rest")

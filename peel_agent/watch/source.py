@@ -1,0 +1,93 @@
+"""Where checkpoints come from: a folder of this machine, or the copy of one in an object store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from peel_agent.errors import StoreUnavailable
+from peel_agent.records import CheckpointRef
+from peel_agent.spi import Format
+from peel_agent.watch.mirror import Mirror
+from peel_agent.watch.scan import scan
+from peel_agent.watch.settle import Observed, Settling
+from peel_agent.watch.units import ROOT
+
+
+class Source(Protocol):
+    """A watched place. `root` is where its checkpoints are on this machine, `label` what to call it."""
+
+    root: Path
+    label: str
+
+    def look(self, now: float) -> Observed:
+        """What is there at the time `now`, in Unix seconds."""
+
+    def done(self, ref: CheckpointRef) -> None:
+        """The checkpoint is not needed any more."""
+
+
+class Folder:
+    """A folder that trainers write to; what is incomplete and at rest is given up after `give_up_seconds`."""
+
+    def __init__(self, root: Path, formats: Sequence[Format], settling: Settling) -> None:
+        self.root = root
+        self.label = str(root)
+        self._formats = formats
+        self._settling = settling
+
+    def look(self, now: float) -> Observed:
+        return self._settling.observe(scan(self.root, self._formats), now)
+
+    def done(self, ref: CheckpointRef) -> None:
+        """The trainer's own files stay."""
+
+
+@dataclass
+class Bucket:
+    """A folder of an object store, seen through a mirror. `say` is told, once, of an outage and of its end."""
+
+    mirror: Mirror
+    formats: Sequence[Format]
+    settle_seconds: float
+    newest_only: bool
+    say: Callable[[str], None]
+    stopping: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self.root = self.mirror.root
+        self.label = self.mirror.url(ROOT)
+        self._settling = Settling(0.0, 0.0)  # it settled before it was copied
+        self._away = False
+
+    def look(self, now: float) -> Observed:
+        try:
+            synced = self.mirror.sync(now, self.settle_seconds, newest_only=self.newest_only, stopping=self.stopping)
+        except StoreUnavailable as error:
+            if not self._away:
+                self.say(f"{error.what}; it is asked again")
+            self._away = True
+            waiting, refused = [(self.label, error.what)], []
+        else:
+            if self._away:
+                self.say(f"{self.label} can be reached again")
+            self._away = False
+            more = [(self.label, "more checkpoints are to be fetched")] if synced.more else []
+            waiting, refused = [*synced.waiting, *more], [*synced.refused]
+        observed = self._settling.observe(scan(self.root, self.formats), now)
+        for path, _ in observed.unreadable:
+            self.mirror.drop(Path(path))
+        return Observed(
+            ready=tuple(dataclasses.replace(ref, url=self._url(ref.path)) for ref in observed.ready),
+            waiting=(*observed.waiting, *waiting),
+            unreadable=(*((self._url(Path(path)), reason) for path, reason in observed.unreadable), *refused),
+        )
+
+    def done(self, ref: CheckpointRef) -> None:
+        self.mirror.drop(ref.path)
+
+    def _url(self, path: Path) -> str:
+        return self.mirror.url(path.relative_to(self.root).as_posix())
