@@ -10,7 +10,7 @@ PeelError
 │   ├── UnknownFamily          no family plug-in knows this architecture
 │   └── WeightsMismatch        missing, unexpected or misshapen weights
 ├── NoWitness              no better weights were proven
-├── WorkerError            the child process that peels a checkpoint died             retryable
+├── WorkerError            peeling died, or ran out of memory                         retryable
 ├── TrackerError           a tracker refused what was sent
 │   └── TrackerUnavailable     a tracker cannot be reached now                        retryable
 └── PluginError            a named plug-in is missing or broken                       (exit 2)

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 
 from peel_agent import registry
 from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
-from peel_agent.errors import CheckpointError, ConfigurationError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.errors import (
+    CheckpointError,
+    ConfigurationError,
+    IncompleteCheckpoint,
+    TornCheckpoint,
+    WorkerError,
+)
 from peel_agent.judge import judge
 from peel_agent.publish import alert_line, publication
 from peel_agent.records import (
@@ -116,8 +122,22 @@ def measure(
             )
     except FileNotFoundError as error:
         raise _torn(ref, f"{error.filename} vanished while it was read") from error
+    except (RuntimeError, MemoryError) as error:
+        raise _out_of_memory(error) from error
     check_unchanged(ref, form)
     return peeled
+
+
+def _out_of_memory(error: Exception) -> Exception:
+    """The error to raise for one that may say that memory ran out."""
+    from peel_agent.peel import out_of_memory
+
+    if not out_of_memory(error):
+        return error
+    return WorkerError(
+        f"memory ran out: {error}",
+        remedy="raise [device] memory_fraction, name a smaller [probe], or peel on a larger machine",
+    )
 
 
 def _network_of(weights: Weights) -> tuple[str, Stack] | None:

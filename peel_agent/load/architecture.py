@@ -24,6 +24,7 @@ NOT_BUILT = frozenset(
 """Keys of config.json that would name code, or a form of the weights that they do not have any more."""
 
 LARGEST = 2**31
+MOST_BLOCKS = 10_000
 SIZES = re.compile(r"size|dim|layers?$|heads?$|embd|inner|positions|experts|width|channels|groups")
 
 UNBUILT = (
@@ -229,8 +230,10 @@ def check_sizes(config: Mapping[str, Any], stored: int) -> None:
     for key, value in config.items():
         if type(value) is int and value > LARGEST and SIZES.search(key):
             raise CheckpointError(f"config.json has {key} = {value:,}", remedy="use the config.json of the training")
-        if key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") and type(value) is int and value > stored:
+        blocks = value if key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") else 0
+        if type(blocks) is int and blocks > min(stored, MOST_BLOCKS):
             raise CheckpointError(
-                f"config.json says that there are {value:,} blocks; the checkpoint has {stored:,} tensors",
+                f"config.json says that there are {blocks:,} blocks; the checkpoint has {stored:,} tensors, and "
+                f"at most {MOST_BLOCKS:,} blocks are built",
                 remedy="config.json and the weights must come from the same model",
             )

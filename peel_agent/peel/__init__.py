@@ -21,9 +21,10 @@ from peel_agent.peel.race import race
 from peel_agent.peel.redundancy import redundancy
 from peel_agent.peel.solvers import solver_named
 from peel_agent.peel.stopwatch import Stopwatch
+from peel_agent.peel.streams import out_of_memory
 from peel_agent.records import Block, BoundMemory, Findings, Plan, Progress, Skipped, Trace
 
-__all__ = ["Improvement", "improve", "peel", "peel_network", "tokens_needed"]
+__all__ = ["Improvement", "improve", "out_of_memory", "peel", "peel_network", "tokens_needed"]
 
 
 def peel(

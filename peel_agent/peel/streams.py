@@ -53,7 +53,7 @@ def pieces(function: Callable[..., Result], chunk: Chunk, *streams: Tensor) -> I
         try:
             result = function(*(stream[start:stop] for stream in streams))
         except RuntimeError as error:
-            if not _out_of_memory(error) or not chunk.halve():
+            if not out_of_memory(error) or not chunk.halve():
                 raise
         else:
             yield result
@@ -63,8 +63,9 @@ def pieces(function: Callable[..., Result], chunk: Chunk, *streams: Tensor) -> I
             torch.cuda.empty_cache()
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error means that something did not fit into the memory of this process or the device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def through(function: Callable[[Tensor], Tensor], stream: Tensor, chunk: Chunk) -> Tensor:
