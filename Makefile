@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/peel-agent demo
 
 test: .venv/installed
-	$(BIN)/pytest -m "not bench" tests
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not bench" tests
 
 lint: .venv/installed
 	$(BIN)/ruff check peel_agent plugins tests

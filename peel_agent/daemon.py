@@ -63,6 +63,8 @@ class Daemon:
 
             rounds = Rounds(source, policy, self.settings, self.ledger, submit, self.say, self.emit)
             self.say(f"watching {source.label} ({hints.status}); findings are kept in {self.ledger.state_dir}")
+            for problem in registry.problems("formats"):
+                self.say(f"{problem}; checkpoints of that format are not seen")
             try:
                 self._loop(rounds, hints, delivery, once=once)
             finally:

@@ -87,6 +87,17 @@ def family(model_type: str) -> Family:
     )
 
 
+def problems(kind: str) -> tuple[str, ...]:
+    """What is wrong with the plug-ins of a kind that are installed and do not load."""
+    found = []
+    for point in _installed(kind):
+        try:
+            _load(kind, point)
+        except PluginError as error:
+            found.append(error.what)
+    return tuple(found)
+
+
 def listings() -> tuple[Listing, ...]:
     """Every installed plug-in of every kind, each loaded once to see whether it does."""
     found = []

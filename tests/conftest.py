@@ -1,5 +1,21 @@
 """Every test computes with one thread in its own process: on models this small, threads cost more than they give."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+LONG = ("test_low_bit", "test_held_back_block", "test_watch", "test_demo", "test_hostile_folder", "test_dcp_format")
+"""Modules that take minutes: several processes share the work module by module, and a long one last would be waited for."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = Path(item.path).stem
+        return LONG.index(name) if name in LONG else len(LONG)
+
+    items.sort(key=place)

@@ -8,20 +8,26 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
-from peel_agent.records import CheckpointRef, FileStamp
+from peel_agent.records import CheckpointRef, FileStamp, Readiness
 
+CONFIG = "config.json"
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_ITEMS = 2_000_000
 MAX_CONFIG_BYTES = 4 * 2**20
 
 WAIT = "wait until the trainer has written it, or save the checkpoint again"
 SAVE_AGAIN = "save the checkpoint again with save_pretrained, or take it out of the watched folder"
+
+
+def refused(what: str, fault: str, *, remedy: str = SAVE_AGAIN) -> CheckpointError:
+    """The error of a file, or of something in it, that is not read whatever is written next."""
+    return CheckpointError(f"{what} {fault}", remedy=remedy)
 
 
 def names_in(folder: Path) -> frozenset[str]:
@@ -71,7 +77,7 @@ def open_inside(folder: Path, name: str) -> tuple[int, FileStamp]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise CheckpointError(f"{name} is not a regular file", remedy=SAVE_AGAIN)
+        raise refused(name, "is not a regular file")
     return descriptor, FileStamp(name, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -117,9 +123,25 @@ def stamps_of(folder: Path, names: Iterable[str]) -> tuple[FileStamp, ...]:
     return tuple(stamps)
 
 
-def read_config(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], FileStamp]:
-    """A model's config.json and its stamp; raises as `read_json` does."""
-    return read_json(folder, name, most=MAX_CONFIG_BYTES)
+def read_config(folder: Path, inside: str = "", *, above: bool = False) -> tuple[dict[str, Any], tuple[FileStamp, ...]]:
+    """A model's config.json and, if it is the checkpoint's own, its stamp; raises as `read_json` does.
+
+    With `above` it may be in `folder` under `inside`, in `folder`, or in the one above. That one belongs to several
+    checkpoints: writing it again with the next does not change this one.
+    """
+    for name in dict.fromkeys((inside + CONFIG, CONFIG)) if above else ():
+        if CONFIG in names_in((folder / name).parent):
+            config, stamp = read_json(folder, name, most=MAX_CONFIG_BYTES)
+            return config, (stamp,)
+    try:
+        config, stamp = read_json(folder.parent if above else folder, CONFIG, most=MAX_CONFIG_BYTES)
+    except IncompleteCheckpoint as error:
+        raise IncompleteCheckpoint(
+            f"{error.what}: the model cannot be built without it",
+            remedy=f"put the model's {CONFIG} into {folder / inside} (model.config.save_pretrained writes it)"
+            + (", or into the folder above for all checkpoints of the run" if above else ""),
+        ) from error
+    return config, () if above else (stamp,)
 
 
 def read_json(folder: Path, name: str, *, most: int = MAX_JSON_BYTES) -> tuple[dict[str, Any], FileStamp]:
@@ -130,20 +152,29 @@ def read_json(folder: Path, name: str, *, most: int = MAX_JSON_BYTES) -> tuple[d
     """
     with opened(folder, name) as (descriptor, stamp):
         if stamp.size > most:
-            raise CheckpointError(
-                f"{name} has {stamp.size:,} bytes, more than the {most:,} that are read", remedy=SAVE_AGAIN
-            )
+            raise refused(name, f"has {stamp.size:,} bytes, more than the {most:,} that are read")
         text = bytearray(stamp.size)
         read_into(descriptor, memoryview(text), 0, name)
     if text.count(b"[") + text.count(b"{") + text.count(b",") > MAX_JSON_ITEMS:
-        raise CheckpointError(f"{name} has more than {MAX_JSON_ITEMS:,} items", remedy=SAVE_AGAIN)
+        raise refused(name, f"has more than {MAX_JSON_ITEMS:,} items")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise IncompleteCheckpoint(f"{name} does not parse: {error}", remedy=WAIT) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{name} holds a JSON {type(value).__name__}, not an object", remedy=SAVE_AGAIN)
+        raise refused(name, f"holds a JSON {type(value).__name__}, not an object")
     return value, stamp
+
+
+def by_name(*stamps: Iterable[FileStamp]) -> tuple[FileStamp, ...]:
+    """All stamps in the order of their names."""
+    return tuple(sorted((stamp for some in stamps for stamp in some), key=lambda stamp: stamp.name))
+
+
+def not_whole(error: CheckpointError, files: tuple[FileStamp, ...]) -> Readiness:
+    """What an error says about a checkpoint of which these files are there."""
+    unfinished = isinstance(error, IncompleteCheckpoint | TornCheckpoint)
+    return Readiness("incomplete" if unfinished else "damaged", error.what, files)
 
 
 class Found(Protocol):
@@ -182,12 +213,6 @@ def _torn(ref: CheckpointRef, how: str) -> TornCheckpoint:
     )
 
 
-def torn_file(name: str, how: str) -> TornCheckpoint:
-    """The error of a file that changed while it was read."""
-    return TornCheckpoint(f"{name} {how}", remedy="nothing to do: it is tried again once it is whole")
-
-
-def close_all(descriptors: Mapping[str, int]) -> None:
-    """Closes files held open by name."""
-    for descriptor in descriptors.values():
-        os.close(descriptor)
+def unknown_tensor(folder: Path, name: str) -> CheckpointError:
+    """The error of a tensor that a checkpoint does not have."""
+    return refused(str(folder), f"has no tensor `{name}`", remedy="ask for one of the names in shapes()")

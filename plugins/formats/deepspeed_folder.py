@@ -9,20 +9,31 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
 
-from .checkpoint_folder import WAIT, as_found, names_in, opened, read_config, read_into, stamps_of
-from .deepspeed_names import MODEL, SAVE_AGAIN, Names, belongs, is_states, names_by_rank
+from .checkpoint_folder import (
+    CONFIG,
+    WAIT,
+    as_found,
+    by_name,
+    names_in,
+    not_whole,
+    opened,
+    read_config,
+    read_into,
+    stamps_of,
+)
+from .deepspeed_names import MODEL, Names, belongs, is_states, names_by_rank, refused
 from .deepspeed_states import Split, Whole, check_parallelism, table_of, world_size
 from .deepspeed_zero3 import Merged, merge
-from .safetensors_reader import CONFIG
+from .remembered import Remembered, check_seen
 from .torch_archive import read_saved, views_of
 from .torch_file import shared_prefix
+from .torch_tensors import is_count
 from .transformers_checkpoint import SENTINEL, STATE, check_written, is_trainer_folder, trainer_step
 
 LATEST = "latest"
@@ -71,13 +82,10 @@ class DeepSpeedFormat:
         try:
             own = _read_own(path)
             looked = _look(path, own.inside)
-            if looked.fault is not None:
-                return Readiness("damaged", looked.fault, _evidence(path))
-            _, config = _read_config(path, own.inside)
+            _, config = read_config(path, own.inside, above=True)
         except CheckpointError as error:
-            unfinished = isinstance(error, IncompleteCheckpoint | TornCheckpoint)
-            return Readiness("incomplete" if unfinished else "damaged", error.what, _evidence(path))
-        files = _by_name(*looked.files, *own.files, *config)
+            return not_whole(error, _evidence(path))
+        files = by_name(looked.files, own.files, config)
         return Readiness("complete", f"{len(files)} files are whole", files)
 
     def step(self, path: Path) -> int | None:
@@ -110,18 +118,17 @@ class _Own:
 class _Looked:
     """What is kept of a look at the states: little."""
 
-    fault: str | None
-    files: tuple[FileStamp, ...] = ()
-    step: int | None = None
+    files: tuple[FileStamp, ...]
+    step: int | None
 
 
 def _read(path: Path) -> Layout:
     own = _read_own(path)
     merged = _read_states(path, own.inside, _names(path, own.inside))
-    config, config_files = _read_config(path, own.inside)
+    config, config_files = read_config(path, own.inside, above=True)
     skip = len(shared_prefix(tuple(merged.tensors)))
     tensors = {name[skip:]: tensor for name, tensor in merged.tensors.items()}
-    return Layout(path, own.inside, config, tensors, _by_name(*merged.files, *own.files, *config_files))
+    return Layout(path, own.inside, config, tensors, by_name(merged.files, own.files, config_files))
 
 
 def _read_own(path: Path) -> _Own:
@@ -146,9 +153,7 @@ def _read_latest(path: Path) -> tuple[str, FileStamp]:
     if not tag:
         raise IncompleteCheckpoint(f"{LATEST} is empty", remedy=WAIT)
     if len(text) > _MAX_TAG_BYTES or not _TAG.fullmatch(tag):
-        raise CheckpointError(
-            f"{LATEST} holds {tag[:80]!r}, which is not the name of a folder beside it", remedy=SAVE_AGAIN
-        )
+        raise refused(LATEST, f"holds {tag[:80]!r}, which is not the name of a folder beside it")
     return tag, stamp
 
 
@@ -165,24 +170,18 @@ def _look(path: Path, inside: str) -> _Looked:
     read = {MODEL} if MODEL in names else set(filter(is_states, names))
     stamps = stamps_of(path, (inside + name for name in read))
     # What has no stamp may go or come without a change of the stamps, so nothing is remembered of it.
-    look = _look_at if len(stamps) == len(read) else _look_at.__wrapped__
+    look = _look_at if len(stamps) == len(read) else _look_at.anew
     return look(path, inside, names, stamps)
 
 
-# Many pickles take long, and every scan asks: each version of the files is read once. What may be otherwise at the next
-# look is raised, so that it is not remembered.
-@lru_cache(maxsize=1024)
-def _look_at(path: Path, inside: str, names: frozenset[str], stamps: tuple[FileStamp, ...]) -> _Looked:
-    try:
-        merged = _read_states(path, inside, names)
-    except (IncompleteCheckpoint, TornCheckpoint):
-        raise
-    except CheckpointError as error:
-        return _Looked(error.what)
-    if not set(merged.files) <= set(stamps):
-        raise TornCheckpoint(f"{path} changed while it was looked at", remedy=WAIT)
-    step = merged.step if type(merged.step) is int and 0 <= merged.step < 2**63 else None
-    return _Looked(None, merged.files, step)
+def _summarise(path: Path, inside: str, names: frozenset[str], stamps: tuple[FileStamp, ...]) -> _Looked:
+    merged = _read_states(path, inside, names)
+    check_seen(path, merged.files, stamps)
+    step = merged.step if is_count(merged.step) else None
+    return _Looked(merged.files, step)
+
+
+_look_at = Remembered(_summarise, incomplete=False)
 
 
 def _read_states(path: Path, inside: str, names: frozenset[str]) -> Merged:
@@ -212,25 +211,6 @@ def _read_module(path: Path, inside: str, names: Names) -> Merged:
     )
 
 
-def _read_config(path: Path, inside: str) -> tuple[dict[str, Any], tuple[FileStamp, ...]]:
-    """config.json, and its stamp if it is the checkpoint's own.
-
-    One in the folder above belongs to several checkpoints: writing it again with the next does not change this one.
-    """
-    for name in dict.fromkeys((inside + CONFIG, CONFIG)):
-        if CONFIG in names_in((path / name).parent):
-            config, stamp = read_config(path, name)
-            return config, (stamp,)
-    try:
-        return read_config(path.parent)[0], ()
-    except IncompleteCheckpoint as error:
-        raise IncompleteCheckpoint(
-            f"{error.what}: the model cannot be built without it",
-            remedy=f"put the model's {CONFIG} into {path} (model.config.save_pretrained writes it), or into the folder "
-            "above for all checkpoints of the run",
-        ) from error
-
-
 def _evidence(path: Path) -> tuple[FileStamp, ...]:
     """Stamps of what is there of a checkpoint that is not whole: they say whether somebody is still writing."""
     own = names_in(path)
@@ -239,10 +219,6 @@ def _evidence(path: Path) -> tuple[FileStamp, ...]:
     return stamps_of(
         path, states | {name for name in own if is_states(name) or name in (CONFIG, STATE, SENTINEL, LATEST)}
     )
-
-
-def _by_name(*stamps: FileStamp) -> tuple[FileStamp, ...]:
-    return tuple(sorted(stamps, key=lambda stamp: stamp.name))
 
 
 FORMAT = DeepSpeedFormat()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 
+from . import checkpoint_folder
 from .checkpoint_folder import WAIT
 
 MODEL = "mp_rank_00_model_states.pt"
@@ -21,6 +23,10 @@ MERGE = (
 )
 EXPORT = "export the model with the conversion script of its training framework, and point at the export"
 SAVE_AGAIN = "save the checkpoint again, into an empty folder"
+
+refused = partial(checkpoint_folder.refused, remedy=SAVE_AGAIN)
+"""The error of files of DeepSpeed."""
+
 _RANK = "([0-9]{1,6})"
 _WHOLE = re.compile(rf"mp_rank_{_RANK}_model_states\.pt")
 _PARTITIONED = re.compile(rf"zero_pp_rank_{_RANK}_mp_rank_{_RANK}_model_states\.pt")

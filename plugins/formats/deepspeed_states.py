@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .deepspeed_names import EXPORT, GATHER, MERGE, SAVE_AGAIN
-from .safetensors_header import MAX_DIMENSIONS
+from .deepspeed_names import EXPORT, GATHER, MERGE, refused
 from .torch_archive import Saved, View, view_of
-from .torch_pickle import DTYPE_BYTES, Table
-from .torch_zip import refused, shown
+from .torch_pickle import Table
+from .torch_tensors import DTYPE_BYTES, MAX_COUNT, MAX_DIMENSIONS, is_count
+from .torch_zip import shown
 
 MAX_RANKS = 4096
 FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
@@ -116,38 +116,38 @@ def share_of(shape: Shape, ranks: int) -> int:
 def partition(value: object, saved: Saved, file: str, what: str) -> Partition:
     """The partition in a list of flat vectors of one float dtype; raises CheckpointError for anything else."""
     if type(value) is not list or not value:
-        raise refused(what, "is no list of tensors", remedy=SAVE_AGAIN)
+        raise refused(what, "is no list of tensors")
     views = tuple(view_of(item, saved.offsets, what) for item in value)
     if len({view.dtype for view in views}) > 1 or views[0].dtype not in FLOATS:
-        raise refused(what, f"has the dtypes {', '.join(sorted({view.dtype for view in views}))}", remedy=SAVE_AGAIN)
+        raise refused(what, f"has the dtypes {', '.join(sorted({view.dtype for view in views}))}")
     for view in views:
         if len(view.shape) != 1 or (view.strides != (1,) and view.shape[0] > 1):
-            raise refused(what, f"has a tensor of shape {view.shape}, not a flat vector", remedy=SAVE_AGAIN)
+            raise refused(what, f"has a tensor of shape {view.shape}, not a flat vector")
     return Partition(file, views, tuple(itertools.accumulate(view.shape[0] for view in views)))
 
 
 def table_of(value: object, what: str) -> Table:
     """A dict whose keys are text; raises CheckpointError for anything else."""
     if type(value) is not Table:
-        raise refused(what, f"is {'missing' if value is None else 'no dict'}", remedy=SAVE_AGAIN)
+        raise refused(what, f"is {'missing' if value is None else 'no dict'}")
     if value.unnamed:
-        raise refused(what, f"has {value.unnamed:,} names that are no text", remedy=SAVE_AGAIN)
+        raise refused(what, f"has {value.unnamed:,} names that are no text")
     return value
 
 
 def shapes_of(tables: Any, what: str) -> list[tuple[str, Shape]]:
     """Names and shapes in their order, from a list of dicts; raises CheckpointError for anything else."""
     if type(tables) is not list:
-        raise refused(what, "is no list of dicts from names to shapes", remedy=SAVE_AGAIN)
+        raise refused(what, "is no list of dicts from names to shapes")
     pairs = [pair for table in tables for pair in table_of(table, what).items()]
     for name, shape in pairs:
-        if type(shape) is not tuple or any(type(size) is not int or not 0 <= size < 2**63 for size in shape):
-            raise refused(f"{what}: {shown(name)}", "has a shape that is no tuple of sizes", remedy=SAVE_AGAIN)
+        if type(shape) is not tuple or not all(map(is_count, shape)):
+            raise refused(f"{what}: {shown(name)}", "has a shape that is no tuple of sizes")
         # A size of 0 must not hide the others: strides are made of them.
-        if len(shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) >= 2**63:
-            raise refused(f"{what}: {shown(name)}", "has a shape larger than any tensor", remedy=SAVE_AGAIN)
+        if len(shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) >= MAX_COUNT:
+            raise refused(f"{what}: {shown(name)}", "has a shape larger than any tensor")
     if len(dict(pairs)) != len(pairs):
-        raise refused(what, "has a name twice", remedy=SAVE_AGAIN)
+        raise refused(what, "has a name twice")
     return pairs
 
 
@@ -156,7 +156,7 @@ def world_size(states: Table, what: str) -> int:
     size = states.get("dp_world_size")
     if type(size) is not int or not 1 <= size <= MAX_RANKS:
         said = f"{size:,}" if type(size) is int else type(size).__name__
-        raise refused(what, f"has dp_world_size {said}, not 1 to {MAX_RANKS:,} ranks", remedy=SAVE_AGAIN)
+        raise refused(what, f"has dp_world_size {said}, not 1 to {MAX_RANKS:,} ranks")
     return size
 
 

@@ -17,7 +17,7 @@ from peel_agent.errors import IncompleteCheckpoint
 from peel_agent.records import FileStamp
 
 from .checkpoint_folder import WAIT
-from .deepspeed_names import SAVE_AGAIN, Names
+from .deepspeed_names import Names, refused
 from .deepspeed_states import (
     FLOATS,
     Partition,
@@ -35,7 +35,7 @@ from .deepspeed_states import (
 from .safetensors_header import MAX_TENSORS
 from .torch_archive import Saved, View, read_saved, views_of
 from .torch_pickle import Table
-from .torch_zip import refused, shown
+from .torch_zip import shown
 
 MAX_PICKLE_BYTES = 256 << 20
 """Of all ranks' files together: 1,024 ranks with 900 weights each have as much."""
@@ -84,7 +84,7 @@ def merge(folder: Path, inside: str, names: Names) -> Merged:
     named = {name for name in buffers if type(name) is str} if type(buffers) is list else set()
     for name, view in module.items():
         if name not in tensors and 0 in view.shape and name not in named:
-            raise refused(f"{lead}: {shown(name)}", "has no numbers in any file", remedy=SAVE_AGAIN)
+            raise refused(f"{lead}: {shown(name)}", "has no numbers in any file")
         tensors.setdefault(name, Whole(lead, view))
     return Merged(tensors, tuple(files.stamps), states.get("global_steps"))
 
@@ -102,9 +102,7 @@ class _Files:
         saved = read_saved(self._folder, self._inside + name)
         self._pickles += saved.pickle_bytes
         if self._pickles > MAX_PICKLE_BYTES:
-            raise refused(
-                name, f"is one of several with more than {MAX_PICKLE_BYTES:,} bytes of pickles", remedy=SAVE_AGAIN
-            )
+            raise refused(name, f"is one of several with more than {MAX_PICKLE_BYTES:,} bytes of pickles")
         self.stamps.append(saved.stamp)
         return saved, table_of(saved.value, f"{name}: data.pkl")
 
@@ -119,7 +117,7 @@ def _check_ranks(names: Names, world: int, lead: str) -> None:
                 )
     for rank, name in (*names.model.items(), *names.optimizer.items()):
         if rank >= world:
-            raise refused(name, f"is there, yet {lead} says dp_world_size {world:,}: two savings", remedy=SAVE_AGAIN)
+            raise refused(name, f"is there, yet {lead} says dp_world_size {world:,}: two savings")
 
 
 def _model(saved: Saved, states: Table, name: str) -> _Model:
@@ -129,13 +127,13 @@ def _model(saved: Saved, states: Table, name: str) -> _Model:
     frozen = states.get("frozen_param_shapes")
     pairs = [] if frozen is None else shapes_of([frozen], f"{name}: frozen_param_shapes")
     if len(shapes) + len(pairs) > MAX_TENSORS:
-        raise refused(what, f"has more than {MAX_TENSORS:,} weights", remedy=SAVE_AGAIN)
+        raise refused(what, f"has more than {MAX_TENSORS:,} weights")
     parts = table_of(states.get("frozen_param_fragments"), f"{name}: frozen_param_fragments") if pairs else Table()
     fragments = {}
     for weight, _ in pairs:
         where = f"{name}: frozen_param_fragments: {shown(weight)}"
         if weight not in parts:
-            raise refused(where, "is missing", remedy=SAVE_AGAIN)
+            raise refused(where, "is missing")
         fragments[weight] = partition([parts[weight]], saved, name, where)
     return _Model(world_size(states, what), shapes, pairs, fragments)
 
@@ -145,11 +143,9 @@ def _fragments(files: _Files, name: str, model: _Model, lead: str) -> Mapping[st
     saved, states = files.states(name)
     found = _model(saved, states, name)
     if found.world != model.world:
-        raise refused(
-            name, f"says dp_world_size {found.world:,}, {lead} {model.world:,}: two savings", remedy=SAVE_AGAIN
-        )
+        raise refused(name, f"says dp_world_size {found.world:,}, {lead} {model.world:,}: two savings")
     if (found.shapes, found.frozen) != (model.shapes, model.frozen):
-        raise refused(name, f"has other param_shapes than {lead}: two savings", remedy=SAVE_AGAIN)
+        raise refused(name, f"has other param_shapes than {lead}: two savings")
     return found.fragments
 
 
@@ -160,16 +156,12 @@ def _masters(files: _Files, name: str, model: _Model, lead: str) -> Partition:
     count = optimizer.get("partition_count")
     if count != model.world or type(count) is not int:
         said = f"{count:,}" if type(count) is int else type(count).__name__
-        raise refused(
-            what, f"says partition_count {said}, {lead} dp_world_size {model.world:,}: two savings", remedy=SAVE_AGAIN
-        )
+        raise refused(what, f"says partition_count {said}, {lead} dp_world_size {model.world:,}: two savings")
     part = partition(optimizer.get("fp32_flat_groups"), saved, name, f"{name}: fp32_flat_groups")
     needed = sum(share_of(shape, model.world) for _, shape in model.shapes)
     if part.ends[-1] != needed:
         raise refused(
-            f"{name}: fp32_flat_groups",
-            f"has {part.ends[-1]:,} numbers where param_shapes in {lead} need {needed:,}",
-            remedy=SAVE_AGAIN,
+            f"{name}: fp32_flat_groups", f"has {part.ends[-1]:,} numbers where param_shapes in {lead} need {needed:,}"
         )
     return part
 
@@ -188,14 +180,13 @@ def _tensors(
         start += share_of(shape, model.world)
     for name, shape in model.frozen:
         if name in tensors:
-            raise refused(f"{lead}: {shown(name)}", "is both trained and frozen", remedy=SAVE_AGAIN)
+            raise refused(f"{lead}: {shown(name)}", "is both trained and frozen")
         parts = [parts[name] for parts in fragments]
         for part in parts:
             if part.ends[-1] != share_of(shape, model.world):
                 raise refused(
                     f"{part.file}: frozen_param_fragments: {shown(name)}",
                     f"has {part.ends[-1]:,} numbers where shape {shape} needs {share_of(shape, model.world):,}",
-                    remedy=SAVE_AGAIN,
                 )
         tensors[name] = _split(lead, module, name, Split(shape, "", 0, parts))
     return tensors
@@ -205,10 +196,10 @@ def _split(lead: str, module: Mapping[str, View], name: str, split: Split) -> Sp
     """The same with the dtype that the forward pass uses."""
     stored = {part.dtype for part in split.partitions}
     if len(stored) > 1:
-        raise refused(f"{lead}: {shown(name)}", f"is in parts of {' and '.join(sorted(stored))}", remedy=SAVE_AGAIN)
+        raise refused(f"{lead}: {shown(name)}", f"is in parts of {' and '.join(sorted(stored))}")
     dtype = module[name].dtype if name in module else split.partitions[0].dtype
     if dtype not in FLOATS:
-        raise refused(f"{lead}: {shown(name)}", f"is of {dtype}, which ZeRO does not split", remedy=SAVE_AGAIN)
+        raise refused(f"{lead}: {shown(name)}", f"is of {dtype}, which ZeRO does not split")
     return dataclasses.replace(split, dtype=dtype)
 
 
@@ -216,6 +207,6 @@ def _add_shared(tensors: dict[str, Whole | Split], shared: Any, lead: str) -> No
     """Gives tied weights, which are saved once, their second names."""
     for name, owner in (table_of(shared, f"{lead}: shared_params") if shared is not None else {}).items():
         if type(owner) is not str or name in tensors:
-            raise refused(f"{lead}: shared_params: {shown(name)}", "has weights of its own too", remedy=SAVE_AGAIN)
+            raise refused(f"{lead}: shared_params: {shown(name)}", "has weights of its own too")
         if owner in tensors:  # not with exclude_frozen_parameters, when both are frozen
             tensors[name] = tensors[owner]

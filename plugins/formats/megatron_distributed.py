@@ -6,27 +6,21 @@ under Megatron's names, and are handed on under those of the transformers model 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.errors import CheckpointError, TornCheckpoint
 from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
 
-from .checkpoint_folder import WAIT, as_found, names_in, stamp_of, stamps_of
+from .checkpoint_folder import WAIT, as_found, by_name, names_in, not_whole, read_config, stamp_of, stamps_of
+from .dcp_folder import Layout, check_shards, read_metadata
 from .dcp_metadata import METADATA
-from .distributed_checkpoint import Layout, _again, _by_name, _check_files, _read_config, _read_metadata
-from .megatron_metadata import (
-    COMMON,
-    check_backend,
-    check_common,
-    is_megatron_folder,
-    iteration,
-    read_contents,
-)
+from .megatron_metadata import COMMON, check_backend, check_common, is_megatron_folder, iteration, read_contents
 from .megatron_names import ModelSizes, model_parts, model_sizes
+from .remembered import Remembered
 
 
 class MegatronFormat:
@@ -44,13 +38,12 @@ class MegatronFormat:
 
     def inspect(self, path: Path) -> Readiness:
         try:
-            found = _look(path)
+            whole = _look(path)
         except CheckpointError as error:
-            files = stamps_of(path, names_in(path))
-            if isinstance(error, IncompleteCheckpoint | TornCheckpoint):
-                return Readiness("incomplete", error.what, files)
-            return Readiness("damaged", f"{error.what}; {error.remedy}", files)
-        return Readiness("complete", f"{len(found.files)} files have their sizes", found.files)
+            found = not_whole(error, stamps_of(path, names_in(path)))
+            reason = f"{error.what}; {error.remedy}" if found.state == "damaged" else error.what
+            return dataclasses.replace(found, reason=reason)
+        return Readiness("complete", f"{len(whole.files)} files have their sizes", whole.files)
 
     def step(self, path: Path) -> int | None:
         """N of `iter_N`."""
@@ -82,67 +75,44 @@ class _Summary:
 def _look(path: Path) -> _Found:
     backend = check_backend(path)
     stamp = stamp_of(path, METADATA)
-    summary = _summary(path, stamp)
-    if isinstance(summary, CheckpointError):
-        raise _again(summary)
-    found = _files(path, backend, stamp, summary.ends)
-    fault = _misfit(path, stamp, model_sizes(found.config))
-    if fault is not None:
-        raise _again(fault)
+    found = _files(path, backend, stamp, _summary(path, stamp).ends)
+    _check_model(path, stamp, model_sizes(found.config))
     return found
 
 
 def _read(path: Path) -> Layout:
     backend = check_backend(path)
-    pickle, stamp = _read_metadata(path, "")
+    pickle, stamp = read_metadata(path, "")
     contents = read_contents(pickle)
     found = _files(path, backend, stamp, contents.ends)
     return Layout(path, "", found.config, contents.tensors, found.files)
 
 
 def _files(path: Path, backend: FileStamp, metadata: FileStamp, ends: Mapping[str, int]) -> _Found:
-    shards = _check_files(path, "", ends)
+    shards = check_shards(path, "", ends)
     common = stamp_of(path, COMMON)
-    fault = _common_fault(path, common)
-    if fault is not None:
-        raise _again(fault)
-    config, own = _read_config(path, "")
-    return _Found(_by_name([backend, metadata, common, *shards], own), config)
+    _check_common(path, common)
+    config, own = read_config(path, above=True)
+    return _Found(by_name([backend, metadata, common], shards, own), config)
 
 
-# As for `dcp`: parsed once for each version of the file, and what is refused is kept too.
-@lru_cache(maxsize=256)
-def _summary(path: Path, stamp: FileStamp) -> _Summary | CheckpointError:
-    pickle, read = _read_metadata(path, "")
-    if read != stamp:
-        raise TornCheckpoint(f"{METADATA} changed while it was read", remedy=WAIT)
-    try:
-        contents = read_contents(pickle)
-    except CheckpointError as error:
-        return _again(error)
+def _read_summary(path: Path, stamp: FileStamp) -> _Summary:
+    contents = read_contents(read_metadata(path, "", stamp)[0])
     return _Summary(contents.ends, {name: tensor.shape for name, tensor in contents.tensors.items()})
 
 
-@lru_cache(maxsize=256)
-def _misfit(path: Path, stamp: FileStamp, model: ModelSizes) -> CheckpointError | None:
-    summary = _summary(path, stamp)
-    try:
-        model_parts(model, {} if isinstance(summary, CheckpointError) else summary.shapes)
-    except CheckpointError as error:
-        return _again(error)
-    return None
+def _fit_model(path: Path, stamp: FileStamp, model: ModelSizes) -> None:
+    model_parts(model, _summary(path, stamp).shapes)
 
 
-@lru_cache(maxsize=256)
-def _common_fault(path: Path, stamp: FileStamp) -> CheckpointError | None:
-    try:
-        if check_common(path) != stamp:
-            raise TornCheckpoint(f"{COMMON} changed while it was read", remedy=WAIT)
-    except TornCheckpoint:
-        raise
-    except CheckpointError as error:
-        return _again(error)
-    return None
+def _read_common(path: Path, stamp: FileStamp) -> None:
+    if check_common(path) != stamp:
+        raise TornCheckpoint(f"{COMMON} changed while it was read", remedy=WAIT)
+
+
+_summary = Remembered(_read_summary, incomplete=True, most=256)
+_check_model = Remembered(_fit_model, incomplete=True, most=256)
+_check_common = Remembered(_read_common, incomplete=True, most=256)
 
 
 FORMAT = MegatronFormat()

@@ -14,21 +14,9 @@ from pickletools import genops
 from peel_agent.errors import CheckpointError
 from peel_agent.records import FileStamp
 
+from . import dcp_metadata
 from .checkpoint_folder import names_in, opened, read_json
-from .dcp_metadata import (
-    _WORDS,
-    MAX_ENTRIES,
-    METADATA,
-    Contents,
-    _check_apart,
-    _dict,
-    _fields,
-    _items,
-    _refused,
-    _stored,
-    _tensors,
-)
-from .dcp_pickle import Applied, read_pickle
+from .dcp_metadata import SHARD, Contents
 from .torch_zip import read_archive, refused
 
 BACKEND = "metadata.json"
@@ -49,7 +37,6 @@ UNTRACED = {
 
 MAX_COMMON_BYTES = 4 << 20
 MAX_BACKEND_BYTES = 1 << 16
-_SHARD = re.compile(r"__\d+_\d+\.distcp")
 _ITERATION = re.compile(r"iter_([0-9]{1,18})")
 _PLANNER = "torch.distributed.checkpoint.planner"
 _STRATEGY = "megatron.core.dist_checkpointing.strategies.torch"
@@ -70,7 +57,7 @@ def is_megatron_folder(path: Path) -> bool:
     common.pt is written first, metadata.json last.
     """
     names = names_in(path)
-    if COMMON in names and (_ITERATION.fullmatch(path.name) or any(map(_SHARD.fullmatch, names))):
+    if COMMON in names and (_ITERATION.fullmatch(path.name) or any(map(SHARD.fullmatch, names))):
         return True
     if BACKEND not in names:
         return False
@@ -102,24 +89,12 @@ def check_backend(path: Path) -> FileStamp:
 
 def read_contents(pickle: bytes | bytearray) -> Contents:
     """The model's tensors in a `.metadata`, under Megatron's names; raises as dcp_metadata.read_contents does."""
-    top = read_pickle(pickle, METADATA, _WORDS | _PLANS)
-    older = isinstance(top, Applied) and top.word.name == _OWN_METADATA
-    fields = _fields(top, _OWN_METADATA if older else "Metadata", METADATA)
-    entries = _dict(fields.get("state_dict_metadata"), f"{METADATA}: state_dict_metadata")
-    storage = _dict(fields.get("storage_data"), f"{METADATA}: storage_data")
-    items = dict(_items(storage))
-    if len(items) != len(storage):
-        raise _refused(METADATA, "stores a chunk twice")
-    allowance = iter(range(MAX_ENTRIES))
-    own = {name: entry for name, entry in _tensors(entries) if not _ASIDE.fullmatch(name)}
-    tensors = {name: _stored(name, entry, items, allowance) for name, entry in own.items()}
-    if not tensors:
-        raise _refused(METADATA, f"names no tensor of a model among its {len(entries):,} entries")
-    _check_apart(tensors)
-    ends: dict[str, int] = {}
-    for item in items.values():
-        ends[item.file] = max(ends.get(item.file, 0), item.offset + item.length)
-    return Contents(tensors, ends)
+    return dcp_metadata.read_contents(
+        pickle,
+        words=dcp_metadata.WORDS | _PLANS,
+        kinds=("Metadata", _OWN_METADATA),
+        naming=lambda names, _: {name: name for name in names if not _ASIDE.fullmatch(name)},
+    )
 
 
 def check_common(path: Path) -> FileStamp:

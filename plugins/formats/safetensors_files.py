@@ -7,9 +7,8 @@ from pathlib import Path
 
 from peel_agent.records import CheckpointRef, Readiness, Weights
 
-from .checkpoint_folder import is_file, names_in
+from .checkpoint_folder import CONFIG, is_file, names_in
 from .safetensors_reader import (
-    CONFIG,
     INDEX,
     WEIGHTS,
     Layout,

@@ -11,31 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from peel_agent.errors import CheckpointError, IncompleteCheckpoint
+from peel_agent.errors import IncompleteCheckpoint
 
-from .checkpoint_folder import SAVE_AGAIN, WAIT, read_into
+from .checkpoint_folder import WAIT, read_into, refused
+from .torch_tensors import DTYPE_BYTES, MAX_DIMENSIONS, SAFETENSORS, is_count
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_TENSORS = 300_000  # of one file or of a whole checkpoint
-MAX_DIMENSIONS = 64  # torch's own limit
-
-DTYPE_BYTES: Mapping[str, int] = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +30,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Extent:
-    """Where one tensor lies in its file: `size` bytes from byte `offset` of the file."""
+    """Where one tensor of torch's `dtype` lies in its file: `size` bytes from byte `offset` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -68,7 +50,7 @@ def read_header(descriptor: int, name: str, file_size: int) -> Header:
     read_into(descriptor, memoryview(prefix), 0, name)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
-        raise _refused(name, f"says its header has {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read")
+        raise refused(name, f"says its header has {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read")
     if file_size < 8 + length:
         raise IncompleteCheckpoint(f"{name} has {file_size:,} of at least {8 + length:,} bytes", remedy=WAIT)
     text = bytearray(length)
@@ -78,23 +60,23 @@ def read_header(descriptor: int, name: str, file_size: int) -> Header:
     if file_size < expected:
         raise IncompleteCheckpoint(f"{name} has {file_size:,} of {expected:,} bytes", remedy=WAIT)
     if file_size > expected:
-        raise _refused(name, f"has {file_size:,} bytes where its header says {expected:,}")
+        raise refused(name, f"has {file_size:,} bytes where its header says {expected:,}")
     return header
 
 
 def _parse(text: bytearray, name: str) -> Header:
     # Every tensor opens a brace and two brackets: counting them refuses a flood before memory is spent on parsing it.
     if text.count(b"{") > MAX_TENSORS + 2 or text.count(b"[") > 2 * MAX_TENSORS or text.count(b",") > 12 * MAX_TENSORS:
-        raise _refused(name, f"has a header of more than {MAX_TENSORS:,} tensors")
+        raise refused(name, f"has a header of more than {MAX_TENSORS:,} tensors")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _refused(name, f"has a header that does not parse: {error}") from error
+        raise refused(name, f"has a header that does not parse: {error}") from error
     if not isinstance(header, dict):
-        raise _refused(name, f"has a header that is a JSON {type(header).__name__}, not an object")
+        raise refused(name, f"has a header that is a JSON {type(header).__name__}, not an object")
     texts = header.pop("__metadata__", {})
     if not isinstance(texts, dict) or not all(isinstance(value, str) for value in texts.values()):
-        raise _refused(name, "has a __metadata__ that is no object of texts")
+        raise refused(name, "has a __metadata__ that is no object of texts")
     extents = {tensor: _extent(entry, 8 + len(text), f"{name}: tensor `{tensor}`") for tensor, entry in header.items()}
     _check_packed(extents, 8 + len(text), name)
     return Header(extents, texts)
@@ -102,24 +84,23 @@ def _parse(text: bytearray, name: str) -> Header:
 
 def _extent(entry: object, data_start: int, what: str) -> Extent:
     if not isinstance(entry, dict):
-        raise _refused(what, "is not described by an object")
+        raise refused(what, "is not described by an object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _refused(what, f"has the unknown dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS:
+        raise refused(what, f"has the unknown dtype {dtype!r}; known are {', '.join(SAFETENSORS)}")
     if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS:
-        raise _refused(what, "has a shape that is not a list of sizes")
+        raise refused(what, "has a shape that is not a list of sizes")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _refused(what, "has data_offsets that are not a begin and a later end")
+        raise refused(what, "has data_offsets that are not a begin and a later end")
     begin, end = offsets
-    size = math.prod(shape) * DTYPE_BYTES[dtype]
+    size = math.prod(shape) * DTYPE_BYTES[SAFETENSORS[dtype]]
     if end - begin != size:
-        raise _refused(what, f"has {end - begin:,} bytes where shape {shape} of {dtype} needs {size:,}")
-    return Extent(dtype, tuple(shape), data_start + begin, size)
+        raise refused(what, f"has {end - begin:,} bytes where shape {shape} of {dtype} needs {size:,}")
+    return Extent(SAFETENSORS[dtype], tuple(shape), data_start + begin, size)
 
 
 def _is_counts(value: object) -> TypeGuard[list[int]]:
-    # `type is int` keeps out true and false; 2**63 keeps the products and offsets small enough to compute.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return isinstance(value, list) and all(map(is_count, value))
 
 
 def _check_packed(extents: Mapping[str, Extent], data_start: int, name: str) -> None:
@@ -128,9 +109,5 @@ def _check_packed(extents: Mapping[str, Extent], data_start: int, name: str) -> 
     for tensor, extent in sorted(extents.items(), key=lambda item: (item[1].offset, item[1].size)):
         if extent.offset != expected:
             fault = "overlaps the one before it" if extent.offset < expected else "leaves a gap before it"
-            raise _refused(f"{name}: tensor `{tensor}`", f"begins at byte {extent.offset:,}, not {expected:,}: {fault}")
+            raise refused(f"{name}: tensor `{tensor}`", f"begins at byte {extent.offset:,}, not {expected:,}: {fault}")
         expected = extent.offset + extent.size
-
-
-def _refused(what: str, fault: str) -> CheckpointError:
-    return CheckpointError(f"{what} {fault}", remedy=SAVE_AGAIN)

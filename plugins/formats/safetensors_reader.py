@@ -9,17 +9,27 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
 
-from .checkpoint_folder import SAVE_AGAIN, WAIT, as_found, names_in, opened, read_config, read_json, stamps_of
+from .checkpoint_folder import (
+    WAIT,
+    as_found,
+    by_name,
+    names_in,
+    not_whole,
+    opened,
+    read_config,
+    read_json,
+    refused,
+    stamps_of,
+)
+from .remembered import Remembered, check_seen
 from .safetensors_header import MAX_TENSORS, Extent, read_header
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _RELEVANT = re.compile(r".*\.safetensors|.*\.json|.*\.txt")
@@ -58,31 +68,29 @@ def read_files(folder: Path, weight_files: Sequence[str], *, own_config: bool = 
     Without `own_config` the folder's config.json belongs to several checkpoints: writing it again with the next one
     does not change this one, so it is no part of its stamps.
     """
-    config, config_stamp = _read_config(folder)
+    config, own = read_config(folder)
     tensors: dict[str, tuple[str, Extent]] = {}
     texts: dict[str, str] = {}
-    stamps = [config_stamp] if own_config else []
+    stamps = [*own] if own_config else []
     for name in weight_files:
         with opened(folder, name) as (descriptor, stamp):
             header = read_header(descriptor, name, stamp.size)
         for key, text in header.texts.items():
             if texts.setdefault(key, text) != text:
-                raise CheckpointError(f"the headers say two things of `{key}` up to {name}", remedy=SAVE_AGAIN)
+                raise refused("the headers", f"say two things of `{key}` up to {name}")
         for tensor, extent in header.tensors.items():
             if tensor in tensors:
-                raise CheckpointError(
-                    f"tensor `{tensor}` is both in {tensors[tensor][0]} and in {name}", remedy=SAVE_AGAIN
-                )
+                raise refused(f"tensor `{tensor}`", f"is both in {tensors[tensor][0]} and in {name}")
             tensors[tensor] = (name, extent)
         if len(tensors) > MAX_TENSORS:
-            raise CheckpointError(f"there are more than {MAX_TENSORS:,} tensors up to {name}", remedy=SAVE_AGAIN)
+            raise refused("there", f"are more than {MAX_TENSORS:,} tensors up to {name}")
         stamps.append(stamp)
-    return Layout(folder, config, tensors, _by_name(stamps), texts)
+    return Layout(folder, config, tensors, by_name(stamps), texts)
 
 
 def with_file(layout: Layout, stamp: FileStamp) -> Layout:
     """The same layout with one more file that belongs to the checkpoint."""
-    return dataclasses.replace(layout, files=_by_name([*layout.files, stamp]))
+    return dataclasses.replace(layout, files=by_name(layout.files, [stamp]))
 
 
 def inspect_layout(read: Callable[[Path], Layout], path: Path, folder: Path, names: frozenset[str]) -> Readiness:
@@ -94,23 +102,20 @@ def inspect_layout(read: Callable[[Path], Layout], path: Path, folder: Path, nam
     stamps = stamps_of(folder, names)
     # What has no stamp may go or come without a change of the stamps, so nothing is remembered of it.
     known = {stamp.name for stamp in stamps}
-    look = _look if all(name in known for name in names if _RELEVANT.fullmatch(name)) else _look.__wrapped__
-    found = look(read, path, stamps)
-    if found.state == "complete" and not set(found.files) <= set(stamps):
-        return Readiness("incomplete", f"{path.name} changed while it was looked at", stamps)
-    return found
-
-
-# Reading a long header takes seconds, and every scan asks: each version of the files is read once.
-@lru_cache(maxsize=1024)
-def _look(read: Callable[[Path], Layout], path: Path, stamps: tuple[FileStamp, ...]) -> Readiness:
+    look = _files if all(name in known for name in names if _RELEVANT.fullmatch(name)) else _files.anew
     try:
-        layout = read(path)
-    except (IncompleteCheckpoint, TornCheckpoint) as error:
-        return Readiness("incomplete", error.what, stamps)
+        files = look(read, path, stamps)
+        check_seen(path, files, stamps)
     except CheckpointError as error:
-        return Readiness("damaged", error.what, stamps)
-    return Readiness("complete", f"{len(layout.files)} files have their sizes", layout.files)
+        return not_whole(error, stamps)
+    return Readiness("complete", f"{len(files)} files have their sizes", files)
+
+
+def _read_files(read: Callable[[Path], Layout], path: Path, _stamps: tuple[FileStamp, ...]) -> tuple[FileStamp, ...]:
+    return read(path).files
+
+
+_files = Remembered(_read_files, incomplete=True)
 
 
 def open_weights(ref: CheckpointRef, read: Callable[[], Layout]) -> Weights:
@@ -120,34 +125,27 @@ def open_weights(ref: CheckpointRef, read: Callable[[], Layout]) -> Weights:
     return SafetensorsWeights(as_found(ref, read))
 
 
-def _by_name(stamps: Sequence[FileStamp]) -> tuple[FileStamp, ...]:
-    return tuple(sorted(stamps, key=lambda stamp: stamp.name))
-
-
-def _read_config(folder: Path) -> tuple[dict[str, Any], FileStamp]:
-    try:
-        return read_config(folder)
-    except IncompleteCheckpoint as error:
-        raise IncompleteCheckpoint(
-            f"{error.what}: the model cannot be built without it",
-            remedy=f"put the model's {CONFIG} into {folder} (model.config.save_pretrained writes it)",
-        ) from error
-
-
 def _read_shards(folder: Path) -> Layout:
-    index, stamp = read_json(folder, INDEX)
+    weight_map, stamp = read_index(folder, INDEX, ".safetensors")
+    layout = read_files(folder, sorted(set(weight_map.values())))
+    check_index(INDEX, weight_map, layout.tensors)
+    return with_file(layout, stamp)
+
+
+def read_index(folder: Path, name: str, suffix: str) -> tuple[dict[str, str], FileStamp]:
+    """The shard of each tensor by transformers' index `name`, and the stamp of that file; shards end in `suffix`."""
+    index, stamp = read_json(folder, name)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{INDEX} has no weight_map from tensors to shards", remedy=SAVE_AGAIN)
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if not shard.endswith(".safetensors") or any(part in shard for part in ("/", "\\", "..", "\0")):
-            raise CheckpointError(
-                f"{INDEX} names the shard {shard!r}, which is not the name of a safetensors file beside it",
-                remedy=SAVE_AGAIN,
-            )
-    layout = read_files(folder, shards)
+        raise refused(name, "has no weight_map from tensors to shards")
+    for shard in sorted(set(weight_map.values())):
+        if not shard.endswith(suffix) or any(part in shard for part in ("/", "\\", "..", "\0")):
+            raise refused(name, f"names the shard {shard!r}, which is not the name of a {suffix} file beside it")
+    return weight_map, stamp
+
+
+def check_index(name: str, weight_map: Mapping[str, str], tensors: Mapping[str, tuple[str, object]]) -> None:
+    """Raises CheckpointError when a tensor is not in the shard that the index `name` says."""
     for tensor, shard in weight_map.items():
-        if tensor not in layout.tensors or layout.tensors[tensor][0] != shard:
-            raise CheckpointError(f"{INDEX} says that {shard} holds `{tensor}`; it does not", remedy=SAVE_AGAIN)
-    return with_file(layout, stamp)
+        if tensor not in tensors or tensors[tensor][0] != shard:
+            raise refused(name, f"says that {shard} holds `{tensor}`; it does not")

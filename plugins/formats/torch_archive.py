@@ -14,8 +14,9 @@ from typing import Any
 from peel_agent.records import FileStamp
 
 from .checkpoint_folder import opened
-from .safetensors_header import MAX_DIMENSIONS
-from .torch_pickle import DTYPE_BYTES, MAX_PICKLE_BYTES, Name, Opaque, Rebuild, Storage, Table, read_pickle
+from .pickle_machine import Applied, Word
+from .torch_pickle import MAX_PICKLE_BYTES, Content, Opaque, Storage, Table, read_pickle
+from .torch_tensors import DTYPE_BYTES, MAX_DIMENSIONS, is_count
 from .torch_zip import Archive, read_archive, refused, shown
 
 STATE_DICTS = ("model", "state_dict", "model_state_dict", "module")
@@ -67,11 +68,9 @@ def read_saved(folder: Path, name: str) -> Saved:
     """
     with opened(folder, name) as (descriptor, stamp):
         archive = read_archive(descriptor, name, stamp.size)
-        if archive.members.keys() & {"byteorder"} and archive.content("byteorder", 16) != b"little":
-            raise refused(name, "holds big-endian numbers, which are not read")
         pickle = archive.content("data.pkl", MAX_PICKLE_BYTES)
         content = read_pickle(pickle, f"{name}: data.pkl")
-        offsets = {key: _offset(archive, storage) for key, storage in content.storages.items()}
+        offsets = offsets_of(archive, content)
     return Saved(stamp, content.value, offsets, len(pickle))
 
 
@@ -90,7 +89,7 @@ def views_of(state: Table, offsets: Mapping[str, int], where: str) -> dict[str, 
     return {
         tensor: view_of(value, offsets, f"{where}: {shown(tensor)}")
         for tensor, value in state.items()
-        if type(value) is Rebuild or not tensor.endswith(_EXTRA)
+        if type(value) is Applied or not tensor.endswith(_EXTRA)
     }
 
 
@@ -100,6 +99,11 @@ def _settings(top: Table) -> Mapping[str, Any] | None:
     if found is None:
         return None
     return {key: value for key, value in found.items() if value is None or type(value) in (bool, int, float, str)}
+
+
+def offsets_of(archive: Archive, content: Content) -> dict[str, int]:
+    """Where the storages begin that a pickle mentions, by key; CheckpointError when one is not there or not whole."""
+    return {key: _offset(archive, storage) for key, storage in content.storages.items()}
 
 
 def _offset(archive: Archive, storage: Storage) -> int:
@@ -132,23 +136,25 @@ def _state_dict(top: Any, what: str) -> tuple[str, Table]:
 
 
 def _has_tensors(table: Table) -> bool:
-    return any(type(value) is Rebuild for value in table.values())
+    return any(type(value) is Applied for value in table.values())
 
 
 def _kind(value: Any) -> str:
-    return f"an object {shown(value.text)}" if type(value) in (Opaque, Name) else f"a {type(value).__name__}"
+    if type(value) in (Opaque, Word):
+        return f"an object {shown(value.text)}"
+    return "a tensor" if type(value) is Applied else f"a {type(value).__name__}"
 
 
 def _step(top: Table) -> int | None:
     found = (top.get(key) for key in STEPS)
-    return next((step for step in found if type(step) is int and 0 <= step < 2**63), None)
+    return next((step for step in found if is_count(step)), None)
 
 
 def view_of(value: Any, offsets: Mapping[str, int], what: str) -> View:
     """Where the tensor lies that a pickle describes; CheckpointError, about `what`, when it cannot be there."""
-    if type(value) is not Rebuild:
+    if type(value) is not Applied:
         raise refused(what, f"is {_kind(value)}, not a tensor")
-    typed = value.function.endswith("_v2")
+    typed = value.word.name.endswith("_v2")
     fixed = 6 if typed else 7
     if len(value.arguments) < fixed or type(value.arguments[0]) is not Storage:
         raise refused(what, "is a tensor without a storage")
@@ -171,9 +177,8 @@ def view_of(value: Any, offsets: Mapping[str, int], what: str) -> View:
 
 
 def _dtype(value: Any) -> str | None:
-    name = value.text.removeprefix("torch.") if type(value) is Name else ""
-    return name if name in DTYPE_BYTES else None
+    return value.name if type(value) is Word and value.module == "torch" and value.name in DTYPE_BYTES else None
 
 
 def _are_counts(value: Any) -> bool:
-    return type(value) is tuple and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return type(value) is tuple and all(map(is_count, value))

@@ -1,6 +1,6 @@
 """Weights written by torch.save: a folder with pytorch_model.bin or its shards, or one .pt, .pth, .bin or .ckpt file.
 
-Nothing in such a file is ever executed, and torch.load is never called: see torch_pickle.py.
+Nothing in such a file is ever executed, and torch.load is never called: see pickle_machine.py.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
 
-from .checkpoint_folder import WAIT, is_file, is_folder, names_in, read_json, stamps_of
+from .checkpoint_folder import CONFIG, WAIT, is_file, is_folder, names_in, not_whole, stamps_of
+from .remembered import Remembered, check_seen
 from .safetensors_files import FORMAT as SAFETENSORS
 from .safetensors_header import MAX_TENSORS, Extent
-from .safetensors_reader import CONFIG, Layout, open_weights, read_files, with_file
+from .safetensors_reader import Layout, check_index, open_weights, read_files, read_index, with_file
 from .torch_archive import View, read_saved_model
 from .torch_zip import refused
 from .transformers_checkpoint import SENTINEL, STATE, check_written, holds_pickles_only, is_trainer_folder, trainer_step
@@ -53,11 +54,18 @@ class TorchFormat:
         return holds_pickles_only(names_in(path))
 
     def inspect(self, path: Path) -> Readiness:
-        return _look(path).readiness
+        try:
+            files = _look(path).files
+        except CheckpointError as error:
+            return not_whole(error, stamps_of(_folder_of(path), _names_of(path)))
+        return Readiness("complete", f"{len(files)} files have their sizes", files)
 
     def step(self, path: Path) -> int | None:
         """The count beside the weights (iter_num, global_step, step, iteration), Trainer's, else that in the name."""
-        step = _look(path).step
+        try:
+            step = _look(path).step
+        except CheckpointError:
+            step = None
         return SAFETENSORS.step(path.with_suffix("") if _is_single(path) else path) if step is None else step
 
     def open(self, ref: CheckpointRef) -> Weights:
@@ -79,7 +87,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Examined:
-    readiness: Readiness
+    files: tuple[FileStamp, ...]
     step: int | None
 
 
@@ -87,27 +95,17 @@ def _look(path: Path) -> _Examined:
     names = _names_of(path)
     stamps = stamps_of(_folder_of(path), names)
     # What has no stamp may go or come without a change of the stamps, so nothing is remembered of it.
-    examine = _examine if len(stamps) == len(names) else _examine.__wrapped__
-    try:
-        return examine(path, stamps)
-    except (IncompleteCheckpoint, TornCheckpoint) as error:
-        return _Examined(Readiness("incomplete", error.what, stamps), None)
+    examine = _examine if len(stamps) == len(names) else _examine.anew
+    return examine(path, stamps)
 
 
-# Reading a long pickle takes a second, and every scan asks: each version of the files is read once.
-@functools.lru_cache(maxsize=1024)
-def _examine(path: Path, stamps: tuple[FileStamp, ...]) -> _Examined:
-    """What `_read` says; what may be otherwise at the next look is raised, so that it is not remembered."""
-    try:
-        found = _read(path)
-    except (IncompleteCheckpoint, TornCheckpoint):
-        raise
-    except CheckpointError as error:
-        return _Examined(Readiness("damaged", error.what, stamps), None)
-    if not set(found.layout.files) <= set(stamps):
-        raise TornCheckpoint(f"{path} changed while it was looked at", remedy=WAIT)
-    reason = f"{len(found.layout.files)} files have their sizes"
-    return _Examined(Readiness("complete", reason, found.layout.files), found.step)
+def _read_files(path: Path, stamps: tuple[FileStamp, ...]) -> _Examined:
+    found = _read(path)
+    check_seen(path, found.layout.files, stamps)
+    return _Examined(found.layout.files, found.step)
+
+
+_examine = Remembered(_read_files, incomplete=False)
 
 
 def _read(path: Path) -> _Found:
@@ -127,13 +125,7 @@ def _read_folder(folder: Path) -> _Found:
         return _read_pickles(folder, (WEIGHTS,))
     if INDEX not in names:
         raise IncompleteCheckpoint(f"neither {WEIGHTS} nor {INDEX} is there", remedy=WAIT)
-    index, stamp = read_json(folder, INDEX)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise refused(INDEX, "has no weight_map from tensors to shards")
-    for shard in sorted(set(weight_map.values())):
-        if not shard.endswith(".bin") or any(part in shard for part in ("/", "\\", "..", "\0")):
-            raise refused(INDEX, f"names the shard {shard!r}, which is not the name of a .bin file beside it")
+    weight_map, stamp = read_index(folder, INDEX, ".bin")
     found = _read_pickles(folder, tuple(sorted(set(weight_map.values()))), weight_map=weight_map)
     return dataclasses.replace(found, layout=with_file(found.layout, stamp))
 
@@ -161,14 +153,12 @@ def _read_pickles(
         if len(places) > MAX_TENSORS:
             raise refused(name, f"is one of several with more than {MAX_TENSORS:,} tensors")
         layout, step = with_file(layout, saved.stamp), saved.step if len(names) == 1 else None
-    for tensor, shard in (weight_map or {}).items():
-        if tensor not in places or places[tensor][0] != shard:
-            raise refused(INDEX, f"says that {shard} holds `{tensor}`; it does not")
+    check_index(INDEX, weight_map or {}, places)
     skip = len(shared_prefix(tuple(places)))
     views = {tensor[skip:]: view for tensor, (_, view) in places.items()}
     # As bytes: torch_weights makes dtype, shape and strides of them.
     extents = {
-        tensor[skip:]: (name, Extent("U8", (view.size,), view.offset, view.size))
+        tensor[skip:]: (name, Extent("uint8", (view.size,), view.offset, view.size))
         for tensor, (name, view) in places.items()
     }
     return _Found(dataclasses.replace(layout, tensors=extents), views, step)

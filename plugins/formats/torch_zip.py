@@ -10,9 +10,11 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from peel_agent.errors import CheckpointError, IncompleteCheckpoint
+from peel_agent.errors import IncompleteCheckpoint
 
+from . import checkpoint_folder
 from .checkpoint_folder import WAIT, read_into
 
 MAX_MEMBERS = 200_000
@@ -41,16 +43,20 @@ class Member:
 
 @dataclass(frozen=True)
 class Archive:
-    """An open file of torch.save. `members` are by name without the archive's own folder: `data.pkl`, `data/0`."""
+    """An archive of torch.save, which begins at byte `start` of an open file.
+
+    `members` are by name without the archive's own folder: `data.pkl`, `data/0`.
+    """
 
     descriptor: int
     name: str
+    start: int
     members: Mapping[str, Member]
 
     def offset(self, member: str) -> int:
         """The byte of the file at which a member's content begins. Raises CheckpointError when it cannot be there."""
         found = self.members[member]
-        header = _read(self.descriptor, found.header, _LOCAL.size + len(found.name), self.name)
+        header = _read(self.descriptor, self.start + found.header, _LOCAL.size + len(found.name), self.name)
         signature, _, flags, method, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack_from(header)
         same = signature == b"PK\x03\x04" and name_length == len(found.name) and header[_LOCAL.size :] == found.name
         if not same or method != _STORED or flags & _ENCRYPTED:
@@ -58,7 +64,7 @@ class Archive:
         offset = found.header + _LOCAL.size + len(found.name) + int(extra_length)
         if offset + found.size > found.end:
             raise refused(self.name, f"has {shown(member)} reach beyond byte {found.end:,}, where something else is")
-        return offset
+        return self.start + offset
 
     def content(self, member: str, limit: int) -> bytes:
         """A member's bytes. Raises CheckpointError when it is not there or longer than `limit`."""
@@ -70,22 +76,26 @@ class Archive:
         return _read(self.descriptor, self.offset(member), size, self.name)
 
 
-def read_archive(descriptor: int, name: str, file_size: int) -> Archive:
-    """The directory of an open file of `file_size` bytes; `name` is for the errors.
+def read_archive(descriptor: int, name: str, size: int, *, start: int = 0, most: int = MAX_DIRECTORY_BYTES) -> Archive:
+    """The directory, of at most `most` bytes, of the archive in an open file's `size` bytes from byte `start` on.
 
-    Raises IncompleteCheckpoint for a file that lacks its end, CheckpointError for what torch.save does not write.
+    `name` is for the errors. Raises IncompleteCheckpoint for an archive that lacks its end, CheckpointError for what
+    torch.save does not write and for big-endian numbers.
     """
-    _check_start(_read(descriptor, 0, min(file_size, 4), name), name)
-    directory_at, directory_end, count = _find_directory(descriptor, name, file_size)
-    text = _read(descriptor, directory_at, directory_end - directory_at, name)
-    return Archive(
-        descriptor, name, _without_folder(_check_apart(_entries(text, count, name), directory_at, name), name)
-    )
+    _check_start(_read(descriptor, start, min(size, 4), name), name)
+    directory_at, directory_size, count = _find_directory(descriptor, name, size, start)
+    if count > MAX_MEMBERS or directory_size > most:
+        raise refused(name, f"has {count:,} members in a directory of {directory_size:,} bytes; {most:,} are read")
+    text = _read(descriptor, start + directory_at, directory_size, name)
+    members = _without_folder(_check_apart(_entries(text, count, name), directory_at, name), name)
+    archive = Archive(descriptor, name, start, members)
+    if "byteorder" in members and archive.content("byteorder", 16) != b"little":
+        raise refused(name, "holds big-endian numbers, which are not read")
+    return archive
 
 
-def refused(what: str, fault: str, *, remedy: str = SAVE_AGAIN) -> CheckpointError:
-    """The error of a file that is not read, whatever is written next."""
-    return CheckpointError(f"{what} {fault}", remedy=remedy)
+refused = partial(checkpoint_folder.refused, remedy=SAVE_AGAIN)
+"""The error of a file of torch.save."""
 
 
 def shown(text: str) -> str:
@@ -106,11 +116,11 @@ def _check_start(start: bytes, name: str) -> None:
         raise IncompleteCheckpoint(f"{name} has {len(start)} of at least {_END.size} bytes", remedy=WAIT)
 
 
-def _find_directory(descriptor: int, name: str, file_size: int) -> tuple[int, int, int]:
-    """First byte of the directory, the byte after its last, and how many members it says there are."""
-    tail_size = min(file_size, _END_64.size + _LOCATOR_64.size + _END.size)
-    tail_at = file_size - tail_size
-    tail = _read(descriptor, tail_at, tail_size, name)
+def _find_directory(descriptor: int, name: str, archive_size: int, start: int) -> tuple[int, int, int]:
+    """First byte of the directory in the archive, its size, and how many members it says there are."""
+    tail_size = min(archive_size, _END_64.size + _LOCATOR_64.size + _END.size)
+    tail_at = archive_size - tail_size
+    tail = _read(descriptor, start + tail_at, tail_size, name)
     end = tail_size - _END.size
     if end < 0 or not tail.startswith(b"PK\x05\x06", end) or not tail.endswith(b"\0\0"):
         raise IncompleteCheckpoint(f"{name} lacks the zip directory at its end: it is not all there", remedy=WAIT)
@@ -125,9 +135,7 @@ def _find_directory(descriptor: int, name: str, file_size: int) -> tuple[int, in
             raise refused(name, "has a zip64 directory that torch.save does not write")
     if (disk, first_disk) != (0, 0) or here != count or at + size != tail_at + end:
         raise refused(name, f"says that its zip directory is {size:,} bytes at {at:,}, which it is not")
-    if count > MAX_MEMBERS or size > MAX_DIRECTORY_BYTES:
-        raise refused(name, f"has {count:,} members in a directory of {size:,} bytes; {MAX_MEMBERS:,} are read")
-    return at, at + size, count
+    return at, size, count
 
 
 def _entries(text: bytes, count: int, name: str) -> Iterator[tuple[bytes, int, int]]:

@@ -23,11 +23,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from peel_plugins.formats import dcp_metadata, dcp_weights
+from peel_plugins.formats import dcp_metadata, held_files
+from peel_plugins.formats.dcp_metadata import read_pickle
 from peel_plugins.formats.dcp_names import model_names
-from peel_plugins.formats.dcp_pickle import Applied, Word, read_pickle
 from peel_plugins.formats.dcp_tiling import check_tiling
 from peel_plugins.formats.distributed_checkpoint import FORMAT
+from peel_plugins.formats.pickle_machine import Applied, Word
 from peel_plugins.formats.safetensors_files import FORMAT as SAFETENSORS
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -433,7 +434,7 @@ class TestBeingWritten:
         """Without config.json here or above it is said where to put it; above is enough, and is no stamp of this."""
         (checkpoint / "config.json").rename(checkpoint / "aside")
         error = refuses(checkpoint, "incomplete", "config.json is not there: the model cannot be built")
-        assert "put the model's config.json beside .metadata" in error.remedy
+        assert "put the model's config.json into" in error.remedy
         (checkpoint / "aside").rename(checkpoint.parent / "config.json")
         assert [stamp.name for stamp in reference(checkpoint).files] == [".metadata", "__0_0.distcp", "__1_0.distcp"]
         assert FORMAT.open(reference(checkpoint)).config()["model_type"] == "llama"
@@ -468,7 +469,7 @@ class TestBeingWritten:
         self, checkpoint: Path, how: str, at_once: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A shard rewritten, truncated or garbled under an open checkpoint is torn, and that can be tried again."""
-        monkeypatch.setattr(dcp_weights, "MAX_OPEN", at_once)
+        monkeypatch.setattr(held_files, "MAX_OPEN", at_once)
         weights = FORMAT.open(reference(checkpoint))
         weights.read(self.NAME)
         file = checkpoint / "__1_0.distcp"
@@ -478,7 +479,7 @@ class TestBeingWritten:
             with file.open("r+b") as stream:
                 stream.write(b"\xff" * file.stat().st_size)
         later(file)
-        with pytest.raises(TornCheckpoint, match=r"__1_0\.distcp (changed while|ended before)") as caught:
+        with pytest.raises(TornCheckpoint, match=r"__1_0\.distcp.* (changed while|ended before)") as caught:
             weights.read(self.NAME)
         assert caught.value.retryable
 
@@ -492,7 +493,7 @@ class TestBeingWritten:
     def test_more_files_than_are_held_open(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With more files than may be open at once the tensors are the same, and a removed file is torn."""
         all_held = FORMAT.open(reference(checkpoint))
-        monkeypatch.setattr(dcp_weights, "MAX_OPEN", 1)
+        monkeypatch.setattr(held_files, "MAX_OPEN", 1)
         weights = FORMAT.open(reference(checkpoint))
         assert torch.equal(weights.read(self.NAME), all_held.read(self.NAME))
         shutil.rmtree(checkpoint)
@@ -926,7 +927,7 @@ def test_a_failing_disk_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("peel_plugins.formats.distributed_checkpoint.read_into", fail)
+        patch.setattr("peel_plugins.formats.dcp_folder.read_into", fail)
         refuses(folder, "incomplete", r"^\.metadata cannot be read: Input/output error")
     assert FORMAT.inspect(folder).state == "complete"
 
@@ -1026,31 +1027,43 @@ def lying_directory() -> bytes:
 
 SIZES, STRIDES = b"K\x02K\x03\x86", b"K\x03K\x01\x86"
 SHARDS: Mapping[str, tuple[Callable[[], bytes], str]] = {
-    "zeros": (lambda: bytes(len(ITEM)), "is no zip as torch.save writes it"),
-    "garbage": (lambda: os.urandom(len(ITEM)), "is no zip as torch.save writes it"),
-    "safetensors": (lambda: json.dumps({"w": {}}).encode() + bytes(500), "is no zip as torch.save writes it"),
-    "cut inside": (lambda: ITEM[: len(ITEM) // 2] + bytes(len(ITEM) // 2), "is no zip as torch.save writes it"),
+    "zeros": (lambda: bytes(len(ITEM)), "it is no zip archive, as torch.save writes"),
+    "garbage": (lambda: os.urandom(len(ITEM)), "it is no zip archive, as torch.save writes"),
+    "safetensors": (lambda: json.dumps({"w": {}}).encode() + bytes(500), "it is no zip archive, as torch.save"),
+    "cut inside": (lambda: ITEM[: len(ITEM) // 2] + bytes(len(ITEM) // 2), "lacks the zip directory"),
     "compressed": (lambda: rezipped(compression=zipfile.ZIP_DEFLATED), "compressed or encrypted"),
     "no pickle": (lambda: rezipped(pickle=None), "has 0 members data.pkl"),
-    "no numbers": (lambda: rezipped(data_0=None), "has no member of numbers where sizes"),
-    "too few numbers": (lambda: rezipped(data_0=bytes(20)), r"has 20 bytes of numbers where .* need 24 bytes"),
-    "too many numbers": (lambda: rezipped(data_0=bytes(28)), "has 28 bytes of numbers where"),
+    "no numbers": (lambda: rezipped(data_0=None), "has no `data/0`, a storage that its data.pkl uses"),
+    "too few numbers": (lambda: rezipped(data_0=bytes(20)), "has 20 bytes of `data/0` where its data.pkl says 24"),
+    "too many numbers": (lambda: rezipped(data_0=bytes(28)), "has 28 bytes of `data/0` where its data.pkl says 24"),
     "big-endian": (lambda: rezipped(byteorder=b"big"), "big-endian"),
-    "a long pickle": (lambda: rezipped(pickle=bytes(2**20 + 1)), "has a member of 1,048,577 bytes"),
-    "huge directory": (huge_directory, "far too many for one tensor"),
-    "lying directory": (lying_directory, "has a member that begins outside it|is no zip"),
+    "a long pickle": (
+        lambda: rezipped(pickle=bytes(2**20 + 1)),
+        "has 1,048,577 bytes of `data.pkl`, more than the 1,048,576",
+    ),
+    "huge directory": (huge_directory, "in a directory of 1,168,890 bytes; 1,048,576 are read"),
+    "lying directory": (lying_directory, "has `archive/data/0` reach beyond byte"),
     "another dtype": (lambda: saved(torch.zeros(2, 3, dtype=torch.int32)), "holds int32 where .metadata says float32"),
     "another size": (lambda: saved(torch.zeros(3, 2)), r"holds another size than the \(2, 3\) of .metadata"),
-    "a dict": (lambda: saved({"w": torch.zeros(2, 3)}), "holds something else than a tensor"),
+    "a dict": (lambda: saved({"w": torch.zeros(2, 3)}), "is a Table, not a tensor"),
     "a parameter": (
         lambda: saved(torch.nn.Parameter(torch.zeros(2, 3))),
         "names torch._utils._rebuild_parameter, which is no part of it",
     ),
-    "a view": (lambda: saved(torch.zeros(3, 3)[1:]), "an offset by which its numbers are not side by side"),
+    "a view": (
+        lambda: saved(torch.zeros(3, 3)[1:]),
+        "an offset or a storage by which its numbers are not side by side",
+    ),
     "one number for all": (lambda: rezipped(pickle=tensor_pickle(STRIDES, b"K\x00K\x00\x86")), "not side by side"),
-    "strides beyond": (lambda: rezipped(pickle=tensor_pickle(STRIDES, b"M\xff\xffK\x01\x86")), "not side by side"),
-    "negative strides": (lambda: rezipped(pickle=tensor_pickle(STRIDES, b"J\xff\xff\xff\xffK\x01\x86")), "not side by"),
-    "no storage": (lambda: rezipped(pickle=tensor_pickle(b"Q", b"")), "has a tensor without a storage"),
+    "strides beyond": (
+        lambda: rezipped(pickle=tensor_pickle(STRIDES, b"M\xff\xffK\x01\x86")),
+        "up to 65,538 in a storage of 6",
+    ),
+    "negative strides": (
+        lambda: rezipped(pickle=tensor_pickle(STRIDES, b"J\xff\xff\xff\xffK\x01\x86")),
+        "has strides that",
+    ),
+    "no storage": (lambda: rezipped(pickle=tensor_pickle(b"Q", b"")), "is a tensor without a storage"),
     "os.system": (
         lambda: rezipped(pickle=tensor_pickle(b"ctorch._utils\n_rebuild_tensor_v2\n", b"cos\nsystem\n")),
         r"data\.pkl names os\.system, which is no part of it",

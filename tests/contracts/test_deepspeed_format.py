@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from peel_plugins.formats import deepspeed_folder, deepspeed_weights, deepspeed_zero3
+from peel_plugins.formats import deepspeed_folder, deepspeed_zero3, held_files
 from peel_plugins.formats.deepspeed_folder import FORMAT
 from safetensors.torch import load_file
 from torch import Tensor
@@ -816,7 +816,7 @@ class TestTorn:
     @pytest.mark.parametrize("file", [O0, O1])
     def test_rewritten_in_place(self, file: str, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """One rank's file rewritten under an open checkpoint is torn at the next read, and that can be tried again."""
-        monkeypatch.setattr(deepspeed_weights, "MAX_OPEN", held)
+        monkeypatch.setattr(held_files, "MAX_OPEN", held)
         folder = saving(tmp_path)
         weights = FORMAT.open(reference(folder))
         weights.read("w")
@@ -842,7 +842,7 @@ class TestTorn:
 
     def test_rotated_away_with_more_files_than_are_held(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With more files than are held open every bit is the same; removed, it is torn and not broken."""
-        monkeypatch.setattr(deepspeed_weights, "MAX_OPEN", 1)
+        monkeypatch.setattr(held_files, "MAX_OPEN", 1)
         folder = saving(tmp_path)
         weights = FORMAT.open(reference(folder))
         assert weights.read("v").float().tolist() == V.tolist()

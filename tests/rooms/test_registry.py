@@ -30,6 +30,13 @@ def test_unnamed_and_broken_is_left_alone(broken: None) -> None:
     assert registry.family("llama").name == "llama"
 
 
+def test_what_is_broken_can_be_told(broken: None) -> None:
+    """The daemon says at its start which formats it does without."""
+    (problem,) = registry.problems("formats")
+    assert "`broken`" in problem
+    assert "ModuleNotFoundError" in problem
+
+
 def test_named_and_broken_is_an_error(broken: None) -> None:
     """The message names plug-in, place and cause."""
     with pytest.raises(PluginError, match=r"`broken` of kind formats \(no_such_module:PLUGIN\).*ModuleNotFoundError"):
@@ -41,7 +48,8 @@ def test_unknown_names(broken: None) -> None:
     with pytest.raises(PluginError, match=r"(.|\n)*did you mean `mlflow`"):
         registry.tracker("mlfow")
     with pytest.raises(
-        UnknownFamily, match=r"`mamba`(.|\n)*gpt2, gpt_neox, llama, mistral, mixtral, mlp, olmo2, olmoe, opt, phi3, qwen2, qwen2_moe"
+        UnknownFamily,
+        match=r"`mamba`(.|\n)*gpt2, gpt_neox, llama, mistral, mixtral, mlp, olmo2, olmoe, opt, phi3, qwen2, qwen2_moe",
     ):
         registry.family("mamba")
 

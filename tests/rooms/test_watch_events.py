@@ -55,6 +55,33 @@ class TestEvents:
                 file.parent.rename(tmp_path / "checkpoint-5")
             assert hints.wait(LONG)
 
+    @pytest.mark.parametrize("how", ["removed", "moved"])
+    def test_a_root_that_is_made_again(self, tmp_path: Path, how: str) -> None:
+        """After `refresh` a folder of the same name is heard of again; while there is none, nothing fails."""
+        root = tmp_path / "run"
+        root.mkdir()
+        with Hints(root) as hints:
+            if how == "removed":
+                root.rmdir()
+            else:
+                root.rename(tmp_path / "old")
+            hints.refresh()
+            root.mkdir()
+            time.sleep(0.2)
+            hints.refresh()
+            calm(hints)
+            write_below(root)
+            assert hints.wait(LONG)
+
+    def test_an_object_store_has_none(self) -> None:
+        """Without a folder the wait is a timer, which `wake` ends."""
+        with Hints(None) as hints:
+            assert "object store" in hints.status
+            assert not hints.wait(0.1)
+            timer = later(hints.wake)
+            assert hints.wait(LONG)
+            timer.join()
+
     def test_reading_is_no_hint(self, tmp_path: Path) -> None:
         """Opening, reading and listing, which peel-agent does itself, raise no hint."""
         file = write_below(tmp_path)

@@ -64,6 +64,23 @@ class TestWhatIsSeen:
         write_checkpoint(tmp_path / "m")
         assert found(tmp_path / "m" / "model.safetensors") == [(".", "safetensors", "complete", None)]
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "tmp-checkpoint-5",
+            "tmp_checkpoint-5",
+            "checkpoint-5.tmp",
+            "checkpoint-5-unfinished",
+            "step_5.part",
+            "x.incomplete",
+        ],
+    )
+    def test_what_is_still_put_together_is_passed_over(self, tmp_path: Path, name: str) -> None:
+        """A folder that will be renamed when it is whole would else count twice."""
+        write_checkpoint(tmp_path / name)
+        write_checkpoint(tmp_path / "temperature-5")
+        assert found(tmp_path) == [("temperature-5", "safetensors", "complete", None)]
+
     def test_checkpoints_of_one_run(self, tmp_path: Path) -> None:
         """Checkpoints are seen directly below the root and no deeper: two runs must not become one series."""
         write_checkpoint(tmp_path / "checkpoint-5", 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from peel_agent.demo.text import corpus
 from tests import servers
@@ -31,7 +33,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
 
     @cache
     def run(kind: str, healthy: bool) -> Path:
-        return _trained(tmp_path_factory.mktemp(kind), STEPS, healthy, "--kind", kind)
+        return _trained(tmp_path_factory, f"{kind}-{healthy}", STEPS, healthy, "--kind", kind)
 
     return run
 
@@ -42,17 +44,25 @@ def train_low_bit(tmp_path_factory: pytest.TempPathFactory) -> TrainLowBit:
 
     @cache
     def run(name: str, healthy: bool) -> Path:
-        return _trained(tmp_path_factory.mktemp(name), LOW_BIT_STEPS, healthy, "--bits", name)
+        return _trained(tmp_path_factory, f"{name}-{healthy}", LOW_BIT_STEPS, healthy, "--bits", name)
 
     return run
 
 
-def _trained(output: Path, steps: int, healthy: bool, *flags: str) -> Path:
-    command = [sys.executable, "-m", "peel_agent.demo.train", str(output), *flags]
-    command += ["--steps", str(steps), "--save-every", "100"]
-    command += [] if healthy else ["--hold-back", str(HELD_BACK)]
-    finished = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+def _trained(factory: pytest.TempPathFactory, name: str, steps: int, healthy: bool, *flags: str) -> Path:
+    """The output of one training, which the first process of a test run that needs it does for all."""
+    shared = factory.getbasetemp()
+    output = (shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared) / "trainings" / name
+    with FileLock(f"{output.parent.parent / name}.lock"):
+        if output.is_dir():
+            return output
+        making = output.with_name(f"{name}.part")
+        command = [sys.executable, "-m", "peel_agent.demo.train", str(making), *flags]
+        command += ["--steps", str(steps), "--save-every", "100"]
+        command += [] if healthy else ["--hold-back", str(HELD_BACK)]
+        finished = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        making.rename(output)
     return output
 
 
