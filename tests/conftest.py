@@ -10,7 +10,7 @@ import torch
 torch.set_num_threads(1)
 
 LONG = ("test_low_bit", "test_held_back_block", "test_watch", "test_demo", "test_hostile_folder", "test_dcp_format")
-"""Modules that take minutes: several processes share the work module by module, and a long one last would be waited for."""
+"""Modules that take minutes: processes share the work module by module, and a long one last would be waited for."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -57,7 +57,8 @@ def _sightings(path: Path, formats: Sequence[Format], levels: int) -> Iterator[S
         elif form is None:
             yield from _sightings(child, formats, 0)
     if form is not None:
-        yield Sighting(path, form.name, form.inspect(path), form.step(path))
+        readiness = form.inspect(path)
+        yield Sighting(path, form.name, readiness, form.step(path) if readiness.state == "complete" else None)
 
 
 def _is_aside(name: str) -> bool:

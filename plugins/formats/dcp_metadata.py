@@ -21,6 +21,7 @@ from .dcp_tiling import check_tiling
 from .pickle_machine import GETATTR, MAX_MEMORY, ORDERED_DICT, STEPS, Applied, Ended, Fault, Machine, Word
 from .torch_tensors import DTYPE_BYTES, MAX_DIMENSIONS, is_count
 
+MAX_OPERATIONS = 15_000_000  # about 60 write one chunk
 METADATA = ".metadata"
 MAX_ENTRIES = 1_000_000
 HOSTILE = "do not open this checkpoint with torch either, unless you know who wrote it; then save it again"
@@ -132,7 +133,7 @@ def read_pickle(
     name), for what is not read of pickles, and for one that takes more than `memory` bytes.
     """
     try:
-        return Machine(data, words).run(STEPS, memory=memory)
+        return Machine(data, words).run(STEPS, memory=memory, operations=MAX_OPERATIONS)
     except Ended as fault:
         raise IncompleteCheckpoint(f"{what} {fault}", remedy=WAIT) from fault
     except Fault as fault:

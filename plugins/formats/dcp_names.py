@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from .shared_prefix import shared_prefix
+
 WRAPPERS = (("app", "model"), ("state", "model"), ("state_dict",), ("model",))
 """Where in the state dict trainers put the model: torch's tutorial, Composer, Lightning, everybody else."""
 
-_COMPILED = ("_orig_mod.", "module.")
 _OTHERS = re.compile(
     r"(?:app\.|state\.)?"
     r"(?:optim|optimizers?|optimizer_states?|lr_schedulers?|scheduler|dataloader|train_state|rng_state\w*)(?:_\d+)?\..*"
@@ -33,9 +34,7 @@ def model_names(names: Iterable[str], paths: Mapping[str, tuple[object, ...]]) -
         prefix = next((prefix for wrapper in WRAPPERS if _shared(prefix := ".".join(wrapper) + ".", own)), "")
         if prefix + _INNER in own:
             prefix = ""  # a tied model saved without its head: transformers' own inner module is called `model` too
-    for more in _COMPILED:
-        if _shared(prefix + more, own):
-            prefix += more
+    prefix += shared_prefix([name.removeprefix(prefix) for name in own])
     return {name: name.removeprefix(prefix) for name in own}
 
 

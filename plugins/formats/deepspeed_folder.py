@@ -31,8 +31,8 @@ from .deepspeed_names import MODEL, Names, belongs, is_states, names_by_rank, re
 from .deepspeed_states import Split, Whole, check_parallelism, table_of, world_size
 from .deepspeed_zero3 import Merged, merge
 from .remembered import Remembered, check_seen
+from .shared_prefix import shared_prefix
 from .torch_archive import read_saved, views_of
-from .torch_file import shared_prefix
 from .torch_tensors import is_count
 from .transformers_checkpoint import SENTINEL, STATE, check_written, is_trainer_folder, trainer_step
 

@@ -26,6 +26,10 @@ _STEP = re.compile(
 )
 
 
+_COUNTED_SAVES = re.compile(r"checkpoint_\d+")
+_RANDOM_STATES = re.compile(r"random_states_\d+\.pkl")
+
+
 class SafetensorsFormat:
     """A `*.safetensors` file with config.json beside it, or config.json with model.safetensors or its shards.
 
@@ -47,7 +51,12 @@ class SafetensorsFormat:
         return inspect_layout(_read, path, path, names_in(path))
 
     def step(self, path: Path) -> int | None:
-        """The number in a name such as `checkpoint-800`, `step_800`, `iter800`, `global_step800` or `800`."""
+        """The number in a name such as `checkpoint-800`, `step_800`, `iter800`, `global_step800` or `800`.
+
+        Accelerate's `checkpoint_8` counts savings and not steps.
+        """
+        if _COUNTED_SAVES.fullmatch(path.name) and any(map(_RANDOM_STATES.fullmatch, names_in(path))):
+            return None
         found = _STEP.fullmatch(path.name.removesuffix(".safetensors"))
         return int(found[1] or found[2]) if found else None
 

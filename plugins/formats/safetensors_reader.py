@@ -16,6 +16,7 @@ from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
 
 from .checkpoint_folder import (
+    CONFIG,
     WAIT,
     as_found,
     by_name,
@@ -66,9 +67,9 @@ def read_files(folder: Path, weight_files: Sequence[str], *, own_config: bool = 
     """The layout of config.json and the named weight files; raises as `read_folder` does.
 
     Without `own_config` the folder's config.json belongs to several checkpoints: writing it again with the next one
-    does not change this one, so it is no part of its stamps.
+    does not change this one, so it is no part of its stamps. With it, it may be missing there and lie in the one above.
     """
-    config, own = read_config(folder)
+    config, own = read_config(folder, above=own_config)
     tensors: dict[str, tuple[str, Extent]] = {}
     texts: dict[str, str] = {}
     stamps = [*own] if own_config else []
@@ -104,7 +105,8 @@ def inspect_layout(read: Callable[[Path], Layout], path: Path, folder: Path, nam
     known = {stamp.name for stamp in stamps}
     look = _files if all(name in known for name in names if _RELEVANT.fullmatch(name)) else _files.anew
     try:
-        files = look(read, path, stamps)
+        # A config.json above is no stamp of the checkpoint, but what comes of the look may hang on it.
+        files = look(read, path, stamps if CONFIG in known else (*stamps, *stamps_of(folder.parent, {CONFIG})))
         check_seen(path, files, stamps)
     except CheckpointError as error:
         return not_whole(error, stamps)

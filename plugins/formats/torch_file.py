@@ -20,11 +20,14 @@ from .remembered import Remembered, check_seen
 from .safetensors_files import FORMAT as SAFETENSORS
 from .safetensors_header import MAX_TENSORS, Extent
 from .safetensors_reader import Layout, check_index, open_weights, read_files, read_index, with_file
+from .shared_prefix import shared_prefix
 from .torch_archive import View, read_saved_model
 from .torch_zip import refused
 from .transformers_checkpoint import SENTINEL, STATE, check_written, holds_pickles_only, is_trainer_folder, trainer_step
 
-WEIGHTS = "pytorch_model.bin"
+WEIGHTS = ("pytorch_model.bin", "pytorch_model_fsdp.bin")
+"""The second is what Accelerate makes of FSDP's parts (FULL_STATE_DICT)."""
+
 INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 _SHARD = re.compile(r".*-\d+-of-\d+")
@@ -33,9 +36,6 @@ _ASIDE = re.compile(  # names that trainers give to what is no model, and data b
     r"|distrib[-_]optim|meta(?:data)?)(?:[-_.].*)?|.*[-_]optim[-_]states|(?:train|val(?:id)?|test|heldout)\d*",
     re.IGNORECASE,
 )
-_LIGHTNING = "model."
-_WRAPPERS = ("_orig_mod.", "module.")
-_TOP = frozenset({"lm_head", "model", "transformer", *(wrapper[:-1] for wrapper in _WRAPPERS)})
 
 
 class TorchFormat:
@@ -121,10 +121,11 @@ def _read(path: Path) -> _Found:
 
 def _read_folder(folder: Path) -> _Found:
     names = names_in(folder)
-    if WEIGHTS in names:  # transformers too prefers it to an index
-        return _read_pickles(folder, (WEIGHTS,))
+    for name in WEIGHTS:  # transformers too prefers it to an index
+        if name in names:
+            return _read_pickles(folder, (name,))
     if INDEX not in names:
-        raise IncompleteCheckpoint(f"neither {WEIGHTS} nor {INDEX} is there", remedy=WAIT)
+        raise IncompleteCheckpoint(f"neither {WEIGHTS[0]} nor {INDEX} is there", remedy=WAIT)
     weight_map, stamp = read_index(folder, INDEX, ".bin")
     found = _read_pickles(folder, tuple(sorted(set(weight_map.values()))), weight_map=weight_map)
     return dataclasses.replace(found, layout=with_file(found.layout, stamp))
@@ -137,7 +138,7 @@ def _read_pickles(
 
     Where there is no config.json, the settings that a single file has of its model take its place.
     """
-    first = read_saved_model(folder, names[0]) if len(names) == 1 and CONFIG not in names_in(folder) else None
+    first = read_saved_model(folder, names[0]) if len(names) == 1 and not is_file(folder / CONFIG) else None
     if first is not None and first.settings is not None:
         layout = Layout(folder, first.settings, {}, ())
     else:
@@ -164,24 +165,6 @@ def _read_pickles(
     return _Found(dataclasses.replace(layout, tensors=extents), views, step)
 
 
-def shared_prefix(names: tuple[str, ...]) -> str:
-    """What torch.compile, DistributedDataParallel and Lightning put before every name.
-
-    `model.` is also what most of transformers' own names begin with, all of them where a tied head is not stored. It is
-    Lightning's only when what is below it is the top of a model (`model.lm_head`, `model.model`) or a numbered list.
-    """
-    prefix = ""
-    while True:
-        rest = [name[len(prefix) :] for name in names]
-        parts = {name.removeprefix(_LIGHTNING).split(".")[0] for name in rest}
-        on_top = parts & _TOP or all(part.isdecimal() for part in parts)
-        wrappers = (*_WRAPPERS, _LIGHTNING) if on_top else _WRAPPERS
-        found = next((w for w in wrappers if all(name.startswith(w) and name != w for name in rest)), None)
-        if found is None or not names:
-            return prefix
-        prefix += found
-
-
 def _is_single(path: Path) -> bool:
     # By name, not by what is there now: a file that vanished is still a file that is missing.
     return path.suffix in _SUFFIXES and not is_folder(path)
@@ -199,7 +182,7 @@ def _names_of(path: Path) -> frozenset[str]:
 
 
 def _is_weights(name: str) -> bool:
-    return name in (WEIGHTS, INDEX) or (name.endswith(".bin") and name.startswith("pytorch_model"))
+    return name in (*WEIGHTS, INDEX) or (name.endswith(".bin") and name.startswith("pytorch_model"))
 
 
 def _is_second_name(path: Path) -> bool:

@@ -15,7 +15,7 @@ from .safetensors_reader import Layout, inspect_layout, open_weights, read_folde
 STATE = "trainer_state.json"
 SENTINEL = "checkpoint-is-incomplete.txt"
 _NAME = re.compile(r"checkpoint-([0-9]{1,18})")
-_PICKLE = re.compile(r"pytorch_model\.bin(?:\.index\.json)?|pytorch_model.*-\d+-of-\d+\.bin")
+_PICKLE = re.compile(r"pytorch_model(?:_fsdp)?\.bin|pytorch_model\.bin\.index\.json|pytorch_model.*-\d+-of-\d+\.bin")
 _SAFETENSORS = re.compile(r"model\.safetensors(?:\.index\.json)?|.*-\d+-of-\d+\.safetensors")
 
 
