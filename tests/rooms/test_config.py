@@ -146,9 +146,7 @@ def test_state_folders_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     first, second = (load_settings(None, {"tracker.mlflow.run_id": run}).tracker for run in ("r1", "r2"))
     folders: set[Any] = {
-        default_state_dir(Path(path), tracker)
-        for path in ("/a/checkpoints", "/b/checkpoints")
-        for tracker in (first, second)
+        default_state_dir(path, tracker) for path in ("/a/checkpoints", "/b/checkpoints") for tracker in (first, second)
     }
     assert len(folders) == 4
     assert all(folder.is_relative_to(tmp_path) for folder in folders)

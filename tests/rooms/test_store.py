@@ -677,7 +677,7 @@ class TestRoom:
         """What would leave less than a tenth of the disk is refused with its size, and fetched once there is room."""
         side.upload(saved / "export", "export")
         usage = SimpleNamespace(total=1_000_000, used=880_000, free=120_000)
-        monkeypatch.setattr("peel_agent.watch.fetch.shutil.disk_usage", lambda _: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
         mirror = side.mirror()
         ((url, reason),) = side.settle(mirror).refused
         size = sum(path.stat().st_size for path in (saved / "export").iterdir())

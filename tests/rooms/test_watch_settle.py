@@ -121,10 +121,10 @@ class TestNotReady:
         settling = Settling(10, give_up_seconds=60)
         partial = sighting(state="incomplete")
         observed = settling.observe([partial], START + 1)
-        assert observed.waiting == ((partial.path, "it is incomplete"),)
+        assert observed.waiting == ((str(partial.path), "it is incomplete"),)
         assert settling.observe([partial], START + 59).unreadable == ()
         observed = settling.observe([partial], START + 60)
-        assert observed.unreadable == ((partial.path, "it is incomplete, and nothing changed for 60 s"),)
+        assert observed.unreadable == ((str(partial.path), "it is incomplete, and nothing changed for 60 s"),)
         assert (observed.ready, observed.waiting) == ((), ())
 
     def test_an_incomplete_one_that_grows_is_waited_for(self) -> None:
@@ -144,7 +144,7 @@ class TestNotReady:
     def test_damaged_is_unreadable_at_once(self) -> None:
         """A damaged checkpoint is reported with its reason without waiting."""
         broken = sighting(state="damaged")
-        assert Settling(10).observe([broken], START).unreadable == ((broken.path, "it is damaged"),)
+        assert Settling(10).observe([broken], START).unreadable == ((str(broken.path), "it is damaged"),)
 
     def test_an_empty_folder(self) -> None:
         """An incomplete checkpoint without any file counts from its first sight."""
