@@ -8,8 +8,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/peel-agent demo
 
+# Module by module in several processes, each with one thread: more of them than processors only get in each other's way.
 test: .venv/installed
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not bench" tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not bench" tests
 
 lint: .venv/installed
 	$(BIN)/ruff check peel_agent plugins tests
