@@ -16,6 +16,7 @@ from .safetensors_reader import (
     open_weights,
     read_files,
     read_folder,
+    saved_by_accelerate,
 )
 from .transformers_checkpoint import is_trainer_folder
 
@@ -27,7 +28,6 @@ _STEP = re.compile(
 
 
 _COUNTED_SAVES = re.compile(r"checkpoint_\d+")
-_RANDOM_STATES = re.compile(r"random_states_\d+\.pkl")
 
 
 class SafetensorsFormat:
@@ -55,7 +55,7 @@ class SafetensorsFormat:
 
         Accelerate's `checkpoint_8` counts savings and not steps.
         """
-        if _COUNTED_SAVES.fullmatch(path.name) and any(map(_RANDOM_STATES.fullmatch, names_in(path))):
+        if _COUNTED_SAVES.fullmatch(path.name) and saved_by_accelerate(names_in(path)):
             return None
         found = _STEP.fullmatch(path.name.removesuffix(".safetensors"))
         return int(found[1] or found[2]) if found else None

@@ -33,6 +33,7 @@ from .safetensors_header import MAX_TENSORS, Extent, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_RANDOM_STATES = re.compile(r"random_states_\d+\.pkl")
 _RELEVANT = re.compile(r".*\.safetensors|.*\.json|.*\.txt")
 
 
@@ -67,9 +68,10 @@ def read_files(folder: Path, weight_files: Sequence[str], *, own_config: bool = 
     """The layout of config.json and the named weight files; raises as `read_folder` does.
 
     Without `own_config` the folder's config.json belongs to several checkpoints: writing it again with the next one
-    does not change this one, so it is no part of its stamps. With it, it may be missing there and lie in the one above.
+    does not change this one, so it is no part of its stamps. Accelerate saves none, so its folders may have it above; any
+    other one without its own is half removed.
     """
-    config, own = read_config(folder, above=own_config)
+    config, own = read_config(folder, above=own_config and saved_by_accelerate(names_in(folder)))
     tensors: dict[str, tuple[str, Extent]] = {}
     texts: dict[str, str] = {}
     stamps = [*own] if own_config else []
@@ -87,6 +89,11 @@ def read_files(folder: Path, weight_files: Sequence[str], *, own_config: bool = 
             raise refused("there", f"are more than {MAX_TENSORS:,} tensors up to {name}")
         stamps.append(stamp)
     return Layout(folder, config, tensors, by_name(stamps), texts)
+
+
+def saved_by_accelerate(names: frozenset[str]) -> bool:
+    """Whether a folder with these names was written by Accelerate's save_state."""
+    return any(map(_RANDOM_STATES.fullmatch, names))
 
 
 def with_file(layout: Layout, stamp: FileStamp) -> Layout:

@@ -135,6 +135,7 @@ def main(rank: int, port: str, root: Path) -> None:
         train_with_trainer(rank, root)
     finally:
         torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of the libraries may abort a process that ends in the usual way
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def train(rank: int, port: int, root: Path) -> None:
         parts(root)
     finally:
         torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of the libraries may abort a process that ends in the usual way
 
 
 def fsdp2(model: Any, root: Path, name: str) -> None:

@@ -391,6 +391,7 @@ def main(root: Path, *names: str) -> None:
         ({**SINGLE, **PAIR})[name].write(root / name)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        os._exit(0)  # threads of the libraries may abort a process that ends in the usual way
 
 
 if __name__ == "__main__":
