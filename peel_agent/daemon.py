@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,6 +44,7 @@ class Daemon:
     emit: Callable[[str], None] | None = None
     _stopping: bool = False
     _child: subprocess.Popen[str] | None = None
+    _told: set[str] = field(default_factory=set)
 
     def run(self, *, once: bool) -> int:
         """Watches until a signal, or with `once` until everything that is there now is done.
@@ -88,12 +89,28 @@ class Daemon:
         watch = self.settings.watch
         while not self._stopping:
             hints.refresh()
-            observed = rounds.make(now=time.time())
+            try:
+                observed = rounds.make(now=time.time())
+            except PeelError:
+                raise
+            except Exception as error:  # a full disk, a plug-in's bug: the next round may be better
+                if once:
+                    raise
+                self._tell(f"a round failed: {type(error).__name__}: {printable(str(error))}; going on")
+                hints.wait(watch.poll_seconds)
+                time.sleep(SCAN_PAUSE_SECONDS)
+                continue
             delivery.deliver()
             if once and rounds.is_idle(observed):
                 return
             hints.wait(min(watch.poll_seconds, watch.settle_seconds) if observed.waiting else watch.poll_seconds)
             time.sleep(SCAN_PAUSE_SECONDS)
+
+    def _tell(self, line: str) -> None:
+        """Says a line that may come again at every round, once."""
+        if line not in self._told:
+            self._told.add(line)
+            self.say(line)
 
     def _attempt(self, request: Request) -> Peeled:
         """Runs in a thread, beside the loop."""
@@ -147,8 +164,8 @@ class Daemon:
     def _outcome(self, *, once: bool) -> int:
         if once and not self.ledger.count("peeled"):
             self.say(
-                f"nothing readable in {self.place}: expected checkpoint-N folders, save_pretrained folders or "
-                ".safetensors files with their config.json"
+                f"nothing readable in {self.place}: expected checkpoints of one of the formats "
+                f"{', '.join(form.name for form in registry.formats(self.settings.watch.format))}, such as checkpoint-N"
             )
             for path, reason in self.ledger.refused():
                 self.say(f"refused: {printable(path)}: {reason}")

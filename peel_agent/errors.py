@@ -6,6 +6,7 @@ PeelError
 ├── CheckpointError        a checkpoint cannot be used                                (exit 3)
 │   ├── IncompleteCheckpoint   still being written, or truncated
 │   ├── TornCheckpoint         changed or vanished while it was read                  retryable
+│   ├── NoRoom                 there is no room for a copy of it
 │   ├── StoreUnavailable       an object store cannot be reached now                  retryable
 │   ├── UnknownFamily          no family plug-in knows this architecture
 │   └── WeightsMismatch        missing, unexpected or misshapen weights
@@ -74,6 +75,10 @@ class IncompleteCheckpoint(CheckpointError):
 
 class TornCheckpoint(CheckpointError):
     retryable = True
+
+
+class NoRoom(CheckpointError):
+    pass
 
 
 class StoreUnavailable(CheckpointError):

@@ -133,7 +133,7 @@ class Ledger:
 
         `alert_lines` maps notice ids to lines, `publications` trackers to what they are to get.
         """
-        path = self.reports_dir / (f"step-{ref.step:09d}.json" if ref.step is not None else f"{ref.fingerprint}.json")
+        path = self.reports_dir / self._report_name(ref)
         write_durably(path, report + "\n")
         with _transaction(self._db):
             self._finish(ref, "peeled", path.name)
@@ -150,6 +150,14 @@ class Ledger:
                 [(name, _dumped(publication)) for name, publication in publications.items()],
             )
         return path
+
+    def _report_name(self, ref: CheckpointRef) -> str:
+        """By its step; with the fingerprint too when another checkpoint of that step has a report."""
+        if ref.step is None:
+            return f"{ref.fingerprint}.json"
+        query = "SELECT 1 FROM checkpoints WHERE outcome = 'peeled' AND step = ? AND fingerprint != ?"
+        other = self._db.execute(query, (ref.step, ref.fingerprint)).fetchone()
+        return f"step-{ref.step:09d}-{ref.fingerprint}.json" if other else f"step-{ref.step:09d}.json"
 
     def refuse(self, ref: CheckpointRef, reason: str) -> None:
         """Remembers that this checkpoint cannot be used, so that it is told once."""

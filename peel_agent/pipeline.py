@@ -121,19 +121,23 @@ def measure(
                 progress=progress,
             )
     except FileNotFoundError as error:
+        if not str(error.filename).startswith(str(ref.in_place().path.parent)):
+            raise
         raise _torn(ref, f"{error.filename} vanished while it was read") from error
     except (RuntimeError, MemoryError) as error:
-        raise _out_of_memory(error) from error
+        if (full := _out_of_memory(error)) is None:
+            raise
+        raise full from error
     check_unchanged(ref, form)
     return peeled
 
 
-def _out_of_memory(error: Exception) -> Exception:
-    """The error to raise for one that may say that memory ran out."""
+def _out_of_memory(error: Exception) -> WorkerError | None:
+    """What to raise for an error that says that memory ran out."""
     from peel_agent.peel import out_of_memory
 
     if not out_of_memory(error):
-        return error
+        return None
     return WorkerError(
         f"memory ran out: {error}",
         remedy="raise [device] memory_fraction, name a smaller [probe], or peel on a larger machine",

@@ -49,18 +49,23 @@ class Rounds:
     emit: Callable[[str], None] | None = None
     _job: _Job | None = None
     _attempts: dict[str, int] = field(default_factory=dict)
+    _refused: set[str] = field(default_factory=set)
     _rewritten: set[Path] = field(default_factory=set)
     _told: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._pins = Pins(self.source.root, self.ledger.state_dir)
         self._queue = Queue(self._pins, self.policy)
+        for ref in self._pins.left():
+            if self._is_due(ref):
+                self._queue.put_back(ref)
+        self._pins.release_all(but=self._queue.held())
 
     def make(self, now: float) -> Observed:
         """One round at the time `now`, in Unix seconds. Raises ConfigurationError when nothing can be peeled so."""
+        self._conclude_job()
         observed = self.source.look(now)
         self._take(observed)
-        self._conclude_job()
         self._start_job()
         return observed
 
@@ -70,15 +75,20 @@ class Rounds:
         return not busy and not any(map(self._is_due, observed.ready))
 
     def close(self) -> None:
-        """Lets go of every file that is held."""
-        self._pins.release_all()
+        """Lets go of every file that the next start will not need."""
+        working = () if self._job is None else (self._job.ref,)
+        self._pins.release_all(but=(*self._queue.held(), *working))
 
     def _take(self, observed: Observed) -> None:
         for ref in observed.ready:
             if self._is_due(ref) and ref not in self._queue and not self._queue.add(ref):
-                self.say(f"{_name(ref)} changed or was removed before it could be held; the next scan looks again")
+                if ref.path.exists():
+                    self.say(f"{_name(ref)} changed before it could be held; the next scan looks again")
+                else:
+                    self._miss(ref)
         for ref in (*observed.vanished, *self._queue.gone()):
-            self._miss(ref)
+            if self._is_due(ref) and ref not in self._queue:
+                self._miss(ref)
         if full := self._queue.make_room():
             self.say(f"the file system of {full} is nearly full: waiting checkpoints are not kept from rotation now")
         for path, reason in observed.unreadable:
@@ -90,9 +100,11 @@ class Rounds:
         """Neither in work, nor done, nor given up in this session."""
         if self._job is not None and self._job.ref.fingerprint == ref.fingerprint:
             return False
-        outcome = self.ledger.outcome(ref.fingerprint)
-        done = ("peeled", "refused") if self.policy == "all" else ("peeled", "refused", "passed over")
-        return outcome not in done and self._attempts.get(ref.fingerprint, 0) < ATTEMPTS
+        # What was refused in an earlier session may have had its cause elsewhere: a library, a factory, a config.json.
+        if ref.fingerprint in self._refused or self._attempts.get(ref.fingerprint, 0) >= ATTEMPTS:
+            return False
+        done = ("peeled",) if self.policy == "all" else ("peeled", "passed over")
+        return self.ledger.outcome(ref.fingerprint) not in done
 
     def _start_job(self) -> None:
         if self._job is not None or not self._queue:
@@ -126,20 +138,29 @@ class Rounds:
         ref = job.ref
         try:
             peeled = job.answer.result()
-        except ConfigurationError:
-            raise
         except TornCheckpoint as error:
             self._torn(ref, error)
         except WorkerError as error:
             self._try_again(ref, error.what)
+            if self._attempts[ref.fingerprint] < ATTEMPTS:
+                self._queue.put_back(ref)  # held as it is: the trainer may have rotated it
+                return
+        except ConfigurationError as error:
+            if not self.ledger.count("peeled"):
+                raise  # it is the user's, and no checkpoint would do
+            self._refuse(ref, error)
         except PeelError as error:
-            self.ledger.refuse(ref, str(error))
-            self.say(f"cannot use {_name(ref)}: {error}")
+            self._refuse(ref, error)
         else:
             self._finish(ref, peeled)
         self._pins.release(ref)
-        if self.ledger.outcome(ref.fingerprint) is not None:
+        if self.ledger.outcome(ref.fingerprint) is not None or self._attempts.get(ref.fingerprint, 0) >= ATTEMPTS:
             self.source.done(ref)
+
+    def _refuse(self, ref: CheckpointRef, error: PeelError) -> None:
+        self._refused.add(ref.fingerprint)
+        self.ledger.refuse(ref, str(error))
+        self.say(f"cannot use {_name(ref)}: {error}")
 
     def _torn(self, ref: CheckpointRef, error: TornCheckpoint) -> None:
         """One rewritten in place is copied the next time: the trainer may rewrite it faster than it is peeled."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -23,7 +25,9 @@ from peel_agent import errors
 from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
 from peel_agent.errors import PeelError, WorkerError
 from peel_agent.publish import report_from_json
-from peel_agent.records import CheckpointRef, FileStamp, Memory, Peeled, WeightSet, restored
+from peel_agent.records import CheckpointRef, Memory, Peeled, WeightSet, restored
+
+PARENT_SECONDS = 2.0
 
 STALL_SECONDS = 3600
 """A worker that makes no progress for so long (a dead network mount, a file that takes for ever) is ended."""
@@ -51,12 +55,11 @@ class Request:
     @classmethod
     def from_json(cls, text: str) -> Request:
         raw = json.loads(text)
-        ref, probe, peel = raw["ref"], raw["probe"], raw["peel"]
-        files = tuple(FileStamp(**stamp) for stamp in ref.pop("files"))
+        probe, peel = raw["probe"], raw["peel"]
         paths = {key: Path(probe[key]) for key in ("path", "tokenizer") if probe[key] is not None}
         maps = peel["maps"] if isinstance(peel["maps"], str) else tuple(tuple(own) for own in peel["maps"])
         return cls(
-            ref=CheckpointRef(**(ref | {"path": Path(ref["path"]), "files": files, "held": _path(ref["held"])})),
+            ref=CheckpointRef.restored(raw["ref"]),
             probe=ProbeSettings(**(probe | paths)),
             peel=PeelSettings(**(peel | {"maps": maps})),
             model=ModelSettings(
@@ -122,6 +125,7 @@ def _peeled_from(answer: dict[str, Any]) -> Peeled:
 
 def main() -> int:
     """Answers one request. An expected error is an answer too; anything else ends the process with a traceback."""
+    end_with_parent()
     request = Request.from_json(sys.stdin.read())
     give_way(request.nice)
     share_processors(request.device)
@@ -168,6 +172,18 @@ def _answer(request: Request) -> dict[str, Any]:
 def _to_stderr(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
+
+
+def end_with_parent() -> None:
+    """Ends this process when its parent is gone: a new parent would start another beside it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def give_way(niceness: int) -> None:

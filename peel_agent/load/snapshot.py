@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peel_agent.errors import CheckpointError
+from peel_agent.errors import CheckpointError, ConfigurationError
 from peel_agent.load.architecture import Architecture, check_sizes, of_factory, of_transformers
 from peel_agent.load.low_bit import PatchedWeights, check_globs, precision_in_words
 from peel_agent.load.names import NamedWeights
@@ -41,6 +41,10 @@ def open_snapshot(
     named = NamedWeights(weights, model, anatomy.stored_as, tied=built.tied, ignored=built.ignored)
     named.check()
     vocabulary, width = built.head_shape
+    try:
+        check_globs(unpacked.sets, named.shapes(), transposed=anatomy.projection_layout == "in_out")
+    except ConfigurationError as error:  # config.json of the checkpoint named them
+        raise CheckpointError(error.what, remedy=error.remedy) from error
     check_globs(sets, named.shapes(), transposed=anatomy.projection_layout == "in_out")
     inside = (name for name, shape in named.shapes().items() if name.startswith(anatomy.blocks) and len(shape) == 2)
     example = next(inside, next(iter(named.shapes())))

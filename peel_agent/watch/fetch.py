@@ -6,13 +6,11 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from peel_agent.errors import CheckpointError, ConfigurationError, TornCheckpoint
+from peel_agent.errors import CheckpointError, ConfigurationError, NoRoom
 from peel_agent.spi import Format
-from peel_agent.watch.store import RemoteObject, Store
-from peel_agent.watch.units import COMPANIONS, ROOT, Division, Unit, needed
-
-SPARE = 0.1
-"""The part of the file system that is left free."""
+from peel_agent.watch.pins import COMPANIONS, spare_bytes
+from peel_agent.watch.store import RemoteObject, Store, torn
+from peel_agent.watch.units import ROOT, Division, Unit, needed
 
 
 def fetch(url: str, folder: Path, formats: Sequence[Format], options: Mapping[str, str] | None = None) -> Path:
@@ -84,11 +82,11 @@ def download(store: Store, remote: RemoteObject, target: Path, stopping: Callabl
 
 
 def check_space(folder: Path, size: int, url: str) -> None:
-    """Raises CheckpointError when `size` bytes more would leave less than a tenth of the file system free."""
+    """Raises NoRoom when `size` bytes more would leave less of the file system free than the training may need."""
     usage = shutil.disk_usage(folder)
-    if size > usage.free - SPARE * usage.total:
-        raise CheckpointError(
-            f"{url} needs {size:,} bytes, more than the file system of {folder} has to spare (a tenth is left free)",
+    if size > usage.free - spare_bytes(usage.total):
+        raise NoRoom(
+            f"{url} needs {size:,} bytes, more than the file system of {folder} has to spare",
             remedy="make room there, or put the state on a larger disk ([state] path)",
         )
 
@@ -99,8 +97,3 @@ def check_unchanged(before: Iterable[RemoteObject], now: Iterable[RemoteObject],
     for remote in before:
         if remote not in there:
             raise torn(f"{url} changed while it was fetched: {remote.name}")
-
-
-def torn(what: str) -> TornCheckpoint:
-    """The error of a checkpoint that changed while it was fetched."""
-    return TornCheckpoint(what, remedy="nothing to do: it is fetched again once it is at rest")

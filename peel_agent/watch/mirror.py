@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peel_agent.errors import CheckpointError, TornCheckpoint
+from peel_agent.errors import CheckpointError, NoRoom, TornCheckpoint
 from peel_agent.spi import Format
-from peel_agent.watch.fetch import check_space, check_unchanged, companions_of, download, torn
-from peel_agent.watch.store import RemoteObject, Store
-from peel_agent.watch.units import COMPANIONS, ROOT, Division, Unit, identity
+from peel_agent.watch.fetch import check_space, check_unchanged, companions_of, download
+from peel_agent.watch.pins import COMPANIONS
+from peel_agent.watch.store import RemoteObject, Store, torn
+from peel_agent.watch.units import ROOT, Division, Unit, identity
 
 PARTLY_SECONDS = 3600.0
 """So long an overwritten checkpoint with tensors of the old version beside new ones is held to be in the making."""
@@ -59,6 +60,7 @@ class Mirror:
 
     def __init__(self, store: Store, folder: Path, formats: Sequence[Format]) -> None:
         self._store = store
+        folder = folder.resolve()
         self._folder = folder
         self._objects = folder / "objects"
         self.root = folder / "root" / store.name
@@ -83,9 +85,9 @@ class Mirror:
         """Brings the copy up to date at `now`, in Unix seconds; fetches one checkpoint at most, the oldest first.
 
         With `newest_only` what has been overtaken is never fetched. One seen for the first time counts as unchanged
-        since its newest object. `stopping` is asked between windows of
-        32 MiB. A copy whose checkpoint is not in the store any more is removed; files that somebody holds open, or has
-        links to, stay. Raises StoreUnavailable, after which everything is as it was, and ConfigurationError.
+        since its newest object. `stopping` is asked between windows of 32 MiB. A copy whose checkpoint is not in the
+        store any more is removed; files that somebody holds open, or has links to, stay. Raises StoreUnavailable, after
+        which everything is as it was, and ConfigurationError.
         """
         listing = self._store.list()
         units = self._division.units(listing)
@@ -102,6 +104,8 @@ class Mirror:
             except TornCheckpoint as error:
                 self._rests[unit.name] = ("", now)  # settles anew, as it is at the next look
                 waiting.append((self.url(unit.name), error.what))
+            except NoRoom as error:  # there may be when what is held is done with
+                (waiting if self._held else refused).append((self.url(unit.name), error.what))
             except CheckpointError as error:
                 if error.retryable:
                     raise

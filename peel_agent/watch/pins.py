@@ -1,15 +1,19 @@
 """Holds on to the files of a checkpoint until it is peeled, by links or copies in a private folder.
 
-A rotated checkpoint can then still be read. A link shares the trainer's file, so one that is rewritten in place changes
-here too: that is noticed by its stamps, and such a checkpoint is copied the next time.
+A rotated checkpoint can then still be read, by the next start of the agent too. A link shares the trainer's file, so
+that one rewritten in place changes here too: its stamps tell, and such a checkpoint is copied the next time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
+import hashlib
+import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,39 +28,66 @@ COMPANIONS = ("config.json", "tokenizer.json")
 
 MAX_COMPANION = 64 * 2**20
 
-SPARE = 0.1
-"""The part of a file system that pins leave free."""
-
 _FICLONE = 0x40049409  # linux/fs.h: the new file shares the old one's blocks until either is written
 
 
+def spare_bytes(total: int) -> int:
+    """What is left free of a file system of `total` bytes: the training needs it."""
+    return min(total // 10, 50 * 2**30)
+
+
 class Pins:
-    """A folder of pins for one watched root; it has one owner, and what an earlier one left there is removed.
+    """A folder of pins for one watched root, with one owner.
 
     `state_dir` is used when it is on the root's file system, or else a folder of the root itself.
     """
 
     def __init__(self, root: Path, state_dir: Path) -> None:
-        same = not root.exists() or state_dir.stat().st_dev == root.stat().st_dev
-        self.folder = state_dir / "pins" if same else root / FOLDER / state_dir.name
-        self.release_all()
+        if not root.exists() or state_dir.stat().st_dev == root.stat().st_dev:
+            self.folder = state_dir / "pins"
+        else:
+            self.folder = root / FOLDER / hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
+        # Whoever may write to the root could make it a link to anywhere.
+        self._usable = not self.folder.parent.is_symlink() and not self.folder.is_symlink()
 
     def pin(self, ref: CheckpointRef) -> CheckpointRef:
         """The same checkpoint held by reflinks or hard links; left in place where the file system has neither.
 
         Raises TornCheckpoint when the files are not those of the reference any more.
         """
-        return _kept(ref, self.folder, _link)
+        return _kept(ref, self.folder / ref.fingerprint, _link) if self._usable else ref.released()
+
+    def left(self) -> tuple[CheckpointRef, ...]:
+        """The checkpoints that an earlier owner held and did not come to peel."""
+        refs = []
+        for note in sorted(self.folder.glob("*.json")) if self._usable else ():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                ref = CheckpointRef.restored(json.loads(note.read_text(encoding="utf-8")))
+                if ref.held is not None and ref.held.is_relative_to(self.folder) and ref.held.exists():
+                    refs.append(ref)
+        return tuple(refs)
 
     def release(self, ref: CheckpointRef) -> None:
         """The files are not needed any more."""
-        shutil.rmtree(self.folder / ref.fingerprint, ignore_errors=True)
+        for name in (ref.fingerprint, f"{ref.fingerprint}.copy"):
+            _forget(self.folder / name)
+        self._tidy()
 
-    def release_all(self) -> None:
-        """No file is held any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.folder.parent.name == FOLDER:
-            shutil.rmtree(self.folder.parent, ignore_errors=True)
+    def release_all(self, but: tuple[CheckpointRef, ...] = ()) -> None:
+        """No file is held any more `but` those of some checkpoints."""
+        if not self._usable:
+            return
+        kept = {f"{ref.fingerprint}{end}" for ref in but for end in ("", ".json", ".copy", ".copy.json")}
+        for child in self.folder.glob("*"):
+            if child.name not in kept:
+                _forget(child)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        with contextlib.suppress(OSError):  # not empty
+            self.folder.rmdir()
+            if self.folder.parent.name == FOLDER:
+                self.folder.parent.rmdir()
 
     def crowded(self) -> bool:
         """Whether the pins are on a file system that is nearly full: the training needs what is left."""
@@ -64,73 +95,103 @@ class Pins:
             usage = shutil.disk_usage(self.folder)
         except OSError:
             return False
-        return usage.free < SPARE * usage.total
+        return usage.free < spare_bytes(usage.total)
 
 
 def copied(ref: CheckpointRef, folder: Path) -> CheckpointRef:
-    """The same checkpoint as a copy in a folder of pins; left in place where there is no room. Raises as `Pins.pin`."""
+    """The same checkpoint as a copy in a folder of pins; as it is where there is no room. Raises as `Pins.pin`."""
     folder.mkdir(parents=True, exist_ok=True)
     usage = shutil.disk_usage(folder)
-    if usage.free - sum(stamp.size for stamp in ref.files) < SPARE * usage.total:
-        return ref.released()
-    return _kept(ref, folder, _copy)
+    if usage.free - sum(stamp.size for stamp in ref.files) < spare_bytes(usage.total):
+        return ref
+    copy = _kept(ref.in_place(), folder / f"{ref.fingerprint}.copy", _copy)
+    return ref if copy.held is None else dataclasses.replace(ref, held=copy.held)
 
 
-def _kept(ref: CheckpointRef, folder: Path, keep: Callable[[Path, Path], None]) -> CheckpointRef:
-    home = folder / ref.fingerprint
+def _kept(ref: CheckpointRef, home: Path, keep: Callable[[int, Path, Path], None]) -> CheckpointRef:
     held = home / ref.path.name
-    shutil.rmtree(home, ignore_errors=True)
+    pinned = dataclasses.replace(ref, held=held)
+    _forget(home)
     try:
         home.mkdir(parents=True)
         _keep_files(ref, held, keep)
+        note = home.with_name(f"{home.name}.json")
+        note.with_suffix(".part").write_text(json.dumps(dataclasses.asdict(pinned), default=str), encoding="utf-8")
+        note.with_suffix(".part").replace(note)
     except TornCheckpoint:
-        shutil.rmtree(home, ignore_errors=True)
+        _forget(home)
         raise
     except OSError as error:
-        shutil.rmtree(home, ignore_errors=True)
+        _forget(home)
         if not ref.path.exists():
             raise TornCheckpoint(f"{ref.path} was removed", remedy="nothing to do: it is gone") from error
         return ref.released()
-    return dataclasses.replace(ref, held=held)
+    return pinned
 
 
-def _keep_files(ref: CheckpointRef, held: Path, keep: Callable[[Path, Path], None]) -> None:
+def _forget(home: Path) -> None:
+    shutil.rmtree(home, ignore_errors=True)
+    for file in (home, home.with_name(f"{home.name}.json")):
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def _keep_files(ref: CheckpointRef, held: Path, keep: Callable[[int, Path, Path], None]) -> None:
     is_folder = ref.path.is_dir()
     here, there = (ref.path, held) if is_folder else (ref.path.parent, held.parent)
     there.mkdir(exist_ok=True)
     for stamp in ref.files:
         target = there / stamp.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        source = Path(os.path.realpath(here / stamp.name))
-        keep(source, target)
-        if not _is(target, stamp) or not _is(source, stamp):
+        if not _keep(here, stamp.name, target, keep, stamp=stamp):
             raise TornCheckpoint(f"{ref.path}: {stamp.name} changed", remedy="it is read again once it is at rest")
     for source, target in ((here, there), (here.parent, there.parent)) if is_folder else ((here, there),):
         for name in COMPANIONS:
-            if _is_companion(source, name) and not (target / name).exists():
-                keep(Path(os.path.realpath(source / name)), target / name)
+            if not (target / name).exists():
+                with contextlib.suppress(FileNotFoundError):
+                    _keep(source, name, target / name, keep)
 
 
-def _is_companion(folder: Path, name: str) -> bool:
-    """A file of the folder itself, not a link out of it, and of a size that one has."""
+def _keep(
+    folder: Path, name: str, target: Path, keep: Callable[[int, Path, Path], None], *, stamp: FileStamp | None = None
+) -> bool:
+    """Keeps one regular file of a folder, not one that a link out of it names; False for any other, or another."""
     real = Path(os.path.realpath(folder / name))
-    return real.is_relative_to(os.path.realpath(folder)) and real.is_file() and real.stat().st_size <= MAX_COMPANION
-
-
-def _is(file: Path, stamp: FileStamp) -> bool:
-    status = file.stat()
-    return (status.st_size, status.st_mtime_ns) == (stamp.size, stamp.mtime_ns)
-
-
-def _link(source: Path, target: Path) -> None:
+    if not real.is_relative_to(os.path.realpath(folder)):
+        return False
+    # Without O_NONBLOCK a named pipe of this name would hold the caller for ever.
+    descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        with source.open("rb") as old, target.open("xb") as new:
-            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
-        shutil.copystat(source, target)
+        before = os.fstat(descriptor)
+        if not stat.S_ISREG(before.st_mode) or (
+            before.st_size > MAX_COMPANION if stamp is None else _not(before, stamp)
+        ):
+            return False
+        keep(descriptor, real, target)
+        return stamp is None or not (_not(os.fstat(descriptor), stamp) or _not(target.lstat(), stamp))
+    finally:
+        os.close(descriptor)
+
+
+def _not(status: os.stat_result, stamp: FileStamp) -> bool:
+    return not stat.S_ISREG(status.st_mode) or (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns)
+
+
+def _link(descriptor: int, source: Path, target: Path) -> None:
+    try:
+        with target.open("xb") as new:
+            fcntl.ioctl(new.fileno(), _FICLONE, descriptor)
+        _stamp(target, os.fstat(descriptor))
     except OSError:
         target.unlink(missing_ok=True)
-        os.link(source, target)
+        os.link(source, target, follow_symlinks=False)
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copy2(source, target)
+def _copy(descriptor: int, _source: Path, target: Path) -> None:
+    with os.fdopen(os.dup(descriptor), "rb") as old, target.open("xb") as new:
+        shutil.copyfileobj(old, new, 8 * 2**20)
+    _stamp(target, os.fstat(descriptor))
+
+
+def _stamp(target: Path, like: os.stat_result) -> None:
+    os.utime(target, ns=(like.st_atime_ns, like.st_mtime_ns))

@@ -33,17 +33,29 @@ class Queue:
         self._waiting.sort(key=oldest_first)
         return True
 
+    def put_back(self, ref: CheckpointRef) -> None:
+        """Takes in a checkpoint whose files are held already, if they can be."""
+        self._waiting.append(ref)
+        self._waiting.sort(key=oldest_first)
+
+    def held(self) -> tuple[CheckpointRef, ...]:
+        """Those that wait and are held."""
+        return tuple(ref for ref in self._waiting if ref.held is not None)
+
     def next(self) -> tuple[CheckpointRef, Sequence[CheckpointRef]]:
         """Takes out the next of those that wait (one or more), and those before it that are passed over for good.
 
-        `all` takes the oldest, `latest` the newest, `every:N` the N-th oldest, or the newest where fewer wait. One that
-        waits alone is always taken: nothing is passed over while peeling keeps up, and none for one without a step.
+        `all` takes the oldest, `latest` the one that was written last, `every:N` the N-th oldest, or the last where
+        fewer wait. One that waits alone is always taken: nothing is passed over while peeling keeps up, and none for
+        one without a step.
         """
-        steps = sum(ref.step is not None for ref in self._waiting) or len(self._waiting)
-        every = {"all": 1, "latest": steps}.get(self.policy) or int(self.policy.removeprefix("every:"))
-        index = min(every, steps) - 1
-        passed, chosen = self._waiting[:index], self._waiting[index]
-        self._waiting = self._waiting[index + 1 :]
+        candidates = [ref for ref in self._waiting if ref.step is not None] or self._waiting
+        if self.policy == "latest":
+            candidates = sorted(candidates, key=lambda ref: (ref.committed_at, oldest_first(ref)))
+        every = {"all": 1, "latest": len(candidates)}.get(self.policy) or int(self.policy.removeprefix("every:"))
+        index = min(every, len(candidates)) - 1
+        passed, chosen = candidates[:index], candidates[index]
+        self._waiting = [ref for ref in self._waiting if ref is not chosen and ref not in passed]
         for ref in passed:
             self._pins.release(ref)
         return chosen, passed

@@ -40,6 +40,8 @@ class Folder:
         self._settling = settling
 
     def look(self, now: float) -> Observed:
+        if not self.root.exists():  # an unmounted file system says nothing of what is on it
+            return Observed((), ((self.label, "it is not there now"),), ())
         return self._settling.observe(scan(self.root, self._formats), now)
 
     def done(self, ref: CheckpointRef) -> None:

@@ -174,9 +174,9 @@ class Store:
                     [path] * len(starts), starts, ends, on_error="raise", **self._limit()
                 )
         except FileNotFoundError as error:
-            raise _torn(f"{self.url}/{remote.name} vanished while it was fetched") from error
+            raise torn(f"{self.url}/{remote.name} vanished while it was fetched") from error
         if [len(block) for block in blocks] != [stop - start for start, stop in zip(starts, ends, strict=True)]:
-            raise _torn(f"{self.url}/{remote.name} is shorter than the {remote.size:,} bytes it was listed with")
+            raise torn(f"{self.url}/{remote.name} is shorter than the {remote.size:,} bytes it was listed with")
         return blocks
 
     def _filesystem(self) -> Any:
@@ -291,5 +291,6 @@ def _said(error: Exception) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _torn(what: str) -> TornCheckpoint:
+def torn(what: str) -> TornCheckpoint:
+    """The error of a checkpoint that changed while it was fetched."""
     return TornCheckpoint(what, remedy="nothing to do: it is fetched again once it is at rest")

@@ -19,9 +19,6 @@ from peel_agent.watch.store import RemoteObject, name_fault
 ROOT = "."
 """The name of the unit that is the watched folder itself."""
 
-COMPANIONS = ("config.json", "tokenizer.json")
-"""What formats and probes also look for in the folder above a checkpoint, or beside a single file."""
-
 MAX_FILES = 20_000
 _TOP_BYTES = 100_000_000  # the longest JSON that the formats read
 _BELOW_BYTES = 1 << 20

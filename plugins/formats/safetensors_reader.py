@@ -68,8 +68,8 @@ def read_files(folder: Path, weight_files: Sequence[str], *, own_config: bool = 
     """The layout of config.json and the named weight files; raises as `read_folder` does.
 
     Without `own_config` the folder's config.json belongs to several checkpoints: writing it again with the next one
-    does not change this one, so it is no part of its stamps. Accelerate saves none, so its folders may have it above; any
-    other one without its own is half removed.
+    does not change this one, so it is no part of its stamps. Accelerate saves none, so its folders may have it above;
+    any other folder without its own is half removed.
     """
     config, own = read_config(folder, above=own_config and saved_by_accelerate(names_in(folder)))
     tensors: dict[str, tuple[str, Extent]] = {}

@@ -177,7 +177,7 @@ def _folder_of(path: Path) -> Path:
 def _names_of(path: Path) -> frozenset[str]:
     """The names of the files that decide about a checkpoint."""
     if _is_single(path):
-        return frozenset({CONFIG, path.name})
+        return frozenset({path.name, CONFIG} if is_file(path.parent / CONFIG) else {path.name})
     return frozenset(name for name in names_in(path) if name in (CONFIG, STATE, SENTINEL) or _is_weights(name))
 
 

@@ -34,6 +34,7 @@ from peel_agent.load.architecture import build_model
 from peel_agent.load.names import NamedWeights
 from peel_agent.load.packed import Unpacked, unpack
 from peel_agent.load.packed.bitnet import globs_of
+from peel_agent.load.packed.patterns import compiled
 from peel_agent.pipeline import locate
 from peel_agent.precision import quantise, recognise
 from peel_agent.publish import report_json
@@ -485,6 +486,13 @@ def test_scan(
     assert low["model"].pop("precision").startswith(precision)
     assert plain["model"].pop("precision").startswith("float32")
     assert low == plain
+
+
+def test_patterns_that_repeat_behind_a_backslash_are_counted() -> None:
+    """An escaped star is a star; a star behind an escaped backslash repeats it, and too many of those are refused."""
+    assert compiled(r"a\.\*\*\*\*\*", "ignore").match("a.*****")
+    with pytest.raises(CheckpointError, match="more repetitions"):
+        compiled(r"\\*" * 12 + "x", "ignore")
 
 
 def test_bitnet_leaves_named_modules(by_bitnet: Callable[[str, str], Written]) -> None:

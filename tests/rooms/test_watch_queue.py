@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -74,12 +75,12 @@ class TestPins:
             os.utime(ref.path / "model.safetensors", ns=(1, 1))
         with pytest.raises(TornCheckpoint, match="checkpoint-5"):
             held.pin(ref)
-        assert list(held.folder.iterdir()) == []
+        assert not held.folder.exists() or list(held.folder.iterdir()) == []
 
     def test_without_links_it_is_read_in_place(self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the file system has no links, or forbids them, nothing is held and nothing fails."""
 
-        def forbidden(*_: Any) -> None:
+        def forbidden(*_: Any, **__: Any) -> None:
             raise PermissionError(1, "Operation not permitted")
 
         monkeypatch.setattr(os, "link", forbidden)
@@ -99,17 +100,83 @@ class TestPins:
     def test_no_copy_where_it_would_fill_the_disk(
         self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The training needs what is left: such a checkpoint is read in place."""
+        """The training needs what is left: such a checkpoint is read where it is."""
+        ref = Pins(root, state).pin(checkpoint(root, 5))
         usage = shutil.disk_usage(state)._replace(free=0)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        assert copied(checkpoint(root, 5), state).held is None
+        assert copied(ref, state) == ref
 
-    def test_leftovers_are_removed(self, root: Path, state: Path) -> None:
-        """What a daemon that was killed had pinned is gone with the next start."""
-        left = Pins(root, state).pin(checkpoint(root, 5))
-        assert left.held is not None
-        Pins(root, state)
-        assert not left.held.exists()
+    def test_what_is_left_can_be_taken_up(self, root: Path, state: Path) -> None:
+        """What a daemon that was killed had pinned is known to the next one; half a pin and a foreign note are not."""
+        ref = Pins(root, state).pin(checkpoint(root, 5))
+        half = Pins(root, state).pin(checkpoint(root, 10))
+        (state / "pins" / f"{half.fingerprint}.json").unlink()
+        (state / "pins" / "x.json").write_text('{"held": "/etc/passwd"}')
+        again = Pins(root, state)
+        assert again.left() == (ref,)
+        again.release_all(but=again.left())
+        assert is_whole(ref)
+        assert sorted(path.name for path in (state / "pins").iterdir()) == [ref.fingerprint, f"{ref.fingerprint}.json"]
+        again.release_all()
+        assert not (state / "pins").exists()
+
+    def test_two_agents_on_one_root(self, root: Path, tmp_path: Path) -> None:
+        """Each lets go of its own pins only, though both are in the root and their state folders have one name."""
+        homes = [Path("/dev/shm") / tmp_path.name / name / "state" for name in "ab"]
+        for home in homes:
+            home.mkdir(parents=True)
+        try:
+            first, second = (Pins(root, home) for home in homes)
+            ref = first.pin(checkpoint(root, 5))
+            second.release_all()
+            second.pin(ref.released())
+            second.release(ref)
+            assert is_whole(ref)
+        finally:
+            shutil.rmtree(homes[0].parents[1])
+
+    def test_a_link_in_place_of_the_folder(self, root: Path, tmp_path: Path) -> None:
+        """Nothing is written or removed through a link of the folder's name: then nothing is held."""
+        other, victim = Path("/dev/shm") / tmp_path.name, tmp_path / "victim"
+        other.mkdir()
+        (victim / "precious").mkdir(parents=True)
+        (root / pins.FOLDER).symlink_to(victim)
+        try:
+            held = Pins(root, other)
+            assert held.pin(checkpoint(root, 5)).held is None
+            held.release_all()
+            assert [path.name for path in victim.iterdir()] == ["precious"]
+        finally:
+            shutil.rmtree(other)
+
+    @pytest.mark.parametrize("what", ["pipe", "link"])
+    def test_a_file_exchanged_for_something_else(self, root: Path, state: Path, what: str) -> None:
+        """A named pipe does not hold the daemon, and a link does not bring a file from outside in."""
+        ref = checkpoint(root, 5)
+        file = ref.path / "model.safetensors"
+        status = file.stat()
+        if what == "link":
+            secret = root.parent / "secret"
+            shutil.copy2(file, secret)
+            file.unlink()
+            file.symlink_to(secret)
+            os.utime(secret, ns=(status.st_atime_ns, status.st_mtime_ns))
+        else:
+            file.unlink()
+            os.mkfifo(file)
+        with pytest.raises(TornCheckpoint, match=r"model\.safetensors changed"):
+            Pins(root, state).pin(ref)
+
+    def test_a_copy_is_made_of_what_is_held(self, root: Path, state: Path) -> None:
+        """Of a checkpoint that was rotated since it was pinned too; both go together."""
+        held = Pins(root, state)
+        ref = held.pin(checkpoint(root, 5))
+        shutil.rmtree(ref.path)
+        copy = copied(ref, held.folder)
+        assert copy.held != ref.held
+        assert is_whole(copy)
+        held.release(ref)
+        assert not held.folder.exists()
 
     def test_another_file_system_means_a_folder_of_the_root(self, root: Path, tmp_path: Path) -> None:
         """Links do not cross file systems: pins then lie in the root, unseen by the scan, and go with their owner."""
@@ -142,8 +209,9 @@ class TestQueue:
     ) -> None:
         """By policy, oldest first whatever the order they came in; those before it are passed over and released."""
         queue = Queue(Pins(root, state), policy)
+        refs = {step: checkpoint(root, step) for step in (10, 20, 30, 40, 50)}
         for step in (30, 10, 50, 20, 40):
-            assert queue.add(checkpoint(root, step))
+            assert queue.add(refs[step])
         ref, older = queue.next()
         assert (ref.step, [own.step for own in older], len(queue)) == (chosen, passed, len(left))
         assert is_whole(ref)
@@ -156,6 +224,17 @@ class TestQueue:
         queue.add(checkpoint(root, 10))
         ref, older = queue.next()
         assert (ref.step, older, len(queue)) == (10, [], 0)
+
+    def test_latest_is_what_was_written_last(self, root: Path, state: Path) -> None:
+        """A training resumed from an earlier step counts from there; an export without a step overtakes nothing."""
+        queue = Queue(Pins(root, state), "latest")
+        old = checkpoint(root, 1000)
+        queue.add(dataclasses.replace(old, committed_at=old.committed_at - 100))
+        queue.add(checkpoint(root, 600))
+        queue.add(locate(write_checkpoint(root / "final")))
+        ref, passed = queue.next()
+        assert (ref.step, [own.step for own in passed], len(queue)) == (600, [1000], 1)
+        assert queue.next()[0].step is None
 
     def test_a_full_disk_frees_what_waits(self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Pins keep rotated checkpoints on the disk: when it is nearly full they are given up, once, and told."""

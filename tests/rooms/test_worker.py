@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from peel_agent import worker
@@ -14,6 +15,7 @@ from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
 from peel_agent.errors import WorkerError
 from peel_agent.records import CheckpointRef
 from peel_agent.worker import STALL_SECONDS, Request, ask, cgroup_limits, command
+from tests.waiting import wait_for
 
 REQUEST = Request(
     ref=CheckpointRef(Path("/nowhere/checkpoint-1"), 1, "transformers", "f", 0.0, held=Path("/held/checkpoint-1")),
@@ -109,3 +111,22 @@ def test_nothing_is_imported_from_the_working_directory(tmp_path: Path) -> None:
     )
     assert "KeyError" in ran.stderr  # it read the request with the real json
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    """When the daemon is killed its worker does not go on beside the next one's."""
+    program = (
+        "import subprocess, sys, time\n"
+        "from peel_agent.worker import command\n"
+        "child = subprocess.Popen(command(), stdin=subprocess.PIPE)\n"  # it waits for its request
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    keep = child.open_files()  # the process is there
+    assert keep is not None
+    parent.kill()
+    parent.communicate()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 30)

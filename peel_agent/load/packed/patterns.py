@@ -12,7 +12,8 @@ LONGEST = 400
 MOST_REPEATS = 3
 """Repetitions in a pattern: with more, or with nested ones, matching may take time without bound."""
 
-_REPEAT = re.compile(r"(?<!\\)[*+{]")
+_ESCAPED = re.compile(r"\\[^1-9]")
+_REPEAT = re.compile(r"[*+{]")
 _NESTED = re.compile(r"\)\s*[*+?{]|\(\?|\\[1-9]")
 
 
@@ -29,7 +30,8 @@ def check_patterns(value: object, key: str) -> tuple[str, ...]:
 
 def compiled(pattern: str, key: str, end: str = "") -> re.Pattern[str]:
     """A regular expression that can be matched in bounded time, followed by `end`. Raises CheckpointError otherwise."""
-    if len(_REPEAT.findall(pattern)) > MOST_REPEATS or _NESTED.search(pattern):
+    plain = _ESCAPED.sub("x", pattern)  # `\\\\*` repeats a backslash, `\\*` is a star
+    if len(_REPEAT.findall(plain)) > MOST_REPEATS or _NESTED.search(plain):
         raise refused(f"{CONFIG} has the pattern {shown(pattern)} in {key}, with more repetitions than are tried")
     try:
         return re.compile(f"(?:{pattern}){end}")
