@@ -60,7 +60,8 @@ class Pins:
     def left(self) -> tuple[CheckpointRef, ...]:
         """The checkpoints that an earlier owner held and did not come to peel."""
         refs = []
-        for note in sorted(self.folder.glob("*.json")) if self._usable else ():
+        notes = sorted(self.folder.glob("*.json")) if self._usable else []
+        for note in (note for note in notes if not note.name.endswith(".copy.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 ref = CheckpointRef.restored(json.loads(note.read_text(encoding="utf-8")))
                 if ref.held is not None and ref.held.is_relative_to(self.folder) and ref.held.exists():

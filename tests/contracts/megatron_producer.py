@@ -97,7 +97,6 @@ def write(rank: int, port: int, root: Path) -> None:
             parallel_state.destroy_model_parallel()
     finally:
         torch.distributed.destroy_process_group()
-    os._exit(0)  # threads of the libraries may abort a process that ends in the usual way
 
 
 def _write_case(case: Case, folder: Path, rank: int) -> None:
