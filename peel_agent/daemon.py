@@ -89,6 +89,7 @@ class Daemon:
         watch = self.settings.watch
         while not self._stopping:
             hints.refresh()
+            seconds = watch.poll_seconds
             try:
                 observed = rounds.make(now=time.time())
             except PeelError:
@@ -97,13 +98,13 @@ class Daemon:
                 if once:
                     raise
                 self._tell(f"a round failed: {type(error).__name__}: {printable(str(error))}; going on")
-                hints.wait(watch.poll_seconds)
-                time.sleep(SCAN_PAUSE_SECONDS)
-                continue
-            delivery.deliver()
-            if once and rounds.is_idle(observed):
-                return
-            hints.wait(min(watch.poll_seconds, watch.settle_seconds) if observed.waiting else watch.poll_seconds)
+            else:
+                delivery.deliver()
+                if once and rounds.is_idle(observed):
+                    return
+                if observed.waiting:
+                    seconds = min(seconds, watch.settle_seconds)
+            hints.wait(seconds)
             time.sleep(SCAN_PAUSE_SECONDS)
 
     def _tell(self, line: str) -> None:

@@ -35,8 +35,8 @@ class PeelError(Exception):
     retryable: bool = False
 
     def __init__(self, what: str, *, remedy: str) -> None:
-        super().__init__(printable(what))
         self.what = printable(what)
+        super().__init__(self.what)
         self.remedy = printable(remedy)
 
     def __str__(self) -> str:

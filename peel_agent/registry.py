@@ -89,13 +89,15 @@ def family(model_type: str) -> Family:
 
 def problems(kind: str) -> tuple[str, ...]:
     """What is wrong with the plug-ins of a kind that are installed and do not load."""
-    found = []
-    for point in _installed(kind):
-        try:
-            _load(kind, point)
-        except PluginError as error:
-            found.append(error.what)
-    return tuple(found)
+    return tuple(problem for point in _installed(kind) if (problem := _problem(kind, point)) is not None)
+
+
+def _problem(kind: str, point: EntryPoint) -> str | None:
+    try:
+        _load(kind, point)
+    except PluginError as error:
+        return error.what
+    return None
 
 
 def listings() -> tuple[Listing, ...]:
@@ -104,10 +106,5 @@ def listings() -> tuple[Listing, ...]:
     for kind in KINDS:
         for point in _installed(kind):
             distribution = point.dist.name if point.dist is not None else "unknown distribution"
-            try:
-                _load(kind, point)
-                problem = None
-            except PluginError as error:
-                problem = error.what
-            found.append(Listing(kind, point.name, f"{distribution}: {point.value}", problem))
+            found.append(Listing(kind, point.name, f"{distribution}: {point.value}", _problem(kind, point)))
     return tuple(found)

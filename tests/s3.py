@@ -8,15 +8,13 @@ import os
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from tests.servers import START_SECONDS
+from tests.servers import wait_until_it_answers
 
 SECRET = "a-secret-that-nobody-may-print"
 
@@ -34,20 +32,11 @@ def s3_server(folder: Path, port: int) -> Iterator[str]:
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_for(f"{url}/moto-api/", server, log)
+        wait_until_it_answers(f"{url}/moto-api/", server, log)
         yield url
     finally:
         server.kill()
         server.wait(timeout=30)
-
-
-def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
-            return
-        time.sleep(0.05)
-    raise RuntimeError(f"moto did not answer (exit status {server.poll()}):\n{log.read_text()}")
 
 
 class Gateway:

@@ -50,20 +50,21 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
         )
     try:
         uri = f"http://127.0.0.1:{port}"
-        _wait_for(f"{uri}/health", server, log)
+        wait_until_it_answers(f"{uri}/health", server, log)
         yield uri
     finally:
         server.terminate()
         server.wait(timeout=30)
 
 
-def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_it_answers(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Returns once the server answers at `url`; RuntimeError with its log when it ended or takes too long."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
             return
-        time.sleep(0.1)
-    raise RuntimeError(f"mlflow server did not answer (exit status {server.poll()}):\n{log.read_text()}")
+        time.sleep(0.05)
+    raise RuntimeError(f"the server did not answer at {url} (exit status {server.poll()}):\n{log.read_text()}")
 
 
 @pytest.fixture(scope="session")

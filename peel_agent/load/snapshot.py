@@ -33,7 +33,6 @@ def open_snapshot(
     """
     unpacked = unpack(form.open(ref))
     weights = unpacked.weights if patch is None else PatchedWeights(unpacked.weights, patch)
-    sets = {**(sets or {}), **unpacked.sets}
     config = weights.config()
     check_sizes(config, len(weights.shapes()))
     built = _built(ref, config, family_of) if factory is None else of_factory(factory, config)
@@ -41,11 +40,13 @@ def open_snapshot(
     named = NamedWeights(weights, model, anatomy.stored_as, tied=built.tied, ignored=built.ignored)
     named.check()
     vocabulary, width = built.head_shape
+    transposed = anatomy.projection_layout == "in_out"
     try:
-        check_globs(unpacked.sets, named.shapes(), transposed=anatomy.projection_layout == "in_out")
+        check_globs(unpacked.sets, named.shapes(), transposed=transposed)
     except ConfigurationError as error:  # config.json of the checkpoint named them
         raise CheckpointError(error.what, remedy=error.remedy) from error
-    check_globs(sets, named.shapes(), transposed=anatomy.projection_layout == "in_out")
+    check_globs(sets or {}, named.shapes(), transposed=transposed)
+    sets = {**(sets or {}), **unpacked.sets}
     inside = (name for name, shape in named.shapes().items() if name.startswith(anatomy.blocks) and len(shape) == 2)
     example = next(inside, next(iter(named.shapes())))
     return Snapshot(

@@ -55,13 +55,29 @@ class Pins:
 
         Raises TornCheckpoint when the files are not those of the reference any more.
         """
-        return _kept(ref, self.folder / ref.fingerprint, _link) if self._usable else ref.released()
+        if not self._usable:
+            return ref.released()
+        pinned = _kept(ref, self.folder / ref.fingerprint, _link)
+        if pinned.held is None:
+            return pinned
+        try:
+            self._note(pinned)
+        except OSError:
+            self.release(pinned)
+            return ref.released()
+        return pinned
+
+    def _note(self, pinned: CheckpointRef) -> None:
+        """What the next owner needs in order to take the pin up."""
+        note = self.folder / f"{pinned.fingerprint}.json"
+        part = note.with_suffix(".part")
+        part.write_text(json.dumps(dataclasses.asdict(pinned), default=str), encoding="utf-8")
+        part.replace(note)
 
     def left(self) -> tuple[CheckpointRef, ...]:
         """The checkpoints that an earlier owner held and did not come to peel."""
         refs = []
-        notes = sorted(self.folder.glob("*.json")) if self._usable else []
-        for note in (note for note in notes if not note.name.endswith(".copy.json")):
+        for note in sorted(self.folder.glob("*.json")) if self._usable else ():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 ref = CheckpointRef.restored(json.loads(note.read_text(encoding="utf-8")))
                 if ref.held is not None and ref.held.is_relative_to(self.folder) and ref.held.exists():
@@ -78,7 +94,7 @@ class Pins:
         """No file is held any more `but` those of some checkpoints."""
         if not self._usable:
             return
-        kept = {f"{ref.fingerprint}{end}" for ref in but for end in ("", ".json", ".copy", ".copy.json")}
+        kept = {f"{ref.fingerprint}{end}" for ref in but for end in ("", ".json", ".copy")}
         for child in self.folder.glob("*"):
             if child.name not in kept:
                 _forget(child)
@@ -111,14 +127,10 @@ def copied(ref: CheckpointRef, folder: Path) -> CheckpointRef:
 
 def _kept(ref: CheckpointRef, home: Path, keep: Callable[[int, Path, Path], None]) -> CheckpointRef:
     held = home / ref.path.name
-    pinned = dataclasses.replace(ref, held=held)
     _forget(home)
     try:
         home.mkdir(parents=True)
         _keep_files(ref, held, keep)
-        note = home.with_name(f"{home.name}.json")
-        note.with_suffix(".part").write_text(json.dumps(dataclasses.asdict(pinned), default=str), encoding="utf-8")
-        note.with_suffix(".part").replace(note)
     except TornCheckpoint:
         _forget(home)
         raise
@@ -127,7 +139,7 @@ def _kept(ref: CheckpointRef, home: Path, keep: Callable[[int, Path, Path], None
         if not ref.path.exists():
             raise TornCheckpoint(f"{ref.path} was removed", remedy="nothing to do: it is gone") from error
         return ref.released()
-    return pinned
+    return dataclasses.replace(ref, held=held)
 
 
 def _forget(home: Path) -> None:

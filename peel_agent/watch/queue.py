@@ -27,10 +27,9 @@ class Queue:
     def add(self, ref: CheckpointRef) -> bool:
         """Takes a checkpoint in and holds on to its files; False for one that changed or was removed meanwhile."""
         try:
-            self._waiting.append(self._pins.pin(ref))
+            self.put_back(self._pins.pin(ref))
         except TornCheckpoint:
             return False
-        self._waiting.sort(key=oldest_first)
         return True
 
     def put_back(self, ref: CheckpointRef) -> None:

@@ -31,7 +31,7 @@ class Source(Protocol):
 
 
 class Folder:
-    """A folder that trainers write to; what is incomplete and at rest is given up after `give_up_seconds`."""
+    """A folder that trainers write to; `settling` says when what is in it is at rest."""
 
     def __init__(self, root: Path, formats: Sequence[Format], settling: Settling) -> None:
         self.root = root

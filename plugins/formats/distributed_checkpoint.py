@@ -6,7 +6,6 @@ place when all are there.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from .dcp_folder import Layout, check_shards, read_metadata
 from .dcp_metadata import METADATA, SHARD, read_contents
 from .megatron_metadata import is_megatron_folder
 from .remembered import Remembered
+from .safetensors_files import COUNTED_SAVES
 from .safetensors_files import FORMAT as SAFETENSORS
 from .safetensors_reader import INDEX, WEIGHTS
 
 ACCELERATE = "pytorch_model_fsdp_0"
-_COUNTED_SAVES = re.compile(r"checkpoint_\d+")
 
 
 class DistributedFormat:
@@ -59,7 +58,7 @@ class DistributedFormat:
         Accelerate's own folder is named by the one it is in, but its `checkpoint_8` counts savings and not steps.
         """
         named = path.parent if path.name == ACCELERATE else path
-        if (named != path or _inside(path)) and _COUNTED_SAVES.fullmatch(named.name):
+        if (named != path or _inside(path)) and COUNTED_SAVES.fullmatch(named.name):
             return None
         return SAFETENSORS.step(named.with_name(named.name.removesuffix(".ckpt")))
 

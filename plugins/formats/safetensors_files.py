@@ -27,7 +27,7 @@ _STEP = re.compile(
 )
 
 
-_COUNTED_SAVES = re.compile(r"checkpoint_\d+")
+COUNTED_SAVES = re.compile(r"checkpoint_\d+")
 
 
 class SafetensorsFormat:
@@ -55,7 +55,7 @@ class SafetensorsFormat:
 
         Accelerate's `checkpoint_8` counts savings and not steps.
         """
-        if _COUNTED_SAVES.fullmatch(path.name) and saved_by_accelerate(names_in(path)):
+        if COUNTED_SAVES.fullmatch(path.name) and saved_by_accelerate(names_in(path)):
             return None
         found = _STEP.fullmatch(path.name.removesuffix(".safetensors"))
         return int(found[1] or found[2]) if found else None
