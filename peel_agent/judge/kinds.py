@@ -44,6 +44,6 @@ def _layer_words(layer: LayerReport, report: PeelReport) -> str:
 def _judgement(layer: LayerReport) -> str:
     if layer.status == "above":
         return "earns more than"
-    # A block can be `below` with a margin that is above 0 but far under its neighbours' (METHOD 4).
+    # A block can be `below` with a margin that is above 0 but far under its neighbours' (method.md 4).
     certainly_worse = layer.margin is not None and layer.margin.high <= 0
     return "earns less than" if certainly_worse else "earns hardly more than"

@@ -8,20 +8,20 @@ from dataclasses import replace
 import numpy as np
 
 from peel_agent.errors import CheckpointError
-from peel_agent.peel.bounds import NONE, measure_bounds
-from peel_agent.peel.chains import chained, hidden_states_of
-from peel_agent.peel.headroom import headrooms
-from peel_agent.peel.improve import Improvement, improve
-from peel_agent.peel.intervals import estimate
+from peel_agent.peel.bounds.bounds import NONE, measure_bounds
+from peel_agent.peel.bounds.chains import chained, hidden_states_of
+from peel_agent.peel.bounds.maps import suite
+from peel_agent.peel.bounds.solvers import solver_named
+from peel_agent.peel.fully_connected.network import peel_network
+from peel_agent.peel.headroom.headroom import headrooms
+from peel_agent.peel.headroom.improve import Improvement, improve
 from peel_agent.peel.layers import layer_reports
-from peel_agent.peel.least_squares import tokens_needed
-from peel_agent.peel.maps import suite
-from peel_agent.peel.network import peel_network
-from peel_agent.peel.race import race
+from peel_agent.peel.margins.race import race
+from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.least_squares import tokens_needed
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.numerics.streams import out_of_memory
 from peel_agent.peel.redundancy import redundancy
-from peel_agent.peel.solvers import solver_named
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.streams import out_of_memory
 from peel_agent.records import Block, BoundMemory, Findings, Plan, Progress, Skipped, Trace
 
 __all__ = ["Improvement", "improve", "out_of_memory", "peel", "peel_network", "tokens_needed"]

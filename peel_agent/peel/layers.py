@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from peel_agent.peel.headroom import Headroom
-from peel_agent.peel.margins import Margin, Place, of_target, statuses
-from peel_agent.peel.splices import TARGETS, Target
+from peel_agent.peel.headroom.headroom import Headroom
+from peel_agent.peel.margins.margin import Margin, Place, of_target, statuses
+from peel_agent.peel.sweep.splices import TARGETS, Target
 from peel_agent.records import LayerReport, PartName, PartReport
 
 PARTS: tuple[PartName, ...] = ("attention", "mlp")

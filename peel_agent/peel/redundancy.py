@@ -1,13 +1,13 @@
-"""Redundancy (METHOD 6): what the model loses when one refitted block stands in for several."""
+"""Redundancy (method.md 6): what the model loses when one refitted block stands in for several."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from peel_agent.peel.losses import Losses, sequence_losses
+from peel_agent.peel.numerics.losses import Losses, sequence_losses
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.numerics.streams import Streams, embedded, through
 from peel_agent.peel.references import columns_of_refit, refit, refit_fault, refit_tokens
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.streams import Streams, embedded, through
 from peel_agent.records import Block, Skipped, Trace
 
 Matrix = tuple[tuple[float, ...], ...]

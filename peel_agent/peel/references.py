@@ -1,4 +1,4 @@
-"""Reference solutions for one block (METHOD 2): `affine` and `refit`; `skip` is the identity."""
+"""Reference solutions for one block (method.md 2): `affine` and `refit`; `skip` is the identity."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peel_agent.peel.least_squares import Gram, Solution, shortfall
-from peel_agent.peel.losses import logits
-from peel_agent.peel.streams import Streams, pieces, through
+from peel_agent.peel.numerics.least_squares import Gram, Solution, shortfall
+from peel_agent.peel.numerics.losses import logits
+from peel_agent.peel.numerics.streams import Streams, pieces, through
 from peel_agent.precision import round_in_gram
 from peel_agent.records import Block, Chunk, Projection, Trace, WeightSet
 
@@ -30,7 +30,7 @@ class Affine:
 def pick_affine(solutions: Sequence[Solution], targets: slice, h: Tensor, added: Tensor) -> Affine:
     """The solution whose map has the least squared error on `select`: h and `added` are [N_s, S, d].
 
-    `targets` says which columns of the solved system belong to this map. METHOD 2: min ||[H,1]A - (T-H)||^2 +
+    `targets` says which columns of the solved system belong to this map. method.md 2: min ||[H,1]A - (T-H)||^2 +
     lambda ||A||^2, lambda picked on select.
     """
 

@@ -77,7 +77,7 @@ def _headroom_line(layer: LayerReport) -> str:
 
 
 def redundancy_sentence(report: PeelReport) -> str:
-    """How many neighbouring blocks one refitted block stands in for at hardly any cost (METHOD 6)."""
+    """How many neighbouring blocks one refitted block stands in for at hardly any cost (method.md 6)."""
     matrix = report.redundancy or ()
     spans = [
         (matrix[first][last], first, last) for first in range(len(matrix)) for last in range(first + 1, len(matrix))

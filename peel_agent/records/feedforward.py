@@ -1,4 +1,4 @@
-"""Fully connected ReLU networks (METHOD 7): layers, samples, and the best constructions so far."""
+"""Fully connected ReLU networks (method.md 7): layers, samples, and the best constructions so far."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Samples:
 class Best:
     """A construction that is the best for some k: its mean loss on select, its loss on each confirm sample.
 
-    `within_class` says whether it is a point of the trained network's own class (METHOD 9): no layer wider, so that
+    `within_class` says whether it is a point of the trained network's own class (method.md 9): no layer wider, so that
     units which do nothing make up the difference; where the network is one-bit, one-bit too, and an even difference.
     """
 

@@ -122,7 +122,7 @@ class Probe:
     """Token sequences held fixed for the run, split by sequence into three disjoint parts.
 
     Each part is an int64 array [sequences, sequence_length]. References are solved on `fit`, chosen on `select`, and
-    every published number is measured on `confirm` (METHOD 1).
+    every published number is measured on `confirm` (method.md 1).
     """
 
     fit: TokenIds

@@ -60,7 +60,7 @@ class LayerReport:
     """One block. `references` holds loss(with that reference spliced in) - loss(trained) on `confirm`.
 
     `headroom` is loss(trained) - loss(a better block of the same kind). A low-bit block's two shares are what a better
-    optimiser could still win within the weight set, and what the set itself costs beside free weights (METHOD 5).
+    optimiser could still win within the weight set, and what the set itself costs beside free weights (method.md 5).
     """
 
     index: int
@@ -133,7 +133,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class BoundMemory:
-    """The best construction so far (METHOD 3, step 4): what a checkpoint hands to the next one.
+    """The best construction so far (method.md 3, step 4): what a checkpoint hands to the next one.
 
     `select` is its mean loss on select, `confirm` its loss on each confirm sequence, `best` the least value on confirm
     of each map by label. It counts only for the probe of this fingerprint.

@@ -22,13 +22,13 @@ import torch
 
 from peel_agent.config import PeelSettings, ProbeSettings
 from peel_agent.peel import peel
-from peel_agent.peel.chains import chain_ends, hidden_states_of
-from peel_agent.peel.least_squares import Gram
-from peel_agent.peel.maps import PAPER_26_BLOCKS
-from peel_agent.peel.race import first_heat
-from peel_agent.peel.solvers import SOLVERS
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.sweep import sweep
+from peel_agent.peel.bounds.chains import chain_ends, hidden_states_of
+from peel_agent.peel.bounds.maps import PAPER_26_BLOCKS
+from peel_agent.peel.bounds.solvers import SOLVERS
+from peel_agent.peel.margins.race import first_heat
+from peel_agent.peel.numerics.least_squares import Gram
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.sweep.forward import sweep
 from peel_agent.pipeline import scan
 from peel_agent.records import Plan, Probe
 from tests.bench.naive import naive_chain

@@ -17,8 +17,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from peel_agent.peel.feedforward import Net, Precision, one_bit
-from peel_agent.peel.feedforward_bounds import YesBounds, measure_feedforward
+from peel_agent.peel.fully_connected.feedforward import Net, Precision, one_bit
+from peel_agent.peel.fully_connected.yes_bounds import YesBounds, measure_feedforward
 from peel_agent.records import Part, Samples, YesMemory
 
 FIT, SELECT = 1000, 297

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peel_agent.peel.maps import TargetMap
-from peel_agent.peel.streams import embedded, through
+from peel_agent.peel.bounds.maps import TargetMap
+from peel_agent.peel.numerics.streams import embedded, through
 from peel_agent.records import Block, Projection, Trace
 
 

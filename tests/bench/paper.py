@@ -24,7 +24,7 @@ from peel_agent.capture import open_trace
 from peel_agent.demo.text import VOCABULARY, corpus
 from peel_agent.load import ProbeSizes, load_probe, open_snapshot
 from peel_agent.peel import peel
-from peel_agent.peel.maps import PAPER_FOUR_BLOCKS
+from peel_agent.peel.bounds.maps import PAPER_FOUR_BLOCKS
 from peel_agent.pipeline import locate
 from peel_agent.records import BoundMemory, Plan
 

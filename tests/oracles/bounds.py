@@ -1,4 +1,4 @@
-"""Bounds of the run: chains of refitted blocks with a refitted head (METHOD 3)."""
+"""Bounds of the run: chains of refitted blocks with a refitted head (method.md 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YES bounds of ReLU networks, written straight from METHOD 7: one subset at a time, nothing shared, plain numpy.
+"""YES bounds of ReLU networks, written straight from method.md 7: one subset at a time, nothing shared, plain numpy.
 
 X [n, N] and Y [m, N] are columns. A network is a list of matrices W [rows, columns] with an equally long list of biases
 [rows], or None for a network without them.

@@ -1,4 +1,4 @@
-"""The bootstrap interval of a mean over sequences (METHOD 1)."""
+"""The bootstrap interval of a mean over sequences (method.md 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ridge and affine fits, solved on the explicit augmented matrices (METHOD 2)."""
+"""Ridge and affine fits, solved on the explicit augmented matrices (method.md 2)."""
 
 from __future__ import annotations
 

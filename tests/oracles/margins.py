@@ -1,4 +1,4 @@
-"""Margins and statuses of every block and of its two parts (METHOD 4)."""
+"""Margins and statuses of every block and of its two parts (method.md 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference solutions of one block and of its two parts, and what the model loses with them (METHOD 2 and 4).
+"""The reference solutions of one block and of its two parts, and what the model loses with them (method.md 2 and 4).
 
 A reference is named by what it puts in the place of block i; its value is the pair of streams after block i on select
 and on confirm. Streams are lists [h_0, ..., h_L] as `Decoder.streams` gives them.

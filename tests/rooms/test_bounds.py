@@ -15,15 +15,15 @@ from hypothesis.extra.numpy import arrays
 
 from peel_agent.errors import ConfigurationError
 from peel_agent.peel import peel
-from peel_agent.peel.bounds import remember, zone_of
-from peel_agent.peel.chains import chain_ends, hidden_states_of
-from peel_agent.peel.heads import fit_head
-from peel_agent.peel.losses import sequence_losses
-from peel_agent.peel.maps import PAPER_FOUR_BLOCKS
-from peel_agent.peel.solvers import SOLVERS, solver_named
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.streams import score_ids
-from peel_agent.peel.sweep import sweep
+from peel_agent.peel.bounds.bounds import remember, zone_of
+from peel_agent.peel.bounds.chains import chain_ends, hidden_states_of
+from peel_agent.peel.bounds.heads import fit_head
+from peel_agent.peel.bounds.maps import PAPER_FOUR_BLOCKS
+from peel_agent.peel.bounds.solvers import SOLVERS, solver_named
+from peel_agent.peel.numerics.losses import sequence_losses
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.numerics.streams import score_ids
+from peel_agent.peel.sweep.forward import sweep
 from peel_agent.records import BoundMemory, Estimate, Findings, Plan, Probe
 from tests import zoo
 from tests.oracles import bounds as bounds_oracle

@@ -13,7 +13,7 @@ import torch
 
 from peel_agent import registry
 from peel_agent.peel import peel
-from peel_agent.peel.losses import logits
+from peel_agent.peel.numerics.losses import logits
 from peel_agent.records import Plan, Projection
 from tests import zoo
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peel_agent.errors import CheckpointError, ConfigurationError
-from peel_agent.peel.feedforward import MOST_SUBSETS, Net, Projection, construct, constructions, one_bit
-from peel_agent.peel.feedforward_bounds import measure_feedforward, sample_losses, zone_of
-from peel_agent.peel.intervals import estimate
+from peel_agent.peel.fully_connected.feedforward import MOST_SUBSETS, Net, Projection, construct, constructions, one_bit
+from peel_agent.peel.fully_connected.yes_bounds import measure_feedforward, sample_losses, zone_of
+from peel_agent.peel.numerics.intervals import estimate
 from peel_agent.records import Estimate, Part, Samples, YesMemory
 from tests.oracles import feedforward as oracle
 

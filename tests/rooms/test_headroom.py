@@ -15,7 +15,7 @@ from peel_agent import registry
 from peel_agent.capture import open_trace
 from peel_agent.load import open_snapshot
 from peel_agent.peel import peel
-from peel_agent.peel.gradients import backwards, descents
+from peel_agent.peel.headroom.gradients import backwards, descents
 from peel_agent.pipeline import locate
 from peel_agent.precision import quantise
 from peel_agent.records import Findings, Plan, WeightSet
@@ -42,7 +42,9 @@ class Case:
         self.trace = open_trace(open_snapshot(ref, form, registry.family, sets=self.sets), zoo.probe())
         self.decoder = Decoder(effective(model, kind, name), model.config.to_dict())
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(importlib.import_module("peel_agent.peel.headroom"), "SELECT_FRACTION", 1)  # all of select
+            patched.setattr(
+                importlib.import_module("peel_agent.peel.headroom.headroom"), "SELECT_FRACTION", 1
+            )  # all of select
             self.findings: Findings = peel(self.trace, PLAN, itertools.count().__next__)
         self.parts = {} if name == "none" else {"attention": name, "mlp": name}
 
@@ -118,8 +120,8 @@ def test_redundancy(case: Case) -> None:
 
 def test_low_bit_refits_stay_in_their_set(case: Case) -> None:
     """What stands in for blocks of a low-bit model is low-bit too."""
+    from peel_agent.peel.numerics.streams import embedded
     from peel_agent.peel.references import refit
-    from peel_agent.peel.streams import embedded
     from peel_agent.precision import recognise
 
     h = embedded(case.trace)

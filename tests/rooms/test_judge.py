@@ -162,7 +162,7 @@ def test_the_text_says_what_was_measured_in_a_trainers_words() -> None:
     [(-0.01, "earns less than its cheap stand-in `skip`: margin -0.0100"), (0.004, "earns hardly more than")],
 )
 def test_the_text_claims_no_more_than_the_interval(margin: float, words: str) -> None:
-    """`less than` is said only when the whole interval is below 0 (METHOD 9)."""
+    """`less than` is said only when the whole interval is below 0 (method.md 9)."""
     (notice,) = judge(report(400, layer(3, "b", margin)), [rule(1)], ()).notices
     assert words in notice.text
     assert "median" not in notice.text  # there are no other blocks here

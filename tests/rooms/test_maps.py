@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peel_agent.errors import ConfigurationError
-from peel_agent.peel.chains import hidden_states_of, is_direct
-from peel_agent.peel.maps import check, count, ends, is_valid, label, paper, suite
-from peel_agent.peel.solvers import SOLVERS
+from peel_agent.peel.bounds.chains import hidden_states_of, is_direct
+from peel_agent.peel.bounds.maps import check, count, ends, is_valid, label, paper, suite
+from peel_agent.peel.bounds.solvers import SOLVERS
 
 PAPER_FOUR_BLOCKS = [
     (1, 2), (2, 2), (1, 3), (1, 4), (3, 3), (4, 4), (2, 4), (3, 4),
@@ -20,7 +20,7 @@ PAPER_FOUR_BLOCKS = [
 
 
 def every_map(depth: int) -> list[tuple[int, ...]]:
-    """By brute force over METHOD 3's conditions."""
+    """By brute force over method.md 3's conditions."""
     return [
         own
         for length in range(1, depth + 1)

@@ -1,4 +1,4 @@
-"""The model never has to fit into memory (METHOD 8): its blocks are read one by one."""
+"""The model never has to fit into memory (method.md 8): its blocks are read one by one."""
 
 from __future__ import annotations
 

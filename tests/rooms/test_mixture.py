@@ -23,9 +23,9 @@ from peel_agent.capture import open_trace
 from peel_agent.errors import CheckpointError, WeightsMismatch
 from peel_agent.load import open_snapshot
 from peel_agent.peel import peel
-from peel_agent.peel.losses import logits
-from peel_agent.peel.solvers import descend
-from peel_agent.peel.streams import Streams
+from peel_agent.peel.bounds.solvers import descend
+from peel_agent.peel.numerics.losses import logits
+from peel_agent.peel.numerics.streams import Streams
 from peel_agent.pipeline import locate
 from peel_agent.records import Chunk, Findings, Plan, Snapshot
 from tests import zoo

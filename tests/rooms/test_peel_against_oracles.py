@@ -13,12 +13,12 @@ import torch
 
 from peel_agent.capture.trace import BlockwiseTrace
 from peel_agent.peel import peel
-from peel_agent.peel.heads import fit_head
-from peel_agent.peel.intervals import estimate
-from peel_agent.peel.least_squares import RIDGES, Gram
-from peel_agent.peel.losses import sequence_losses
+from peel_agent.peel.bounds.heads import fit_head
+from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.least_squares import RIDGES, Gram
+from peel_agent.peel.numerics.losses import sequence_losses
+from peel_agent.peel.numerics.streams import Streams, embedded, score_ids
 from peel_agent.peel.references import pick_affine, refit
-from peel_agent.peel.streams import Streams, embedded, score_ids
 from peel_agent.records import Findings, Plan
 from tests import zoo
 from tests.oracles import bounds, intervals, least_squares, margins, references
@@ -38,7 +38,9 @@ class Case:
         probe = self.trace.probe
         self.parts = (probe.fit, probe.select, probe.confirm)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(importlib.import_module("peel_agent.peel.race"), "HEAT_FRACTION", 1)  # one heat: everything
+            patched.setattr(
+                importlib.import_module("peel_agent.peel.margins.race"), "HEAT_FRACTION", 1
+            )  # one heat: everything
             self.findings: Findings = peel(self.trace, PLAN, itertools.count().__next__)
 
 

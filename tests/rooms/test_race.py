@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peel_agent.peel.margins import of_target, statuses
-from peel_agent.peel.race import contenders, first_heat, race, still_open
-from peel_agent.peel.splices import Variant
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.sweep import carry
+from peel_agent.peel.margins.margin import of_target, statuses
+from peel_agent.peel.margins.race import contenders, first_heat, race, still_open
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.sweep.forward import carry
+from peel_agent.peel.sweep.splices import Variant
 from peel_agent.records import Plan
 from tests import zoo
 
-race_module = importlib.import_module("peel_agent.peel.race")  # the package exports the function of that name
-tails_module = importlib.import_module("peel_agent.peel.sweep")
+race_module = importlib.import_module("peel_agent.peel.margins.race")  # the package exports the function of that name
+tails_module = importlib.import_module("peel_agent.peel.sweep.forward")
 PLAN = Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from peel_agent.capture.block import ResidentBlock
 from peel_agent.peel import peel
-from peel_agent.peel.streams import rewrite, through
+from peel_agent.peel.numerics.streams import rewrite, through
 from peel_agent.records import Chunk, Plan
 from tests import zoo
 

@@ -1,4 +1,4 @@
-"""A better block as a witness (METHOD 5): the weights that the headroom of one block was measured with."""
+"""A better block as a witness (method.md 5): the weights that the headroom of one block was measured with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peel_agent.errors import NoWitness
-from peel_agent.peel.headroom import headrooms
-from peel_agent.peel.intervals import estimate
-from peel_agent.peel.race import first_heat
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.sweep import sweep
+from peel_agent.peel.headroom.headroom import headrooms
+from peel_agent.peel.margins.race import first_heat
+from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.sweep.forward import sweep
 from peel_agent.precision import latents_of
 from peel_agent.records import Block, Estimate, Plan, Progress, Projection, Trace, WeightSet
 

@@ -1,13 +1,13 @@
-"""Chains of fitted blocks along target maps (METHOD 3); a prefix that maps share is solved once."""
+"""Chains of fitted blocks along target maps (method.md 3); a prefix that maps share is solved once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from peel_agent.peel.maps import HEAD, TargetMap
-from peel_agent.peel.solvers import Solver
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.streams import Streams
+from peel_agent.peel.bounds.maps import HEAD, TargetMap
+from peel_agent.peel.bounds.solvers import Solver
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.numerics.streams import Streams
 from peel_agent.records import Trace
 
 

@@ -1,4 +1,4 @@
-"""Fully connected ReLU networks: the constructions behind the YES bounds (METHOD 7; arXiv 2410.10984).
+"""Fully connected ReLU networks: the constructions behind the YES bounds (method.md 7; arXiv 2410.10984).
 
 Data are columns: an input is [n, N], a target [m, N], a layer [rows, columns]; everything is float64. A construction is
 a network of as many layers as the trained one. Layer j of it, fed by the construction's own output, is projected onto
@@ -94,7 +94,7 @@ def augmented(Z: Tensor, biased: bool) -> Tensor:
 
 
 class Projection:
-    """One layer's input, its pseudo-inverse taken once (METHOD 7), serving any number of targets.
+    """One layer's input, its pseudo-inverse taken once (method.md 7), serving any number of targets.
 
     The pseudo-inverse is the SVD's, with the relative cut RCOND: no normal equations, whose condition is the square,
     and defined for dead units, constant inputs and fewer samples than rows.
@@ -127,7 +127,7 @@ class Projection:
 
 
 def one_bit(weights: Tensor) -> Tensor:
-    """Lambda * sign(W) with lambda = mean |W| over the layer (METHOD 7)."""
+    """Lambda * sign(W) with lambda = mean |W| over the layer (method.md 7)."""
     size = weights.abs()
     return torch.where(weights < -TIE * size.max(), -1.0, 1.0).to(weights) * size.mean()
 

@@ -1,11 +1,11 @@
-"""A fully connected network peeled: its YES bounds as findings (METHOD 7)."""
+"""A fully connected network peeled: its YES bounds as findings (method.md 7)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from peel_agent.peel.feedforward import Net, Precision
-from peel_agent.peel.feedforward_bounds import measure_feedforward
+from peel_agent.peel.fully_connected.feedforward import Net, Precision
+from peel_agent.peel.fully_connected.yes_bounds import measure_feedforward
 from peel_agent.records import BoundReport, Findings, Network, Samples, Skipped, Timing, YesMemory
 
 NO_BLOCKS = Skipped("margins, headroom and redundancy", "a fully connected network has no blocks")

@@ -1,4 +1,4 @@
-"""The forward sweep (METHOD 8): each block is visited once; at each visit its references are solved and spliced in.
+"""The forward sweep (method.md 8): each block is visited once; at each visit its references are solved and spliced in.
 
 A spliced stream leaves the trained one at its block and is carried through every later trained block; at the end the
 trained head scores all streams at once.
@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peel_agent.peel import splices
-from peel_agent.peel.least_squares import Gram, shortfall
-from peel_agent.peel.losses import Losses, sequence_losses
+from peel_agent.peel.numerics.least_squares import Gram, shortfall
+from peel_agent.peel.numerics.losses import Losses, sequence_losses
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.numerics.streams import Streams, embedded, pieces, score_ids
 from peel_agent.peel.references import Affine, columns_of_refit, pick_affine, refit, refit_fault, refit_tokens
-from peel_agent.peel.splices import TARGETS, Site, Splice, Target, Variant
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.streams import Streams, embedded, pieces, score_ids
-from peel_agent.peel.tails import Tails
+from peel_agent.peel.sweep import splices
+from peel_agent.peel.sweep.splices import TARGETS, Site, Splice, Target, Variant
+from peel_agent.peel.sweep.tails import Tails
 from peel_agent.records import Block, Plan, Skipped, Trace
 
 TAIL_SHARE = 1

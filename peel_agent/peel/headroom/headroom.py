@@ -1,4 +1,4 @@
-"""Headroom (METHOD 5): how much a block's output matrices, refitted toward lower loss, would win.
+"""Headroom (method.md 5): how much a block's output matrices, refitted toward lower loss, would win.
 
 One step against the loss's gradient in function space, W - eta (X'X + ridge)^-1 X'G, within the block's own weight
 set. Ridge and length of the step are picked on `select`, the win is measured on `confirm`.
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from peel_agent.peel import splices
-from peel_agent.peel.gradients import Descent, backwards, descents
-from peel_agent.peel.intervals import estimate
-from peel_agent.peel.losses import Losses
+from peel_agent.peel.headroom.gradients import Descent, backwards, descents
+from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.losses import Losses
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.numerics.streams import Streams, score_ids
 from peel_agent.peel.references import refit_fault, within
-from peel_agent.peel.splices import TARGETS, Site, Target, Variant
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.streams import Streams, score_ids
-from peel_agent.peel.tails import Tails
+from peel_agent.peel.sweep import splices
+from peel_agent.peel.sweep.splices import TARGETS, Site, Target, Variant
+from peel_agent.peel.sweep.tails import Tails
 from peel_agent.records import FULL_PRECISION, Block, Estimate, Projection, Skipped, Trace, WeightSet
 
 RIDGES = (1e-1, 1e-3)
@@ -52,7 +52,7 @@ class Better:
 class Headroom:
     """What a better block wins: loss(trained) - loss(better) on confirm, and that block.
 
-    `shares` are a low-bit block's (quantisation, optimisation) in nats per token (METHOD 5), None for others.
+    `shares` are a low-bit block's (quantisation, optimisation) in nats per token (method.md 5), None for others.
     """
 
     won: Mapping[Target, Estimate]

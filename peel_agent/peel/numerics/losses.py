@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from peel_agent.peel.streams import pieces
+from peel_agent.peel.numerics.streams import pieces
 from peel_agent.records import Projection, TokenIds, Trace
 
 Losses = NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""Bounds of the run: the suite's values, the select-winner, running minimum, gap and zone (METHOD 3, steps 4, 5)."""
+"""Bounds of the run: the suite's values, the select-winner, running minimum, gap and zone (method.md 3, steps 4, 5)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peel_agent.peel.chains import chain_ends, chained, is_direct
-from peel_agent.peel.heads import fit_head
-from peel_agent.peel.intervals import estimate
-from peel_agent.peel.losses import Losses, sequence_losses
-from peel_agent.peel.maps import HEAD, TargetMap
+from peel_agent.peel.bounds.chains import chain_ends, chained, is_direct
+from peel_agent.peel.bounds.heads import fit_head
+from peel_agent.peel.bounds.maps import HEAD, TargetMap
+from peel_agent.peel.bounds.solvers import Solver
+from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.losses import Losses, sequence_losses
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.numerics.streams import Streams, score_ids
 from peel_agent.peel.references import refit_fault
-from peel_agent.peel.solvers import Solver
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.streams import Streams, score_ids
 from peel_agent.records import BoundMemory, BoundReport, Estimate, Skipped, Trace, Zone
 
 
@@ -89,7 +89,7 @@ def remember(
 
 
 def within_class(trace: Trace, own: TargetMap, *, signs: bool) -> bool:
-    """Whether the model itself could hold the construction (METHOD 9).
+    """Whether the model itself could hold the construction (method.md 9).
 
     A head fitted apart from tied embeddings is outside; so is a chain shorter than a model whose signs leave no block
     that does nothing (`signs`).

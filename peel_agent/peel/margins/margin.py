@@ -1,4 +1,4 @@
-"""Margins and statuses of blocks and their parts, from the losses of the sweep (METHOD 4)."""
+"""Margins and statuses of blocks and their parts, from the losses of the sweep (method.md 4)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from statistics import median
 
 import numpy as np
 
-from peel_agent.peel.intervals import estimate
-from peel_agent.peel.losses import Losses
-from peel_agent.peel.splices import Target, Variant
+from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.losses import Losses
+from peel_agent.peel.sweep.splices import Target, Variant
 from peel_agent.records import Estimate, Status
 
 MEDIAN_FRACTION = 0.1
@@ -83,14 +83,14 @@ def reachable(block: int, target: Target, references: Sequence[str]) -> set[str]
 
 
 def thresholds(margins: Sequence[Margin]) -> tuple[float, ...]:
-    """What each margin is held against: a fraction of the others' median, never below 0 (METHOD 4)."""
+    """What each margin is held against: a fraction of the others' median, never below 0 (method.md 4)."""
     values = [own.estimate.value for own in margins]
     others = [values[:place] + values[place + 1 :] for place in range(len(values))]
     return tuple(max(0.0, MEDIAN_FRACTION * median(own)) if own else 0.0 for own in others)
 
 
 def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
-    """Each block's status against the others (METHOD 4).
+    """Each block's status against the others (method.md 4).
 
     A margin whose reference set is incomplete is only an upper limit: it can be `below`, never `above`. One that was
     not measured on the whole of confirm can be `above`, never `below`.

@@ -1,4 +1,4 @@
-"""Ridge regression from running normal equations (METHOD 2).
+"""Ridge regression from running normal equations (method.md 2).
 
 Products of a chunk are taken in the features' own dtype and summed over chunks in float64; a Gram matrix is factorised
 once a ridge, and one factor serves every target.

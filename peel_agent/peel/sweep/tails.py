@@ -1,5 +1,5 @@
-"""Spliced streams on their way to the head (METHOD 8): each leaves the trained one at its block and runs through every
-later trained block.
+"""Spliced streams on their way to the head (method.md 8): each leaves the trained one at its block and runs through
+every later trained block.
 
 Streams wait in memory for the next block, so that a block's weights are read once for all of them, until they take
 more than their share; then they are run to the end at once, for which the later blocks are read once more. So memory
@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from peel_agent.peel.losses import Losses, sequence_losses
-from peel_agent.peel.splices import Site, Splice, Variant
-from peel_agent.peel.streams import rewrite
+from peel_agent.peel.numerics.losses import Losses, sequence_losses
+from peel_agent.peel.numerics.streams import rewrite
+from peel_agent.peel.sweep.splices import Site, Splice, Variant
 from peel_agent.records import Block, TokenIds, Trace
 
 

@@ -1,4 +1,4 @@
-"""Paired bootstrap intervals over sequences (METHOD 1)."""
+"""Paired bootstrap intervals over sequences (method.md 1)."""
 
 from __future__ import annotations
 

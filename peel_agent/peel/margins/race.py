@@ -1,4 +1,4 @@
-"""Margins by a race (METHOD 8): every reference is scored on a few sequences first. A block or part that even the
+"""Margins by a race (method.md 8): every reference is scored on a few sequences first. A block or part that even the
 least of its references leaves above its threshold is cleared; at the others, the references that may still be the best
 are scored on everything. So nothing is accused on a few sequences.
 """
@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from peel_agent.peel.intervals import estimate
-from peel_agent.peel.losses import Losses
-from peel_agent.peel.margins import Margin, Place, by_place, margins_of, of_target, thresholds
-from peel_agent.peel.splices import TARGETS, Variant
-from peel_agent.peel.stopwatch import Stopwatch
-from peel_agent.peel.sweep import Sweep, carry, sweep
+from peel_agent.peel.margins.margin import Margin, Place, by_place, margins_of, of_target, thresholds
+from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.losses import Losses
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.sweep.forward import Sweep, carry, sweep
+from peel_agent.peel.sweep.splices import TARGETS, Variant
 from peel_agent.records import Plan, Probe, Skipped, Trace
 
 HEAT_FRACTION = 8

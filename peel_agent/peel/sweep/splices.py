@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from peel_agent.peel.numerics.streams import through
 from peel_agent.peel.references import Affine
-from peel_agent.peel.streams import through
 from peel_agent.records import Block, Chunk, Projection
 
 Target = Literal["block", "attention", "mlp"]

@@ -1,4 +1,4 @@
-"""The output matrix of a construction, fitted by cross-entropy on `fit` and stopped on `select` (METHOD 3, step 3)."""
+"""A construction's output matrix, fitted by cross-entropy on `fit` and stopped on `select` (method.md 3, step 3)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peel_agent.peel.losses import logits, position_losses
-from peel_agent.peel.streams import Streams, through
+from peel_agent.peel.numerics.losses import logits, position_losses
+from peel_agent.peel.numerics.streams import Streams, through
 from peel_agent.precision import quantise, straight_through
 from peel_agent.records import Projection, TokenIds, Trace
 

@@ -1,4 +1,4 @@
-"""The backward sweep (METHOD 5, 8): the loss's gradient carried from the head to the embeddings, block by block.
+"""The backward sweep (method.md 5, 8): the loss's gradient carried from the head to the embeddings, block by block.
 
 Only every so many hidden states are kept from the way forward; those between are computed anew, so that memory grows
 with the square root of the depth.
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peel_agent.peel.least_squares import Gram
-from peel_agent.peel.losses import logits
-from peel_agent.peel.streams import Streams, embedded, pieces
+from peel_agent.peel.numerics.least_squares import Gram
+from peel_agent.peel.numerics.losses import logits
+from peel_agent.peel.numerics.streams import Streams, embedded, pieces
 from peel_agent.records import Block, Chunk, Projection, TokenIds, Trace
 
 

@@ -1,7 +1,7 @@
-"""Bounds of a fully connected ReLU network: YES-0..YES-(K-1), the running minimum, the gap and the zone (METHOD 7).
+"""Bounds of a fully connected ReLU network: YES-0..YES-(K-1), the running minimum, the gap and the zone (method.md 7).
 
 References are fitted on `fit`, the best subset of way-points is picked on `select`, and every published number is
-measured on `confirm` (METHOD 1). A loss is the squared error of one sample, summed over the outputs. So YES-k falls
+measured on `confirm` (method.md 1). A loss is the squared error of one sample, summed over the outputs. So YES-k falls
 with k, and from checkpoint to checkpoint, on `select`; its published value follows the choice and may rise a little.
 """
 
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peel_agent.errors import CheckpointError, ConfigurationError
-from peel_agent.peel.feedforward import Net, Precision, Waypoints, constructions
-from peel_agent.peel.intervals import estimate
-from peel_agent.peel.least_squares import tokens_needed
+from peel_agent.peel.fully_connected.feedforward import Net, Precision, Waypoints, constructions
+from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.least_squares import tokens_needed
 from peel_agent.records import Best, Estimate, Samples, Skipped, YesMemory, Zone
 
 SampleLosses: TypeAlias = NDArray[np.float64]
@@ -156,7 +156,7 @@ def _check(trained: Net, samples: Samples) -> None:
 
 
 def _shortfall(trained: Net, samples: Samples) -> str | None:
-    """Why fits to so few samples cannot be trusted (METHOD 2); a construction's layers are as wide as the net or Y."""
+    """Why fits to so few samples cannot be trusted (method.md 2); a construction's layers are as wide as net or Y."""
     columns = max(trained.widths) + trained.biased
     count, needed = samples.fit.X.shape[1], tokens_needed(columns)
     return None if count >= needed else f"{count:,} fit samples; a fit of {columns:,} columns needs {needed:,}"

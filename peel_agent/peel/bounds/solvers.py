@@ -1,4 +1,4 @@
-"""How a block of a chain is fitted to a hidden state: `closed_form` (refit) or the paper's `descent` (METHOD 2, 3)."""
+"""How a chain's block is fitted to a hidden state: `closed_form` (refit) or the paper's `descent` (method.md 2, 3)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from peel_agent.errors import ConfigurationError
+from peel_agent.peel.numerics.streams import Streams, pieces, through
 from peel_agent.peel.references import refit
-from peel_agent.peel.streams import Streams, pieces, through
 from peel_agent.records import Block, Chunk
 
 DESCENT_STEPS = 6

@@ -1,4 +1,4 @@
-"""Target maps (METHOD 3): which hidden state each block of a chain is fitted to. 1-based, as in the paper."""
+"""Target maps (method.md 3): which hidden state each block of a chain is fitted to. 1-based, as in the paper."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ PAPER_26_BLOCKS = (
     *((1, 2, 26, 26, 26), (2, 3, 6, 8, 10), (1, 4, 5, 9, 10), (3, 4, 6, 25, 26), (1, 3, 5, 7, 9), (2, 4, 6, 25, 26)),
     *((1, 2, 3, 4, 25), (10, 10, 25, 25, 26), (1, 2, 10, *(26,) * 23), tuple(range(1, 27))),
 )
-"""The lists that arXiv 2605.02853 spells out for its two depths (METHOD 3)."""
+"""The lists that arXiv 2605.02853 spells out for its two depths (method.md 3)."""
 
 
 def paper(depth: int) -> tuple[TargetMap, ...]:
@@ -90,7 +90,7 @@ def _scaled(own: TargetMap, base: int, depth: int) -> TargetMap:
 
 
 def is_valid(own: TargetMap, depth: int) -> bool:
-    """METHOD 3: L' <= L, values within 1..L, non-decreasing, and pi(i) >= i."""
+    """method.md 3: L' <= L, values within 1..L, non-decreasing, and pi(i) >= i."""
     return _fault(own, depth) is None
 
 

@@ -1,0 +1,1 @@
+"""Fully connected ReLU networks and their YES bounds (method.md 7)."""

@@ -1,0 +1,1 @@
+"""Margins of blocks and their parts over cheap stand-ins (method.md 4)."""

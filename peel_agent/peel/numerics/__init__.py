@@ -1,0 +1,1 @@
+"""Least squares, intervals, losses, streams: what every quantity is computed with."""
