@@ -12,8 +12,12 @@ if TYPE_CHECKING:
 __all__ = ["scan"]
 
 
-def scan(path: str | Path, *, probe: str | Path, device: str = "cpu", **options: Any) -> PeelReport:
+def scan(
+    path: str | Path, *, probe: str | Path, since: str | Path | None = None, device: str = "cpu", **options: Any
+) -> PeelReport:
     """Peels one checkpoint in this process, as `peel-agent scan` does, and returns its report.
+
+    `since` is an earlier checkpoint of the run to hold it against.
 
     `options` are keys of the configuration's `[probe]` (`sequence_length`, `fit_tokens`, ...), `[peel]` (`effort`,
     `quantities`, `maps`, `solver`) and `[model]` sections (`precision`). Raises the errors of `peel_agent.errors`.
@@ -35,5 +39,6 @@ def scan(path: str | Path, *, probe: str | Path, device: str = "cpu", **options:
             peeling=settings.peel,
             model=settings.model,
             device=settings.device.in_process,
+            since=since,
             clock=time.perf_counter,
         )

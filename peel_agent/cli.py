@@ -16,7 +16,7 @@ from peel_agent.config import Settings, default_state_dir, load_settings
 from peel_agent.errors import ConfigurationError, PeelError, ProbeError
 from peel_agent.pipeline import plan_of
 from peel_agent.publish import Meter
-from peel_agent.records import PeelReport
+from peel_agent.records import FindingKind, PeelReport
 from peel_agent.watch import is_url
 
 
@@ -199,14 +199,15 @@ def _add_scan(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table", help="json: one report a line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
-    parser.add_argument("--fail-on", choices=("below", "improvable", "caution"), help="exit 1 when a report says so")
+    parser.add_argument("--since", metavar="CKPT", help="an earlier checkpoint of the run, to hold each one against")
+    parser.add_argument("--fail-on", choices=tuple(NEEDED), help="exit 1 when a report says so of a block, part or run")
     parser.set_defaults(run=_scan)
 
 
 def _scan(options: argparse.Namespace) -> int:
     settings = load_settings(options.config, _common_flags(options))
     _check_probe(settings)
-    _check_fail_on(settings, options.fail_on)
+    _check_fail_on(settings, options.fail_on, options.since)
     from peel_agent.pipeline import scan
     from peel_agent.publish import report_line, table
     from peel_agent.worker import quiet_libraries
@@ -224,6 +225,7 @@ def _scan(options: argparse.Namespace) -> int:
                         peeling=settings.peel,
                         model=settings.model,
                         device=settings.device.in_process,
+                        since=options.since,
                         clock=time.perf_counter,
                         progress=meter,
                     )
@@ -255,21 +257,46 @@ def _output(file: Path | None) -> AbstractContextManager[TextIO]:
         ) from error
 
 
-def _check_fail_on(settings: Settings, what: str | None) -> None:
+NEEDED = {
+    "below": "margin",
+    "changed": "margin",
+    "regressed": "margin",
+    "improvable": "headroom",
+    "caution": "bounds",
+}
+"""What must be computed for each condition of --fail-on."""
+
+FAILING: dict[str, frozenset[FindingKind]] = {
+    "below": frozenset({"below", "never_trained", "dead", "dropped", "flooding", "early", "collapsed"}),
+    "changed": frozenset({"changed"}),
+    "regressed": frozenset({"regressed"}),
+}
+"""The findings that meet each condition."""
+
+
+def _check_fail_on(settings: Settings, what: str | None, since: str | None) -> None:
     """A condition on something that is not computed would never be met."""
-    needed = {"below": "margin", "improvable": "headroom", "caution": "bounds"}.get(what or "")
-    if needed is not None and needed not in plan_of(settings.peel).quantities:
+    if what is None:
+        return
+    needed = NEEDED[what]
+    if needed not in plan_of(settings.peel).quantities:
         raise ConfigurationError(
             f"--fail-on {what} needs {needed}, which this scan does not compute",
             remedy=f"add --quantities {needed}, or take a larger --effort",
         )
+    if what in ("changed", "regressed") and since is None:
+        raise ConfigurationError(
+            f"--fail-on {what} needs an earlier checkpoint to compare with",
+            remedy="add --since with an earlier checkpoint of the run",
+        )
 
 
 def _fails(report: PeelReport, what: str | None) -> bool:
-    if what == "below":
-        return any(layer.status == "below" for layer in report.layers)
     if what == "improvable":
         return any(layer.headroom is not None and layer.headroom.low > 0.0 for layer in report.layers)
+    findings = [report.finding, *(layer.finding for layer in report.layers)]
+    if what in FAILING:
+        return any(finding is not None and finding.kind in FAILING[what] for finding in findings)
     return what is not None and report.zone == what
 
 
@@ -281,6 +308,12 @@ def _add_witness(parser: argparse.ArgumentParser) -> None:
     _add_probe(parser)
     _add_model(parser)
     parser.add_argument("--layer", type=int, required=True, metavar="N", help="the block's index, from 0")
+    parser.add_argument(
+        "--from",
+        dest="earlier",
+        metavar="CKPT",
+        help="an earlier checkpoint of the run, whose block is taken as the better one",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the patch, a .safetensors file")
     parser.set_defaults(run=_witness)
 
@@ -302,13 +335,15 @@ def _witness(options: argparse.Namespace) -> int:
                 model=settings.model,
                 device=settings.device.in_process,
                 clock=time.perf_counter,
+                earlier=options.earlier,
                 progress=meter,
             )
     finally:
         meter.close()
     print(f"loss as trained     {proven.trained} nats per token, on held-out tokens of the probe")
     print(f"loss with the patch {proven.patched}, measured again from {options.out} in a fresh process")
-    print(f"headroom            {proven.headroom}, paired by sequence")
+    what = "headroom" if options.earlier is None else "won"
+    print(f"{what:<19} {proven.headroom}, paired by sequence")
     print(f"in the patch: {', '.join(proven.names)}")
     return 0
 

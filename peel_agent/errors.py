@@ -8,6 +8,8 @@ PeelError
 │   ├── TornCheckpoint         changed or vanished while it was read                  retryable
 │   ├── NoRoom                 there is no room for a copy of it
 │   ├── StoreUnavailable       an object store cannot be reached now                  retryable
+│   ├── OtherArchitecture      the checkpoint to compare with is of another model
+│   ├── NotEarlier             the checkpoint to compare with is the same, or of a later step
 │   ├── UnknownFamily          no family plug-in knows this architecture
 │   └── WeightsMismatch        missing, unexpected or misshapen weights
 ├── NoWitness              no better weights were proven
@@ -83,6 +85,14 @@ class NoRoom(CheckpointError):
 
 class StoreUnavailable(CheckpointError):
     retryable = True
+
+
+class OtherArchitecture(CheckpointError):
+    pass
+
+
+class NotEarlier(CheckpointError):
+    pass
 
 
 class UnknownFamily(CheckpointError):

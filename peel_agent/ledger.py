@@ -6,22 +6,32 @@ the checkpoint counts as done. Sent items leave the outbox only after the tracke
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from peel_agent.errors import ConfigurationError, printable
-from peel_agent.records import CheckpointRef, Memory, Publication, RuleState, Verdict, restored
+from peel_agent.records import (
+    CheckpointRef,
+    Memory,
+    Publication,
+    RuleState,
+    Sketches,
+    Verdict,
+    decoded,
+    plain,
+    restored,
+)
 
 Outcome = Literal["peeled", "refused", "passed over", "vanished"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _TABLES = """
 CREATE TABLE checkpoints (
@@ -29,12 +39,38 @@ CREATE TABLE checkpoints (
     detail TEXT NOT NULL
 );
 CREATE TABLE rule_states (
-    rule TEXT, layer TEXT, phase TEXT NOT NULL, streak INTEGER NOT NULL, since_step INTEGER, PRIMARY KEY (rule, layer)
+    rule TEXT, subject TEXT, phase TEXT NOT NULL, streak INTEGER NOT NULL, since_step INTEGER,
+    PRIMARY KEY (rule, subject)
 );
 CREATE TABLE alerts (position INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, line TEXT NOT NULL);
 CREATE TABLE bound_memory (only INTEGER PRIMARY KEY CHECK (only = 1), memory TEXT NOT NULL);
 CREATE TABLE outbox (position INTEGER PRIMARY KEY, tracker TEXT NOT NULL, publication TEXT NOT NULL);
+CREATE TABLE last_observed (
+    only INTEGER PRIMARY KEY CHECK (only = 1), fingerprint TEXT NOT NULL, step INTEGER, sketches TEXT
+);
 """
+
+_MIGRATIONS = {
+    2: """
+ALTER TABLE rule_states RENAME COLUMN layer TO subject;
+CREATE TABLE last_observed (
+    only INTEGER PRIMARY KEY CHECK (only = 1), fingerprint TEXT NOT NULL, step INTEGER, sketches TEXT
+);
+""",
+}
+"""What brings a ledger of each version to the next one."""
+
+HISTORY = 12
+"""The reports before a checkpoint that it is diagnosed beside."""
+
+
+@dataclass(frozen=True)
+class LastObserved:
+    """The checkpoint that was judged last: what the next one is held against."""
+
+    fingerprint: str
+    step: int | None
+    sketches: Sketches | None
 
 
 class Ledger:
@@ -67,16 +103,29 @@ class Ledger:
             ) from error
 
     def _prepare(self) -> None:
-        self._db.execute("PRAGMA synchronous = FULL")
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version != SCHEMA_VERSION:
+        try:
+            version = self._migrate()
+        except sqlite3.Error:
+            self.close()
+            raise
+        if version != SCHEMA_VERSION:
             self.close()
             raise ConfigurationError(
                 f"{self.state_dir} was written by another version of peel-agent (ledger {version})",
                 remedy="use that version, or give [state] path a new folder",
             )
+
+    def _migrate(self) -> int:
+        """The ledger's version, once a new one has its tables and one of an earlier version is migrated."""
+        self._db.execute("PRAGMA synchronous = FULL")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            return SCHEMA_VERSION
+        while version in _MIGRATIONS:
+            self._db.executescript(f"BEGIN; {_MIGRATIONS[version]} PRAGMA user_version = {version + 1}; COMMIT;")
+            version += 1
+        return int(version)
 
     def close(self) -> None:
         self._db.close()
@@ -107,7 +156,9 @@ class Ledger:
         return tuple(self._db.execute(query))
 
     def rule_states(self) -> tuple[RuleState, ...]:
-        rows = self._db.execute("SELECT rule, layer, phase, streak, since_step FROM rule_states ORDER BY rule, layer")
+        rows = self._db.execute(
+            "SELECT rule, subject, phase, streak, since_step FROM rule_states ORDER BY rule, subject"
+        )
         return tuple(RuleState(*row) for row in rows)
 
     def alerts_log(self) -> str:
@@ -117,7 +168,24 @@ class Ledger:
     def bound_memory(self) -> Memory | None:
         """The running minimum of the bounds, None before the first."""
         row = self._db.execute("SELECT memory FROM bound_memory").fetchone()
-        return None if row is None else restored(json.loads(row[0]))
+        return None if row is None else decoded(Memory, json.loads(row[0]))
+
+    def last_observed(self) -> LastObserved | None:
+        """The checkpoint that was judged last, None before the first."""
+        row = self._db.execute("SELECT fingerprint, step, sketches FROM last_observed").fetchone()
+        if row is None:
+            return None
+        return LastObserved(row[0], row[1], None if row[2] is None else restored(Sketches, json.loads(row[2])))
+
+    def history(self) -> tuple[dict[str, Any], ...]:
+        """The JSON forms of the last reports of checkpoints with a step, in the order in which those were written."""
+        query = (
+            "SELECT detail FROM checkpoints WHERE outcome = 'peeled' AND step IS NOT NULL "
+            "ORDER BY committed_at DESC, step DESC LIMIT ?"
+        )
+        files = [self.reports_dir / name for (name,) in self._db.execute(query, (HISTORY,))]
+        # A report that somebody removed is missed by nobody but the diagnosis.
+        return tuple(json.loads(file.read_text(encoding="utf-8")) for file in reversed(files) if file.is_file())
 
     def record(
         self,
@@ -128,10 +196,13 @@ class Ledger:
         alert_lines: Mapping[str, str],
         memory: Memory | None,
         publications: Mapping[str, Publication],
+        observed: bool = False,
+        sketches: Sketches | None = None,
     ) -> Path:
         """Makes one peeled checkpoint final, and returns the path of its report.
 
-        `alert_lines` maps notice ids to lines, `publications` trackers to what they are to get.
+        `alert_lines` maps notice ids to lines, `publications` trackers to what they are to get. The next checkpoint is
+        held against one that was `observed`, by its files or its `sketches`.
         """
         path = self.reports_dir / self._report_name(ref)
         write_durably(path, report + "\n")
@@ -140,11 +211,14 @@ class Ledger:
             self._db.execute("DELETE FROM rule_states")
             self._db.executemany(
                 "INSERT INTO rule_states VALUES (?, ?, ?, ?, ?)",
-                [(s.rule, s.layer, s.phase, s.streak, s.since_step) for s in verdict.states],
+                [(s.rule, s.subject, s.phase, s.streak, s.since_step) for s in verdict.states],
             )
             self._db.executemany("INSERT OR IGNORE INTO alerts (id, line) VALUES (?, ?)", alert_lines.items())
             if memory is not None:
                 self._db.execute("INSERT OR REPLACE INTO bound_memory VALUES (1, ?)", (_dumped(memory),))
+            if observed:
+                kept = (ref.fingerprint, ref.step, None if sketches is None else json.dumps(plain(sketches)))
+                self._db.execute("INSERT OR REPLACE INTO last_observed VALUES (1, ?, ?, ?)", kept)
             self._db.executemany(
                 "INSERT INTO outbox (tracker, publication) VALUES (?, ?)",
                 [(name, _dumped(publication)) for name, publication in publications.items()],
@@ -182,7 +256,8 @@ class Ledger:
     def waiting(self, tracker: str) -> tuple[tuple[int, Publication], ...]:
         """What this tracker has not taken yet, oldest first, each with its receipt."""
         query = "SELECT position, publication FROM outbox WHERE tracker = ? ORDER BY position"
-        return tuple((position, _loaded(text)) for position, text in self._db.execute(query, (tracker,)))
+        rows = self._db.execute(query, (tracker,))
+        return tuple((position, restored(Publication, json.loads(text))) for position, text in rows)
 
     def sent(self, receipt: int) -> None:
         """The tracker took it: it leaves the outbox."""
@@ -218,9 +293,4 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def _dumped(record: Publication | Memory) -> str:
-    return json.dumps(dataclasses.asdict(record), allow_nan=False)
-
-
-def _loaded(text: str) -> Publication:
-    fields: dict[str, Any] = json.loads(text)
-    return Publication(**fields)
+    return json.dumps(plain(record), allow_nan=False)

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from peel_agent import registry
+from peel_agent.before import check_earlier, open_before, still_whole, without_comparison
 from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
+from peel_agent.diagnose import diagnose
 from peel_agent.errors import (
     CheckpointError,
-    ConfigurationError,
     IncompleteCheckpoint,
     TornCheckpoint,
     WorkerError,
 )
 from peel_agent.judge import judge
+from peel_agent.probing import probe_for, probe_path, probe_sizes
 from peel_agent.publish import alert_line, publication
 from peel_agent.records import (
+    Before,
     BoundMemory,
     CheckpointInfo,
     CheckpointRef,
@@ -33,13 +37,11 @@ from peel_agent.records import (
     Peeled,
     PeelReport,
     Plan,
-    Probe,
     ProbeInfo,
     Progress,
     Publication,
     Rule,
     RuleState,
-    Snapshot,
     Stack,
     Verdict,
     Weights,
@@ -49,11 +51,7 @@ from peel_agent.spi import Format
 from peel_agent.watch import checkpoint_ref, fetch, fingerprint, is_url
 
 if TYPE_CHECKING:
-    from peel_agent.load import ProbeSizes
-
-QUICK_SEQUENCE_LENGTH = 64
-QUICK_SELECT_TOKENS = 256
-QUICK_CONFIRM_TOKENS = 1024
+    pass
 
 
 def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
@@ -89,11 +87,16 @@ def measure(
     clock: Callable[[], float],
     patch: Path | None = None,
     earlier: Memory | None = None,
+    before: Before | None = None,
+    keep_sketches: bool = False,
+    require_before: bool = False,
     progress: Progress | None = None,
 ) -> Peeled:
-    """Loads and peels one checkpoint on `device` ("cpu", "cuda:0"); `earlier` is what the one before handed on.
+    """Loads and peels one checkpoint on `device` ("cpu", "cuda:0"); `earlier` are the best bounds so far.
 
-    A `patch` of safetensors replaces weights of the same names.
+    It is held against the checkpoint `before`; what cannot be compared is said in the report, or raised when that is
+    required. With `keep_sketches` the next one can be held against it when its files are gone. A `patch` of
+    safetensors replaces weights of the same names.
 
     Raises CheckpointError, ConfigurationError (a probe or a map that does not suit the model), and TornCheckpoint when
     the files changed while they were read.
@@ -107,6 +110,10 @@ def measure(
             peeled = _measure_network(
                 ref, weights, family=family, stack=stack, probe=probe, clock=clock, earlier=earlier
             )
+            if require_before:
+                peeled = dataclasses.replace(
+                    peeled, report=without_comparison(peeled.report, "a fully connected network has no blocks")
+                )
         else:
             peeled = _measure_decoder(
                 ref,
@@ -118,6 +125,7 @@ def measure(
                 clock=clock,
                 patch=patch,
                 earlier=earlier,
+                compared=_Compared(before, keep_sketches, require_before),
                 progress=progress,
             )
     except FileNotFoundError as error:
@@ -163,6 +171,7 @@ def _measure_decoder(
     clock: Callable[[], float],
     patch: Path | None,
     earlier: Memory | None,
+    compared: _Compared,
     progress: Progress | None,
 ) -> Peeled:
     from peel_agent.capture import open_trace
@@ -175,9 +184,13 @@ def _measure_decoder(
     )
     tokens = probe_for(snapshot, probe, quick=peeling.effort == "quick")
     trace = open_trace(snapshot, tokens, device=device)
+    opened = open_before(
+        compared.before, trace, model=model, keep_sketches=compared.keep_sketches, required=compared.required
+    )
     loaded = clock()
     known = earlier if isinstance(earlier, BoundMemory) else None
-    findings = peel(trace, plan_of(peeling), clock, earlier=known, progress=progress)
+    findings = peel(trace, plan_of(peeling), clock, earlier=known, progress=progress, comparison=opened.comparison)
+    is_compared = opened.comparison is not None and opened.comparison.stands
     report = PeelReport(
         checkpoint=CheckpointInfo(ref.label, ref.step, ref.format, ref.fingerprint),
         model=ModelInfo(snapshot.family, len(trace.block_names), snapshot.parameters, snapshot.precision),
@@ -191,10 +204,22 @@ def _measure_decoder(
         bounds=findings.bounds,
         layers=findings.layers,
         redundancy=findings.redundancy,
-        skipped=findings.skipped,
+        skipped=(*findings.skipped, *opened.skipped),
         timing=dataclasses.replace(findings.timing, load=loaded - start),
+        since_step=compared.before.step if compared.before is not None and is_compared else None,
     )
-    return Peeled(report, findings.memory)
+    if compared.before is not None and compared.before.ref is not None and not still_whole(compared.before.ref):
+        report = without_comparison(report, "the files of the checkpoint before changed while they were read")
+    return Peeled(report, findings.memory, findings.sketches)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What a checkpoint is held against, and how."""
+
+    before: Before | None
+    keep_sketches: bool
+    required: bool
 
 
 def _measure_network(
@@ -213,7 +238,7 @@ def _measure_network(
 
     start = clock()
     network = open_network(weights, family, stack)
-    samples = load_samples(_probe_path(probe), _sizes(probe))
+    samples = load_samples(probe_path(probe), probe_sizes(probe))
     loaded = clock()
     known = earlier if isinstance(earlier, YesMemory) else None
     findings, parameters = peel_network(network, samples, clock, earlier=known)
@@ -254,17 +279,20 @@ def conclude(
     ref: CheckpointRef,
     *,
     observed: bool,
+    history: Sequence[PeelReport],
     rules: Sequence[Rule],
     states: Sequence[RuleState],
     alerts_log: str,
     max_series: int,
 ) -> tuple[PeelReport, Verdict, Publication]:
-    """Judges a report, if it is an observation, against the states so far and composes what the trackers get.
+    """Diagnoses a report beside those before it, judges it, if it is an observation, and composes what trackers get.
 
-    `alerts_log` holds the lines of alerts so far; the publication carries it with the new ones appended.
+    `history` holds earlier reports of the run, oldest first; `alerts_log` the lines of alerts so far, to which the
+    publication adds the new ones.
     """
-    verdict = judge(report, rules, states) if observed else Verdict(tuple(states), ())
-    judged = dataclasses.replace(report, alerts=verdict.notices)
+    diagnosed = diagnose(report, history if observed else ())
+    verdict = judge(diagnosed, rules, states) if observed else Verdict(tuple(states), ())
+    judged = dataclasses.replace(diagnosed, alerts=verdict.notices)
     log = alerts_log + "".join(alert_line(notice) + "\n" for notice in verdict.notices)
     sent = publication(judged, verdict, committed_at=ref.committed_at, alerts_log=log, max_series=max_series)
     return judged, verdict, sent
@@ -278,11 +306,21 @@ def scan(
     model: ModelSettings | None = None,
     device: str = "cpu",
     format_name: str = "auto",
+    since: str | Path | None = None,
     clock: Callable[[], float],
     progress: Progress | None = None,
 ) -> PeelReport:
-    """One checkpoint located and measured in this process."""
-    with located(path, format_name) as ref:
+    """One checkpoint located, measured and diagnosed in this process; held against the one `since`, if it is given.
+
+    Raises NotEarlier and OtherArchitecture for a `since` that it cannot be held against.
+    """
+    with ExitStack() as places:
+        ref = places.enter_context(located(path, format_name))
+        before = None
+        if since is not None:
+            earlier = places.enter_context(located(since, format_name))
+            check_earlier(earlier, ref)
+            before = Before(earlier.step, earlier)
         peeled = measure(
             ref,
             probe=probe,
@@ -290,9 +328,11 @@ def scan(
             model=model or ModelSettings(),
             device=device,
             clock=clock,
+            before=before,
+            require_before=before is not None,
             progress=progress,
         )
-    return peeled.report
+    return diagnose(peeled.report, ())
 
 
 @contextmanager
@@ -304,44 +344,6 @@ def located(path: str | Path, format_name: str = "auto") -> Iterator[CheckpointR
     with TemporaryDirectory(prefix="peel-agent-") as folder:
         copy = fetch(str(path), Path(folder), registry.formats(format_name))
         yield dataclasses.replace(locate(copy, format_name), url=str(path).rstrip("/"))
-
-
-def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = False) -> Probe:
-    """The probe of the settings, for this model."""
-    from peel_agent.load import ProbeSizes, load_probe
-    from peel_agent.peel import tokens_needed
-
-    sizes = _sizes(settings)
-    if quick:
-        length = sizes.sequence_length or min(snapshot.context, QUICK_SEQUENCE_LENGTH)
-        sizes = ProbeSizes(
-            min(sizes.fit, tokens_needed(snapshot.width + 1) + length),
-            min(sizes.select, QUICK_SELECT_TOKENS),
-            min(sizes.confirm, QUICK_CONFIRM_TOKENS),
-            length,
-        )
-    folder = snapshot.ref.path if snapshot.ref.path.is_dir() else snapshot.ref.path.parent
-    return load_probe(
-        _probe_path(settings),
-        sizes,
-        vocabulary=snapshot.vocabulary,
-        context=snapshot.context,
-        tokenizer=settings.tokenizer or folder / "tokenizer.json",
-    )
-
-
-def _probe_path(settings: ProbeSettings) -> Path:
-    if settings.path is None:
-        raise ConfigurationError(
-            "no probe is named", remedy="give --probe FILE, or [probe] path, with held-out tokens of the training data"
-        )
-    return settings.path
-
-
-def _sizes(settings: ProbeSettings) -> ProbeSizes:
-    from peel_agent.load import ProbeSizes
-
-    return ProbeSizes(settings.fit_tokens, settings.select_tokens, settings.confirm_tokens, settings.sequence_length)
 
 
 def check_unchanged(ref: CheckpointRef, form: Format) -> None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peel_agent.config import Settings, worker_environment
+from peel_agent.diagnose import lineage
 from peel_agent.errors import ConfigurationError, PeelError, TornCheckpoint, WorkerError, printable
 from peel_agent.ledger import Ledger
 from peel_agent.pipeline import conclude
-from peel_agent.publish import alert_line, headline, report_line
-from peel_agent.records import CheckpointRef, Peeled
+from peel_agent.publish import alert_line, headline, report_from_json, report_line
+from peel_agent.records import Before, CheckpointRef, Peeled
 from peel_agent.watch import Observed, Pins, Queue, Source
 from peel_agent.worker import Request
 
@@ -52,14 +53,25 @@ class Rounds:
     _refused: set[str] = field(default_factory=set)
     _rewritten: set[Path] = field(default_factory=set)
     _told: set[tuple[str, str]] = field(default_factory=set)
+    _last_observed: CheckpointRef | None = None
+    """Held until the next one is peeled, which is held against it."""
 
     def __post_init__(self) -> None:
         self._pins = Pins(self.source.root, self.ledger.state_dir)
         self._queue = Queue(self._pins, self.policy)
+        last = self.ledger.last_observed()
         for ref in self._pins.left():
-            if self._is_due(ref):
+            if last is not None and ref.fingerprint == last.fingerprint:
+                self._last_observed = ref
+            elif self._is_due(ref):
                 self._queue.put_back(ref)
-        self._pins.release_all(but=self._queue.held())
+        self._pins.release_all(but=self._needed())
+
+    def _needed(self) -> tuple[CheckpointRef, ...]:
+        """Those whose files are held: they wait, are in work, or the next one is to be held against them."""
+        working = [] if self._job is None else [self._job.ref]
+        last = [] if self._last_observed is None else [self._last_observed]
+        return (*self._queue.held(), *working, *last)
 
     def make(self, now: float) -> Observed:
         """One round at the time `now`, in Unix seconds. Raises ConfigurationError when nothing can be peeled so."""
@@ -76,8 +88,7 @@ class Rounds:
 
     def close(self) -> None:
         """Lets go of every file that the next start will not need."""
-        working = () if self._job is None else (self._job.ref,)
-        self._pins.release_all(but=(*self._queue.held(), *working))
+        self._pins.release_all(but=self._needed())
 
     def _take(self, observed: Observed) -> None:
         for ref in observed.ready:
@@ -89,6 +100,14 @@ class Rounds:
         for ref in (*observed.vanished, *self._queue.gone()):
             if self._is_due(ref) and ref not in self._queue:
                 self._miss(ref)
+        last = self._last_observed
+        if last is not None and last.held is not None and self._pins.crowded():
+            self._pins.release(last)
+            self._last_observed = None
+            self.say(
+                f"the file system of {self._pins.folder} is nearly full: the last checkpoint is not kept for "
+                "comparison; how far weights changed is estimated from their sketches"
+            )
         if full := self._queue.make_room():
             self.say(f"the file system of {full} is nearly full: waiting checkpoints are not kept from rotation now")
         for path, reason in observed.unreadable:
@@ -129,7 +148,21 @@ class Rounds:
             memory_fraction=settings.device.memory_fraction,
             copy_to=self._pins.folder if ref.path in self._rewritten else None,
             earlier=self.ledger.bound_memory() if self._is_observation(ref) else None,
+            before=self._before(ref),
+            keep_sketches=self._is_observation(ref),
         )
+
+    def _before(self, ref: CheckpointRef) -> Before:
+        """What this checkpoint is held against: the one observed last, unless that is of a later step."""
+        last = self.ledger.last_observed()
+        if not self._is_observation(ref):
+            return Before(why_not="it has no place in the order of the run: no step, or an earlier one that came late")
+        if last is None:
+            return Before(why_not="it is the first checkpoint of this run")
+        if last.step is not None and ref.step is not None and last.step >= ref.step:
+            return Before(why_not=f"the run went back: the checkpoint before is of step {last.step}")
+        held = self._last_observed
+        return Before(last.step, None if held is None else self._pins.newest(held), last.sketches)
 
     def _conclude_job(self) -> None:
         if self._job is None or not self._job.answer.done():
@@ -153,7 +186,7 @@ class Rounds:
             self._refuse(ref, error)
         else:
             self._finish(ref, peeled)
-        self._pins.release(ref)
+        self._let_go(ref)
         if self.ledger.outcome(ref.fingerprint) is not None or self._attempts.get(ref.fingerprint, 0) >= ATTEMPTS:
             self.source.done(ref)
 
@@ -194,6 +227,7 @@ class Rounds:
             peeled.report,
             ref,
             observed=observed,
+            history=lineage(map(report_from_json, self.ledger.history()), ref.step),
             rules=self.settings.rules,
             states=self.ledger.rule_states(),
             alerts_log=self.ledger.alerts_log(),
@@ -207,12 +241,26 @@ class Rounds:
             alert_lines={notice.id: alert_line(notice) for notice in verdict.notices},
             memory=peeled.memory if observed else None,
             publications=dict.fromkeys(self.settings.tracker.use, sent),
+            observed=observed,
+            sketches=peeled.sketches,
         )
+        if observed:
+            self._keep_for_next(ref)
         self.say(headline(report))
         for notice in verdict.notices:
             self.say(f"ALERT {notice.state}: {notice.text}")
         if self.emit is not None:
             self.emit(line)
+
+    def _let_go(self, ref: CheckpointRef) -> None:
+        if self._last_observed is None or ref.fingerprint != self._last_observed.fingerprint:
+            self._pins.release(ref)
+
+    def _keep_for_next(self, ref: CheckpointRef) -> None:
+        """Holds on to this checkpoint, and lets go of the one before it."""
+        earlier, self._last_observed = self._last_observed, ref
+        if earlier is not None and earlier.fingerprint != ref.fingerprint:
+            self._pins.release(earlier)
 
 
 def _name(ref: CheckpointRef) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from peel_agent import registry
+from peel_agent.before import check_earlier, open_past
 from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings, worker_environment
 from peel_agent.errors import ConfigurationError, NoWitness
-from peel_agent.pipeline import located, probe_for
+from peel_agent.pipeline import located
+from peel_agent.probing import probe_for
 from peel_agent.records import CheckpointRef, Estimate, Progress
 from peel_agent.worker import Request, ask
 
@@ -43,20 +46,35 @@ def witness(
     model: ModelSettings,
     device: str,
     clock: Callable[[], float],
+    earlier: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Witness:
     """Writes better weights for block `layer` (0-based) to `out`, and measures them from there in a fresh process.
 
-    Raises NoWitness, leaving no file, when the block's headroom cannot be told from 0 or the file does not win it.
+    They are the block's own weights of the checkpoint `earlier`, if it is given, else those that its headroom was
+    measured with. Raises NoWitness, leaving no file, when the win cannot be told from 0 or the file does not win it.
     """
-    with located(path) as ref:
+    with ExitStack() as places:
+        ref = places.enter_context(located(path))
+        before = None if earlier is None else places.enter_context(located(earlier))
+        if before is not None:
+            check_earlier(before, ref, flag="--from")
         return _witness(
-            ref, layer=layer, out=out, probe=probe, model=model, device=device, clock=clock, progress=progress
+            ref,
+            before,
+            layer=layer,
+            out=out,
+            probe=probe,
+            model=model,
+            device=device,
+            clock=clock,
+            progress=progress,
         )
 
 
 def _witness(
     ref: CheckpointRef,
+    earlier: CheckpointRef | None,
     *,
     layer: int,
     out: Path,
@@ -70,7 +88,7 @@ def _witness(
 
     from peel_agent.capture import open_trace
     from peel_agent.load import open_snapshot
-    from peel_agent.peel import improve
+    from peel_agent.peel import earlier_block, improve
 
     (form,) = registry.formats(ref.format)
     snapshot = open_snapshot(ref, form, registry.family, sets=model.precision, factory=model.factory)
@@ -81,7 +99,10 @@ def _witness(
         )
     if not out.absolute().parent.is_dir():
         raise ConfigurationError(f"cannot write {out}: its folder is not there", remedy="check the path of --out")
-    better = improve(trace, layer, clock, progress)
+    if earlier is None:
+        better = improve(trace, layer, clock, progress)
+    else:
+        better = earlier_block(trace, open_past(earlier, earlier.step, trace, model), layer, clock, progress)
     patch = {name: weight.cpu().to(snapshot.weights.read(name).dtype) for name, weight in better.weights.items()}
     try:
         save_file(patch, out)

@@ -24,8 +24,7 @@ from typing import Any
 from peel_agent import errors
 from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
 from peel_agent.errors import PeelError, WorkerError
-from peel_agent.publish import report_from_json
-from peel_agent.records import CheckpointRef, Memory, Peeled, WeightSet, restored
+from peel_agent.records import Before, CheckpointRef, Memory, Peeled, plain, restored
 
 PARENT_SECONDS = 2.0
 
@@ -44,38 +43,20 @@ class Request:
     device: str
     nice: int
     earlier: Memory | None = None
+    before: Before | None = None
+    """The checkpoint to hold this one against; None when nobody asked for that."""
+    keep_sketches: bool = False
     patch: Path | None = None
     memory_fraction: float = 1.0
     copy_to: Path | None = None
     """A folder of pins, when the files are to be copied there before they are read."""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), default=str)
+        return json.dumps(plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> Request:
-        raw = json.loads(text)
-        probe, peel = raw["probe"], raw["peel"]
-        paths = {key: Path(probe[key]) for key in ("path", "tokenizer") if probe[key] is not None}
-        maps = peel["maps"] if isinstance(peel["maps"], str) else tuple(tuple(own) for own in peel["maps"])
-        return cls(
-            ref=CheckpointRef.restored(raw["ref"]),
-            probe=ProbeSettings(**(probe | paths)),
-            peel=PeelSettings(**(peel | {"maps": maps})),
-            model=ModelSettings(
-                raw["model"]["factory"], {glob: WeightSet(**own) for glob, own in raw["model"]["precision"].items()}
-            ),
-            device=raw["device"],
-            nice=raw["nice"],
-            earlier=None if raw["earlier"] is None else restored(raw["earlier"]),
-            patch=_path(raw["patch"]),
-            memory_fraction=raw["memory_fraction"],
-            copy_to=_path(raw["copy_to"]),
-        )
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+        return restored(cls, json.loads(text))
 
 
 def command() -> list[str]:
@@ -119,8 +100,7 @@ def _peeled_from(answer: dict[str, Any]) -> Peeled:
         error = answer["error"]
         kind: type[PeelError] = getattr(errors, error["kind"], errors.CheckpointError)  # a plug-in may have its own
         raise kind(error["what"], remedy=error["remedy"])
-    memory = answer["memory"]
-    return Peeled(report_from_json(answer["report"]), None if memory is None else restored(memory))
+    return restored(Peeled, answer["peeled"])
 
 
 def main() -> int:
@@ -138,7 +118,7 @@ def main() -> int:
 
 def _answer(request: Request) -> dict[str, Any]:
     from peel_agent.pipeline import measure
-    from peel_agent.publish import Meter, report_json
+    from peel_agent.publish import Meter
     from peel_agent.watch import copied
 
     meter = Meter(_to_stderr, time.monotonic, terminal=sys.stderr.isatty())
@@ -159,10 +139,11 @@ def _answer(request: Request) -> dict[str, Any]:
             device=request.device,
             clock=time.perf_counter,
             earlier=request.earlier,
+            before=request.before,
+            keep_sketches=request.keep_sketches,
             progress=progress,
         )
-        memory = None if peeled.memory is None else dataclasses.asdict(peeled.memory)
-        return {"report": report_json(peeled.report), "memory": memory}
+        return {"peeled": plain(peeled)}
     except PeelError as error:
         return {"error": {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy}}
     finally:

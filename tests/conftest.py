@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+# An example takes as long as it takes: by default more than 200 ms of a slow or busy machine would be a failure.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 LONG = ("test_low_bit", "test_held_back_block", "test_watch", "test_demo", "test_hostile_folder", "test_dcp_format")
 """Modules that take minutes: processes share the work module by module, and a long one last would be waited for."""

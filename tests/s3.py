@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -36,13 +39,14 @@ def s3_server(folder: Path, port: int) -> Iterator[str]:
         yield url
     finally:
         server.kill()
-        server.wait(timeout=30)
+        server.wait(timeout=240)
 
 
 class Gateway:
     """Passes requests on to a server. `gets` are the object keys that were read, one entry a request.
 
     `before(method, key)` is asked first: an (HTTP status, S3 error code) is answered instead of the server's answer.
+    With `written`, all objects are said to have been written in that second, as whole seconds in UTC.
     """
 
     def __init__(self, upstream_port: int) -> None:
@@ -50,6 +54,7 @@ class Gateway:
         self.lists = 0
         self.before: Callable[[str, str], tuple[int, str] | None] = lambda method, key: None
         self.cut = False
+        self.written: datetime | None = None
         gateway = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -81,7 +86,7 @@ class Gateway:
 
     def reset(self) -> None:
         """No faults, and nothing counted."""
-        self.gets, self.lists, self.cut = [], 0, False
+        self.gets, self.lists, self.cut, self.written = [], 0, False, None
         self.before = lambda method, key: None
 
     def _pass_on(self, request: BaseHTTPRequestHandler, port: int) -> None:
@@ -102,7 +107,7 @@ class Gateway:
             self.lists += 1
         elif method == "GET":
             self.gets.append(key)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
         try:
             connection.request(method, request.path, body=body, headers=dict(request.headers))
             answer = connection.getresponse()
@@ -113,6 +118,13 @@ class Gateway:
             {"content-length"} if method == "HEAD" else set()
         )
         headers = {name: value for name, value in answer.getheaders() if name.lower() not in dropped}
+        if self.written is not None:
+            headers = {
+                name: format_datetime(self.written, usegmt=True) if name.lower() == "last-modified" else value
+                for name, value in headers.items()
+            }
+            stamp = f"<LastModified>{self.written:%Y-%m-%dT%H:%M:%S}.000Z</LastModified>"
+            content = re.sub(rb"<LastModified>[^<]*</LastModified>", stamp.encode(), content)
         _answer(request, answer.status, headers, content)
 
 

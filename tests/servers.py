@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-START_SECONDS = 90
+START_SECONDS = 240
 _SHARED = pytest.StashKey[str]()
 
 
@@ -54,14 +54,14 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
         yield uri
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=240)
 
 
 def wait_until_it_answers(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     """Returns once the server answers at `url`; RuntimeError with its log when it ended or takes too long."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=60):
             return
         time.sleep(0.05)
     raise RuntimeError(f"the server did not answer at {url} (exit status {server.poll()}):\n{log.read_text()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peel_agent.precision import Quantisers
-from peel_agent.records import Anatomy, Features, Gradient, Observation, Projection, WeightSet
+from peel_agent.records import Anatomy, Features, Gradient, Observation, PartName, Projection, WeightSet
 
 
 class ResidentBlock:
@@ -50,6 +50,7 @@ class ResidentBlock:
             key: quantisers.effective(weight, sets[key]) for key, weight in stored.items()
         }
         self.has_parts = bool(anatomy.mlp_path)
+        self.part_names: Mapping[PartName, tuple[str, ...]] = _part_names(stored, anatomy.mlp_path)
         self.has_projections = anatomy.attention_output is not None and anatomy.mlp_output is not None
         if anatomy.attention_output is not None:
             self.attention_projection = self._projection(anatomy.attention_output)
@@ -72,6 +73,10 @@ class ResidentBlock:
 
     def run_with(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         return self._call(h, {key: self._straight_through(key, weight) for key, weight in parameters.items()})
+
+    @torch.no_grad()
+    def run_as(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        return self._call(h, parameters)
 
     def _straight_through(self, key: str, latents: Tensor) -> Tensor:
         if key not in self.sets:
@@ -172,6 +177,14 @@ class ResidentBlock:
         returned = functional_call(self._module.get_submodule(name), own, (x,))
         output: Tensor = returned[0] if isinstance(returned, tuple) else returned
         return output
+
+
+def _part_names(names: Iterable[str], mlp_path: tuple[str, ...]) -> dict[PartName, tuple[str, ...]]:
+    """The weights of the two parts: those of the modules on the MLP's path, and all others."""
+    if not mlp_path:
+        return {}
+    inside = tuple(name for name in names if name.startswith(tuple(f"{module}." for module in mlp_path)))
+    return {"attention": tuple(name for name in names if name not in inside), "mlp": inside}
 
 
 def _like(inner: Tensor, h: Tensor) -> Tensor:

@@ -88,6 +88,21 @@ class BlockwiseTrace:
         self._rehearse(probe.fit[:1])
         self.width = int(self.embed(probe.fit[:1]).shape[-1])
 
+    @property
+    def stored_names(self) -> tuple[dict[str, tuple[int, ...]], ...]:
+        """Full name and shape of every weight of each block."""
+        named = zip(self.block_names, self._blocks, strict=True)
+        return tuple(
+            {f"{name}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+            for name, module in named
+        )
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What the first block's first matrix is stored as."""
+        names = self.stored_names[0]
+        return self._snapshot.weights.read(max(names, key=lambda name: len(names[name]))).dtype
+
     def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
         """The module's parameters and stored buffers from the checkpoint, floating ones as float32, on the device."""
         state = {}

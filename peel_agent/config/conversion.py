@@ -9,13 +9,13 @@ from typing import Any
 
 from peel_agent.config.sections import Precision
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import SETS, WeightSet
+from peel_agent.records import CHECKPOINTS, SETS, WeightSet
 
 CHOICES = {
     "peel.effort": ("quick", "standard", "full"),
     "peel.solver": ("closed_form", "descent", "descent_cold"),
     "peel.quantities": ("margin", "bounds", "headroom", "redundancy"),
-    "rule.kind": ("layer_below",),
+    "rule.kind": tuple(CHECKPOINTS),
     "rule.severity": ("info", "warning", "critical"),
 }
 

@@ -109,8 +109,8 @@ def _check_ranges(settings: Settings) -> None:
         "tracker.max_series": (settings.tracker.max_series, 10),
     }
     for rule in settings.rules:
-        least[f"rule.{rule.name}.for_checkpoints"] = (rule.for_checkpoints, 1)
-        least[f"rule.{rule.name}.clear_checkpoints"] = (rule.clear_checkpoints, 1)
+        least[f"rule.{rule.name}.for_checkpoints"] = (rule.raised_after, 1)
+        least[f"rule.{rule.name}.clear_checkpoints"] = (rule.cleared_after, 1)
         if not re.fullmatch(r"[\w.-]{1,100}", rule.name):
             raise ConfigurationError(
                 f"a rule is called `{rule.name}`", remedy="letters, digits, `_`, `-` and `.` make a rule's name"

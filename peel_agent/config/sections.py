@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from peel_agent.records import Rule, WeightSet
+from peel_agent.records import Rule, RuleKind, WeightSet
 
 Backlog: TypeAlias = str
 Device: TypeAlias = str
@@ -97,6 +97,17 @@ class StateSettings:
     path: Path | None = None
 
 
+SHIPPED_RULES: tuple[RuleKind, ...] = (
+    "layer_below",
+    "layer_changed",
+    "layer_regressed",
+    "layer_dropped",
+    "layer_stalled",
+    "layer_flooding",
+)
+"""The rules without a configuration, chosen by the gallery (docs/proof.md)."""
+
+
 @dataclass(frozen=True)
 class Settings:
     watch: WatchSettings = WatchSettings()
@@ -106,4 +117,4 @@ class Settings:
     device: DeviceSettings = DeviceSettings()
     tracker: TrackerSettings = TrackerSettings()
     state: StateSettings = StateSettings()
-    rules: tuple[Rule, ...] = (Rule(name="layer_below", kind="layer_below"),)
+    rules: tuple[Rule, ...] = tuple(Rule(name=kind, kind=kind) for kind in SHIPPED_RULES)

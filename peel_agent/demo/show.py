@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from peel_agent.demo.text import corpus
-from peel_agent.publish import report_from_json, table
+from peel_agent.publish import ACCUSING, report_from_json, table
 from peel_agent.records import PeelReport
 
 HELD_BACK = 3
@@ -34,12 +34,6 @@ poll_seconds = 2
 fit_tokens = 32768
 select_tokens = 8192
 confirm_tokens = 16384
-
-[[rule]]
-name = "layer_below"
-kind = "layer_below"
-for_checkpoints = 2
-after_step = 200  # early in a training every block's margin is near zero
 """
 
 
@@ -152,20 +146,15 @@ def _tell(folder: Path, report: PeelReport | None, *, healthy: bool) -> int:
         print(f"demo: did not reach its end; see {folder / 'training.log'} and the lines above")
         return 1
     print("\n" + table(report) + "\n")
-    below = [layer for layer in report.layers if layer.status == "below"]
-    for layer in below:
-        assert layer.margin is not None
-        others = [other.margin.value for other in report.layers if other is not layer and other.margin is not None]
-        print(
-            f"Finding: {layer.name} does nothing that `{layer.best_reference}` in its place would not do.\n"
-            f"         Its margin is {layer.margin.value:.4f} nats per token; the other blocks' are {min(others):.4f} "
-            f"to {max(others):.4f}."
-        )
-    if not below:
+    accused = [layer for layer in report.layers if layer.finding is not None and layer.finding.kind in ACCUSING]
+    for layer in accused:
+        assert layer.finding is not None
+        print(f"Finding: {layer.finding.words}.")
+    if not accused:
         undecided = sum(layer.status == "undecided" for layer in report.layers)
-        print(f"Finding: no block is below its cheap stand-ins; {undecided} undecided.")
+        print(f"Finding: nothing is wrong with any layer; {undecided} undecided.")
     print(f"Training loss, which shows nothing of this: {folder / 'training.log'}")
     print(f"Report:   {folder / 'state' / 'reports' / f'step-{STEPS:09d}.json'}")
     print(f"In MLflow: mlflow ui --backend-store-uri {_store(folder)}")
     expected = [] if healthy else [HELD_BACK]
-    return int([layer.index for layer in below] != expected)
+    return int([layer.index for layer in accused] != expected)

@@ -1,4 +1,4 @@
-"""One report against every rule: a pure step of each (rule, layer)'s state."""
+"""One report against every rule: a pure step of each (rule, subject)'s state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Literal
 
-from peel_agent.judge.kinds import KINDS, Speaks, Testimony
+from peel_agent.judge.kinds import KINDS, Testimony
 from peel_agent.records import Notice, PeelReport, Rule, RuleState, Verdict
 
 _SILENCE = Testimony("neither", "")
@@ -17,48 +17,51 @@ _SILENCE = Testimony("neither", "")
 def judge(report: PeelReport, rules: Sequence[Rule], states: Sequence[RuleState]) -> Verdict:
     """The states after this report and the notices of what began or ended with it.
 
-    `states` are those of the verdict before. The verdict holds one state for every rule and every layer seen so far;
-    states of rules that are no longer configured are dropped. Judging one checkpoint twice counts it twice: the caller
-    prevents it. A checkpoint without a step counts as step 0 against `after_step`.
+    `states` are those of the verdict before. The verdict holds one state for every rule and every block and part seen
+    so far; states of rules that are no longer configured are dropped. Judging one checkpoint twice counts it twice: the
+    caller prevents it. A checkpoint without a step counts as step 0 against `after_step`.
     """
-    earlier = {(state.rule, state.layer): state for state in states}
+    earlier = {(state.rule, state.subject): state for state in states}
     kept: list[RuleState] = []
     notices: list[Notice] = []
     for rule in rules:
         testimonies = KINDS[rule.kind](report)
         warm = (report.checkpoint.step or 0) >= rule.after_step
-        unseen = (state.layer for state in states if state.rule == rule.name and state.layer not in testimonies)
-        for layer in (*testimonies, *unseen):
-            testimony = testimonies.get(layer, _SILENCE)
-            before = earlier.get((rule.name, layer)) or _inactive(rule.name, layer)
-            after = _step(before, testimony.speaks if warm else "neither", rule, report.checkpoint.step)
+        unseen = (state.subject for state in states if state.rule == rule.name and state.subject not in testimonies)
+        for subject in (*testimonies, *unseen):
+            testimony = testimonies.get(subject, _SILENCE)
+            before = earlier.get((rule.name, subject)) or _inactive(rule.name, subject)
+            after = _step(before, testimony if warm else _SILENCE, rule, report.checkpoint.step)
             kept.append(after)
-            if (notice := _change(before, after, rule, report, words=testimony.words)) is not None:
+            if (notice := _change(before, after, rule, report, testimony=testimony)) is not None:
                 notices.append(notice)
     return Verdict(states=tuple(kept), notices=tuple(notices))
 
 
-def _inactive(rule: str, layer: str) -> RuleState:
-    return RuleState(rule, layer, phase="inactive", streak=0, since_step=None)
+def _inactive(rule: str, subject: str) -> RuleState:
+    return RuleState(rule, subject, phase="inactive", streak=0, since_step=None)
 
 
-def _step(state: RuleState, speaks: Speaks, rule: Rule, step: int | None) -> RuleState:
+def _step(state: RuleState, testimony: Testimony, rule: Rule, step: int | None) -> RuleState:
     """`streak` counts what would end the phase: confirmations while pending, contrary checkpoints while firing."""
+    speaks = testimony.speaks
     if speaks == "neither":
         return state
     if state.phase == "firing":
         streak = state.streak + 1 if speaks == "against" else 0
-        return _inactive(rule.name, state.layer) if streak >= rule.clear_checkpoints else replace(state, streak=streak)
+        return _inactive(rule.name, state.subject) if streak >= rule.cleared_after else replace(state, streak=streak)
     if speaks == "against":
-        return _inactive(rule.name, state.layer)
+        return _inactive(rule.name, state.subject)
     streak = state.streak + 1
     since = step if state.phase == "inactive" else state.since_step
-    if streak >= rule.for_checkpoints:
-        return RuleState(rule.name, state.layer, phase="firing", streak=0, since_step=since)
-    return RuleState(rule.name, state.layer, phase="pending", streak=streak, since_step=since)
+    if streak >= rule.raised_after or (testimony.plain and rule.for_checkpoints is None):
+        return RuleState(rule.name, state.subject, phase="firing", streak=0, since_step=since)
+    return RuleState(rule.name, state.subject, phase="pending", streak=streak, since_step=since)
 
 
-def _change(before: RuleState, after: RuleState, rule: Rule, report: PeelReport, *, words: str) -> Notice | None:
+def _change(
+    before: RuleState, after: RuleState, rule: Rule, report: PeelReport, *, testimony: Testimony
+) -> Notice | None:
     """The notice of an alert that began or ended between two states, if one did."""
     state: Literal["firing", "resolved"]
     if before.phase != "firing" and after.phase == "firing":
@@ -67,16 +70,18 @@ def _change(before: RuleState, after: RuleState, rule: Rule, report: PeelReport,
         state, since = "resolved", before.since_step
     else:
         return None
-    # Without a step two alerts of one layer would share their id, and the second would be taken for a repetition.
+    # Without a step two alerts of one subject would share their id, and the second would be taken for a repetition.
     began = since if since is not None else report.checkpoint.fingerprint
     return Notice(
-        id=sha256(json.dumps([rule.name, after.layer, state, began]).encode()).hexdigest()[:16],
+        id=sha256(json.dumps([rule.name, after.subject, state, began]).encode()).hexdigest()[:16],
         rule=rule.name,
         severity=rule.severity,
         state=state,
-        layer=after.layer,
+        subject=after.subject,
         step=report.checkpoint.step,
-        text=words + _duration(before.streak + 1, state, since),
+        text=testimony.words + _duration(before.streak + 1, state, since),
+        since_step=since,
+        causes=testimony.causes if state == "firing" else (),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,18 +13,28 @@ from peel_agent.peel.bounds.chains import chained, hidden_states_of
 from peel_agent.peel.bounds.maps import suite
 from peel_agent.peel.bounds.solvers import solver_named
 from peel_agent.peel.fully_connected.network import peel_network
-from peel_agent.peel.headroom.headroom import headrooms
-from peel_agent.peel.headroom.improve import Improvement, improve
-from peel_agent.peel.layers import layer_reports
-from peel_agent.peel.margins.race import race
+from peel_agent.peel.headroom.headroom import Headroom, headrooms
+from peel_agent.peel.headroom.improve import Improvement, earlier_block, improve
+from peel_agent.peel.layers import Measured, layer_reports
+from peel_agent.peel.margins.race import Raced, race
 from peel_agent.peel.numerics.intervals import estimate
 from peel_agent.peel.numerics.least_squares import tokens_needed
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.numerics.streams import out_of_memory
+from peel_agent.peel.past.comparison import Comparison
 from peel_agent.peel.redundancy import redundancy
-from peel_agent.records import Block, BoundMemory, Findings, Plan, Progress, Skipped, Trace
+from peel_agent.records import Block, BoundMemory, Findings, LayerReport, Plan, Progress, Skipped, Trace
 
-__all__ = ["Improvement", "improve", "out_of_memory", "peel", "peel_network", "tokens_needed"]
+__all__ = [
+    "Comparison",
+    "Improvement",
+    "earlier_block",
+    "improve",
+    "out_of_memory",
+    "peel",
+    "peel_network",
+    "tokens_needed",
+]
 
 
 def peel(
@@ -34,8 +44,11 @@ def peel(
     *,
     earlier: BoundMemory | None = None,
     progress: Progress | None = None,
+    comparison: Comparison | None = None,
 ) -> Findings:
-    """Peels one checkpoint as planned; `earlier` is what the checkpoint before handed on, `progress` is told how far.
+    """Peels one checkpoint as planned, beside the one before it if there is a `comparison`.
+
+    `earlier` are the best bounds that the checkpoint before handed on, `progress` is told how far the work is.
 
     Raises ConfigurationError for maps that this model cannot have, CheckpointError when its loss is not a number.
     """
@@ -47,7 +60,8 @@ def peel(
         plan = replace(plan, references=())
     plan, skipped = _possible(plan, next(iter(trace.blocks(stop=1))))
     keep = hidden_states_of(chained(maps, depth, solver), solver) | {depth} if maps else frozenset[int]()
-    swept, margins = race(trace, plan, keep, stopwatch)
+    raced = race(trace, plan, keep, stopwatch, comparison=comparison)
+    swept = raced.swept
     if not np.isfinite(swept.trained).all():
         raise CheckpointError(
             "the loss of this checkpoint is not a finite number",
@@ -66,9 +80,8 @@ def peel(
             earlier=earlier,
             stopwatch=stopwatch,
         )
-    won, left_out = headrooms(trace, swept.trained, stopwatch) if "headroom" in plan.quantities else ({}, ())
+    layers, left_out = _layers(trace, plan, raced, comparison, stopwatch)
     skipped += bounds.skipped + left_out
-    layers = layer_reports(margins, won, trace.block_names, swept.stream_shares) if plan.references or won else ()
     matrix = None
     if "redundancy" in plan.quantities:
         matrix, left_out = redundancy(trace, swept.trained, stopwatch)
@@ -84,7 +97,26 @@ def peel(
         memory=bounds.memory,
         skipped=skipped,
         timing=stopwatch.timing(),
+        sketches=comparison.sketches() if comparison else None,
     )
+
+
+def _layers(
+    trace: Trace, plan: Plan, raced: Raced, comparison: Comparison | None, stopwatch: Stopwatch
+) -> tuple[tuple[LayerReport, ...], tuple[Skipped, ...]]:
+    """What is reported of every block, headroom included when it is planned; and what was left out of it."""
+    swept = raced.swept
+    rooms: Mapping[int, Headroom] = {}
+    left_out: tuple[Skipped, ...] = ()
+    if "headroom" in plan.quantities:
+        added = [visited.added for visited in swept.visited]
+        rooms, left_out = headrooms(trace, swept.trained, added, stopwatch)
+    if comparison is None:
+        measured = Measured(raced.margins, rooms, {}, {})
+    else:
+        measured = Measured(raced.margins, rooms, comparison.changes(), raced.progress)
+        left_out += comparison.skipped
+    return layer_reports(measured, trace.block_names, swept.visited) if plan.references or measured else (), left_out
 
 
 def _possible(plan: Plan, block: Block) -> tuple[Plan, tuple[Skipped, ...]]:

@@ -1,60 +1,78 @@
-"""What is reported of every block: margin, headroom and share of the stream, its two parts included."""
+"""What is reported of every block: margin, headroom, change, progress and share of the stream, its parts included."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from peel_agent.peel.headroom.headroom import Headroom
 from peel_agent.peel.margins.margin import Margin, Place, of_target, statuses
-from peel_agent.peel.sweep.splices import TARGETS, Target
-from peel_agent.records import LayerReport, PartName, PartReport
+from peel_agent.peel.sweep.forward import Visited
+from peel_agent.peel.sweep.splices import TARGETS
+from peel_agent.peel.sweep.visits import Dead
+from peel_agent.records import Change, Estimate, LayerReport, PartName, PartReport, Status
 
 PARTS: tuple[PartName, ...] = ("attention", "mlp")
 
 
-def layer_reports(
-    margins: Mapping[Place, Margin],
-    headrooms: Mapping[int, Headroom],
-    names: Sequence[str],
-    stream_shares: Sequence[float],
-) -> tuple[LayerReport, ...]:
-    """One report a block, its parts included; `undecided` without a margin where none was measured."""
-    verdicts = {target: _verdicts(margins, headrooms, target) for target in TARGETS}
-    nothing = PartReport("undecided", None)
-    found = []
-    for index, name in enumerate(names):
-        own = margins.get((index, "block"))
-        whole = verdicts["block"].get(index, nothing)
-        room = headrooms.get(index)
-        quantisation, optimisation = (room and room.shares) or (None, None)
-        found.append(
-            LayerReport(
-                index=index,
-                name=name,
-                status=whole.status,
-                margin=whole.margin,
-                best_reference=None if own is None else own.best,
-                references={} if own is None else own.references,
-                parts={part: verdicts[part].get(index, nothing) for part in PARTS},
-                stream_share=stream_shares[index],
-                headroom=whole.headroom,
-                quantization_share=quantisation,
-                optimization_share=optimisation,
-            )
-        )
-    return tuple(found)
+@dataclass(frozen=True)
+class Measured:
+    """Everything that was measured of blocks and parts, by place; headrooms by block."""
+
+    margins: Mapping[Place, Margin]
+    headrooms: Mapping[int, Headroom]
+    changes: Mapping[Place, Change]
+    progress: Mapping[Place, Estimate]
+
+    def __bool__(self) -> bool:
+        return bool(self.margins or self.headrooms or self.changes)
 
 
-def _verdicts(
-    margins: Mapping[Place, Margin], headrooms: Mapping[int, Headroom], target: Target
-) -> dict[int, PartReport]:
-    """Status, margin and headroom of everything of one kind, by block."""
-    own = of_target(margins, target)
-    status = dict(zip(own, statuses(list(own.values())), strict=True))
-    room = {index: found.won[target] for index, found in headrooms.items()}
-    return {
-        index: PartReport(
-            status.get(index, "undecided"), own[index].estimate if index in own else None, room.get(index)
-        )
-        for index in own.keys() | room.keys()
-    }
+def layer_reports(measured: Measured, names: Sequence[str], visited: Sequence[Visited]) -> tuple[LayerReport, ...]:
+    """One report a block, its parts included; `not_measured` where there is no margin."""
+    status_by_place: dict[Place, Status] = {}
+    for target in TARGETS:
+        margins = of_target(measured.margins, target)
+        judged = statuses(list(margins.values()))
+        status_by_place |= {(index, target): status for index, status in zip(margins, judged, strict=True)}
+    return tuple(
+        _layer_report(measured, status_by_place, index, name, visited[index]) for index, name in enumerate(names)
+    )
+
+
+def _layer_report(
+    measured: Measured, status_by_place: Mapping[Place, Status], index: int, name: str, visited: Visited
+) -> LayerReport:
+    place: Place = (index, "block")
+    margin, room = measured.margins.get(place), measured.headrooms.get(index)
+    quantisation, optimisation = (room and room.shares) or (None, None)
+    return LayerReport(
+        index=index,
+        name=name,
+        status=status_by_place.get(place, "not_measured"),
+        margin=margin.estimate if margin else None,
+        best_reference=margin.best if margin else None,
+        references=margin.references if margin else {},
+        parts={part: _part_report(measured, status_by_place, (index, part), visited.dead.get(part)) for part in PARTS},
+        stream_share=visited.stream_share,
+        headroom=room.won["block"] if room else None,
+        quantization_share=quantisation,
+        optimization_share=optimisation,
+        change=measured.changes.get(place),
+        progress=measured.progress.get(place),
+    )
+
+
+def _part_report(
+    measured: Measured, status_by_place: Mapping[Place, Status], place: Place, dead: Dead | None
+) -> PartReport:
+    margin, room = measured.margins.get(place), measured.headrooms.get(place[0])
+    return PartReport(
+        status=status_by_place.get(place, "not_measured"),
+        margin=margin.estimate if margin else None,
+        # A dead part has no step through its output: 0.0000 would read as if nothing were to be won.
+        headroom=room.won[place[1]] if room and not (dead and dead.featureless) else None,
+        change=measured.changes.get(place),
+        progress=measured.progress.get(place),
+        dead=dead.words if dead else None,
+    )

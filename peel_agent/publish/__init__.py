@@ -4,9 +4,10 @@ from peel_agent.publish.delivery import Delivery
 from peel_agent.publish.form import alert_line, report_from_json, report_json, report_line
 from peel_agent.publish.meter import Meter
 from peel_agent.publish.publication import publication
-from peel_agent.publish.words import headline, table
+from peel_agent.publish.words import ACCUSING, headline, table
 
 __all__ = [
+    "ACCUSING",
     "Delivery",
     "Meter",
     "alert_line",

@@ -7,7 +7,7 @@ from itertools import islice
 from math import inf
 
 from peel_agent.publish.form import report_line
-from peel_agent.records import PeelReport, Publication, Status, Verdict
+from peel_agent.records import LayerReport, PeelReport, Publication, Status, Verdict
 
 
 def publication(
@@ -46,6 +46,7 @@ def _metrics(report: PeelReport, verdict: Verdict, max_series: int) -> dict[str,
 def _summaries(report: PeelReport, verdict: Verdict) -> dict[str, float]:
     timing = report.timing
     statuses = [layer.status for layer in report.layers]
+    parts = [part.status for layer in report.layers for part in layer.parts.values()]
     margins = [layer.margin.value for layer in report.layers if layer.margin is not None]
     summaries = {
         "peel/loss": report.loss.value,
@@ -53,6 +54,7 @@ def _summaries(report: PeelReport, verdict: Verdict) -> dict[str, float]:
         "peel/gap": report.gap.value if report.gap is not None else None,
         "peel/layers_below": float(statuses.count("below")) if statuses else None,
         "peel/layers_undecided": float(statuses.count("undecided")) if statuses else None,
+        "peel/parts_below": float(parts.count("below")) if statuses else None,
         "peel/worst_margin": min(margins, default=None),
         "peel/alerts_firing": float(len(verdict.firing)),
         "peel/seconds": timing.load + timing.capture + timing.solve + timing.score,
@@ -61,26 +63,43 @@ def _summaries(report: PeelReport, verdict: Verdict) -> dict[str, float]:
 
 
 def _layer_series(report: PeelReport) -> Iterator[tuple[str, float]]:
-    """Margins and headrooms, the layer with the lowest margin first and those without one last."""
-    for layer in sorted(report.layers, key=lambda layer: layer.margin.value if layer.margin is not None else inf):
-        if layer.margin is not None:
-            yield f"peel/margin/{_label(layer.index)}", layer.margin.value
-        if layer.headroom is not None:
-            yield f"peel/headroom/{_label(layer.index)}", layer.headroom.value
+    """What is measured of each layer: those with a finding first, then by their margins, those without one last.
+
+    The margins of parts come after all of this: they are the first to be cut.
+    """
+    ordered = sorted(report.layers, key=_worst_first)
+    for layer in ordered:
+        estimates = {"margin": layer.margin, "headroom": layer.headroom, "progress": layer.progress}
+        for name, one in estimates.items():
+            if one is not None:
+                yield f"peel/{name}/{_label(layer.index)}", one.value
+        if layer.change is not None:
+            yield f"peel/change/{_label(layer.index)}", layer.change.ratio
+    for layer in ordered:
+        for name, part in layer.parts.items():
+            if part.margin is not None:
+                yield f"peel/margin/{_label(layer.index)}/{name}", part.margin.value
+
+
+def _worst_first(layer: LayerReport) -> tuple[bool, float]:
+    return (layer.finding is None, inf if layer.margin is None else layer.margin.value)
 
 
 def _tags(report: PeelReport, verdict: Verdict) -> dict[str, str]:
     labels = {layer.name: _label(layer.index) for layer in report.layers}
+    labels |= {
+        f"{layer.name}/{part}": f"{_label(layer.index)}/{part}" for layer in report.layers for part in layer.parts
+    }
     tags: dict[str, str] = {"peel.status": _status(report), "peel.zone": report.zone}
     for rule in dict.fromkeys(state.rule for state in verdict.states):
         # A layer that fires and is not in this report (it could not be measured) keeps its module name.
-        firing = [labels.get(state.layer, state.layer) for state in verdict.firing if state.rule == rule]
+        firing = [labels.get(state.subject, state.subject) for state in verdict.firing if state.rule == rule]
         tags[f"peel.alert.{rule}"] = f"firing: {', '.join(firing)}" if firing else "inactive"
     return tags
 
 
 def _status(report: PeelReport) -> Status:
-    statuses = {layer.status for layer in report.layers}
+    statuses = {layer.status for layer in report.layers} - {"not_measured"}
     if "below" in statuses:
         return "below"
     # No layers measured is not the same as every layer in order.

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
-from peel_agent.records import LayerReport, PeelReport
+from peel_agent.records import FindingKind, LayerReport, PartName, PeelReport
 
 REDUNDANT_FRACTION = 0.01
 """Blocks are called redundant when a stand-in for them costs less than this fraction of the loss."""
 
-_COLUMNS = "{:<22} {:<10} {:<29} {:<14} {:<10} {:<10} {}"
-_HEADER = _COLUMNS.format("block", "status", "margin [95 % interval]", "best stand-in", "attention", "mlp", "share")
+_COLUMNS = "{:<22} {:<12} {:<26} {:<9} {:<12} {:<12} {:<6} {:<7} {:<9} {}"
+_HEADER = _COLUMNS.format(
+    "block",
+    "status",
+    "margin [95 % interval]",
+    "stand-in",
+    "attention",
+    "mlp",
+    "share",
+    "change",
+    "progress",
+    "finding",
+)
+
+PARTS: tuple[PartName, ...] = ("attention", "mlp")
+
+ACCUSING: tuple[FindingKind, ...] = (
+    "flooding",
+    "changed",
+    "regressed",
+    "dead",
+    "dropped",
+    "stalled",
+    "never_trained",
+    "below",
+    "improvable",
+)
+"""The findings that say that something is wrong with a layer."""
 
 
 def headline(report: PeelReport) -> str:
-    """The finding in one line: step, loss, gap and zone, and the blocks that are below."""
+    """The findings in one line: step, loss, gap and zone, what is said of the run, and the layers that are named."""
     pieces = [f"step {report.checkpoint.step}" if report.checkpoint.step is not None else report.checkpoint.path]
     pieces.append(f"loss {report.loss.value:.4f}")
     if report.bound is not None and report.gap is not None:
         pieces.append(f"bound {report.bound.value:.4f}, gap {report.gap.value:+.4f} ({_zone(report)})")
-    below = [layer for layer in report.layers if layer.status == "below"]
+    findings = [layer.finding for layer in report.layers if layer.finding is not None]
+    accused = [finding for finding in findings if finding.kind in ACCUSING]
+    informed = [finding for finding in findings if finding.kind == "frozen" and finding.since_step is None]
     undecided = sum(layer.status == "undecided" for layer in report.layers)
-    if below:
-        pieces.append("below: " + ", ".join(_with_margin(layer) for layer in below))
-    elif report.layers:
-        pieces.append("no block below its reference")
+    if report.finding is not None:
+        pieces.append(report.finding.words)
+    pieces += [finding.words for finding in (*accused, *informed)]
+    if report.layers and report.finding is None and not accused:
+        pieces.append("nothing found in any layer")
     if undecided:
         pieces.append(f"{undecided} undecided")
     return "; ".join(pieces)
@@ -36,10 +65,6 @@ def _zone(report: PeelReport) -> str:
     return report.zone
 
 
-def _with_margin(layer: LayerReport) -> str:
-    return layer.name if layer.margin is None else f"{layer.name} (margin {layer.margin})"
-
-
 def table(report: PeelReport) -> str:
     """The report for a terminal: what was measured, one line a block, one line a map, and what was left out."""
     model, probe = report.model, report.probe
@@ -51,7 +76,7 @@ def table(report: PeelReport) -> str:
         f"{probe.confirm_tokens:,} confirm tokens in sequences of {probe.sequence_length}; {unit}",
     ]
     if report.layers:
-        lines += ["", _HEADER, *map(_layer_line, report.layers)]
+        lines += ["", _HEADER, *map(_layer_line, report.layers), *_findings(report)]
     if report.bounds:
         lines += ["", "bounds of the run (suite, solver " + report.bounds[0].solver + ")"]
         lines += [
@@ -95,6 +120,29 @@ def redundancy_sentence(report: PeelReport) -> str:
 
 def _layer_line(layer: LayerReport) -> str:
     margin = str(layer.margin) if layer.margin is not None else "-"
-    parts = (layer.parts["attention"].status, layer.parts["mlp"].status)
+    parts = [layer.parts[name].status if name in layer.parts else "-" for name in PARTS]
+    change = f"{layer.change.ratio:.2f}" if layer.change is not None else "-"
+    progress = f"{layer.progress.value:+.4f}" if layer.progress is not None else "-"
     best, share = layer.best_reference or "-", f"{layer.stream_share:.3f}"
-    return _COLUMNS.format(layer.name, layer.status, margin, best, *parts, share)
+    return _COLUMNS.format(
+        layer.name, layer.status, margin, best, *parts, share, change, progress, _short(layer)
+    ).rstrip()
+
+
+def _short(layer: LayerReport) -> str:
+    """The finding's kind, and the part that it is about."""
+    if layer.finding is None:
+        return ""
+    part = layer.finding.subject.partition("/")[2]
+    return layer.finding.kind.replace("_", " ") + (f" ({part})" if part else "")
+
+
+def _findings(report: PeelReport) -> list[str]:
+    """Each finding in a sentence, with its likely causes."""
+    findings = [report.finding, *(layer.finding for layer in report.layers)]
+    lines = []
+    for finding in findings:
+        if finding is not None:
+            lines += ["", f"{finding.subject}: {finding.words}"]
+            lines += [f"  perhaps {cause}" for cause in finding.causes]
+    return lines

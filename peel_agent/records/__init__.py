@@ -11,6 +11,7 @@ from peel_agent.records.checkpoint import (
     FileStamp,
     Readiness,
 )
+from peel_agent.records.codec import decoded, plain, restored
 from peel_agent.records.feedforward import Best, Network, Part, Samples, Stack, YesMemory
 from peel_agent.records.model import (
     AdjacentPairs,
@@ -22,6 +23,8 @@ from peel_agent.records.model import (
     Features,
     Gradient,
     Observation,
+    Past,
+    PastBlock,
     Probe,
     Projection,
     Snapshot,
@@ -29,13 +32,17 @@ from peel_agent.records.model import (
     Trace,
     Weights,
 )
+from peel_agent.records.past import Before, Sketches
 from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet
 from peel_agent.records.report import (
     SCHEMA,
     BoundMemory,
     BoundReport,
+    Change,
     CheckpointInfo,
     Estimate,
+    Finding,
+    FindingKind,
     Findings,
     LayerReport,
     Memory,
@@ -52,10 +59,11 @@ from peel_agent.records.report import (
     Skipped,
     Status,
     Timing,
+    WorstMatrix,
     Zone,
-    restored,
 )
 from peel_agent.records.verdict import (
+    CHECKPOINTS,
     Publication,
     Rule,
     RuleKind,
@@ -64,15 +72,18 @@ from peel_agent.records.verdict import (
 )
 
 __all__ = [
+    "CHECKPOINTS",
     "FULL_PRECISION",
     "SCHEMA",
     "SETS",
     "AdjacentPairs",
     "Anatomy",
+    "Before",
     "Best",
     "Block",
     "BoundMemory",
     "BoundReport",
+    "Change",
     "CheckpointInfo",
     "CheckpointRef",
     "Chunk",
@@ -81,6 +92,8 @@ __all__ = [
     "Experts",
     "Features",
     "FileStamp",
+    "Finding",
+    "FindingKind",
     "Findings",
     "Gradient",
     "LayerReport",
@@ -92,6 +105,8 @@ __all__ = [
     "Part",
     "PartName",
     "PartReport",
+    "Past",
+    "PastBlock",
     "PeelReport",
     "Peeled",
     "Plan",
@@ -106,6 +121,7 @@ __all__ = [
     "RuleState",
     "Samples",
     "Severity",
+    "Sketches",
     "Skipped",
     "Snapshot",
     "Stack",
@@ -116,7 +132,10 @@ __all__ = [
     "Verdict",
     "WeightSet",
     "Weights",
+    "WorstMatrix",
     "YesMemory",
     "Zone",
+    "decoded",
+    "plain",
     "restored",
 ]

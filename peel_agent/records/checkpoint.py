@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,6 @@ class CheckpointRef:
     files: tuple[FileStamp, ...] = ()
     held: Path | None = None
     url: str | None = None
-
-    @classmethod
-    def restored(cls, plain: Mapping[str, Any]) -> CheckpointRef:
-        """The reference whose `dataclasses.asdict` has been through JSON, paths as texts."""
-        held = None if plain["held"] is None else Path(plain["held"])
-        files = tuple(FileStamp(**stamp) for stamp in plain["files"])
-        return cls(**{**plain, "path": Path(plain["path"]), "files": files, "held": held})
 
     @property
     def label(self) -> str:

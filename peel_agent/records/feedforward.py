@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,12 +71,3 @@ class YesMemory:
     probe: str
     network: str
     best: tuple[Best, ...]
-
-    @classmethod
-    def restored(cls, plain: Mapping[str, Any]) -> YesMemory:
-        """The memory whose `dataclasses.asdict` has been through JSON."""
-        best = (
-            Best(tuple(one["waypoints"]), one["select"], tuple(one["confirm"]), one["within_class"])
-            for one in plain["best"]
-        )
-        return cls(plain["probe"], plain["network"], tuple(best))

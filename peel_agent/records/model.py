@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from peel_agent.records.checkpoint import CheckpointRef
 from peel_agent.records.precision import WeightSet
+from peel_agent.records.report import PartName
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
@@ -185,6 +187,31 @@ class Gradient:
     input: Tensor
 
 
+@dataclass(frozen=True)
+class PastBlock:
+    """A block's weights at the checkpoint before, by the block's own names.
+
+    `stored` is what the file holds (latents of low-bit weights) in float32, `effective` what its forward pass used.
+    """
+
+    stored: Mapping[str, Tensor]
+    effective: Mapping[str, Tensor]
+
+
+class Past(Protocol):
+    """The checkpoint before, of the same architecture, its weights read block by block.
+
+    `rounding` is the narrower dtype when the two checkpoints were stored in different ones: both are then compared in
+    it, so that rounding alone is no change.
+    """
+
+    step: int | None
+    rounding: torch.dtype | None
+
+    def block(self, index: int) -> PastBlock:
+        """The weights of one block. TornCheckpoint when its files are gone."""
+
+
 class Block(Protocol):
     """One trained block with its weights resident. `attention` and `mlp` stand in for its two output projections.
 
@@ -202,6 +229,8 @@ class Block(Protocol):
     parameters: Mapping[str, Tensor]
     latents: Mapping[str, Tensor]
     sets: Mapping[str, WeightSet]
+    part_names: Mapping[PartName, tuple[str, ...]]
+    """The weights of attention and MLP, norms in front of them included; empty where a block has no parts."""
     attention_projection: Projection
     mlp_projection: Projection
     attention_set: WeightSet
@@ -209,6 +238,9 @@ class Block(Protocol):
 
     def run(self, h: Tensor, *, attention: Projection | None = None, mlp: Projection | None = None) -> Tensor:
         """The block's output [B, S, d] for its input h [B, S, d]."""
+
+    def run_as(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The output with some other effective weights, without gradients."""
 
     def observe(self, h: Tensor) -> Observation:
         """The same with the stream between its parts."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from peel_agent.records.feedforward import YesMemory
+from peel_agent.records.past import Sketches
 
 SCHEMA = "peel-agent/report/1"
 
-Status = Literal["above", "below", "undecided"]
+Status = Literal["above", "below", "undecided", "not_measured"]
 Zone = Literal["effective", "caution", "ineffective", "undecided"]
 PartName = Literal["attention", "mlp"]
 Severity = Literal["info", "warning", "critical"]
@@ -47,20 +48,82 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class WorstMatrix:
+    """The weight matrix of a block or part that changed most beside the same matrix of the other blocks."""
+
+    name: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far weights moved since the checkpoint before, as a ratio to the other blocks' median (method.md 4b).
+
+    About 1 is usual, exactly 0 is frozen.
+    """
+
+    ratio: float
+    worst: WorstMatrix | None = None
+
+
+FindingKind = Literal[
+    "early",
+    "collapsed",
+    "diverged",
+    "flooding",
+    "victim",
+    "changed",
+    "regressed",
+    "dead",
+    "dropped",
+    "never_trained",
+    "frozen",
+    "stalled",
+    "below",
+    "improvable",
+]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with one layer, a part of it, or the run, in words that need no paper.
+
+    `subject` is a block (`model.layers.3`), a part (`model.layers.3/mlp`) or `run`; `evidence` are the numbers that it
+    stands on, by name; `causes` are likely ones, each with how to tell it; `since_step` is the last step at which
+    nothing of this was seen.
+    """
+
+    kind: FindingKind
+    subject: str
+    words: str
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    causes: tuple[str, ...] = ()
+    since_step: int | None = None
+
+
+@dataclass(frozen=True)
 class PartReport:
-    """One part of a block; `headroom` as for the whole block."""
+    """One part of a block; `headroom`, `change` and `progress` as for the whole block.
+
+    `dead` says why the part adds nothing to the stream on any token, None when it adds something.
+    """
 
     status: Status
     margin: Estimate | None
     headroom: Estimate | None = None
+    change: Change | None = None
+    progress: Estimate | None = None
+    dead: str | None = None
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One block. `references` holds loss(with that reference spliced in) - loss(trained) on `confirm`.
 
-    `headroom` is loss(trained) - loss(a better block of the same kind). A low-bit block's two shares are what a better
-    optimiser could still win within the weight set, and what the set itself costs beside free weights (method.md 5).
+    `headroom` is loss(trained) - loss(a better block of the same kind), `progress` is loss(with the block's weights of
+    the checkpoint before put back) - loss(trained): below 0 the block got worse. A low-bit block's two shares are what
+    a better optimiser could still win within the weight set, and what the set itself costs beside free weights
+    (method.md 5).
     """
 
     index: int
@@ -74,6 +137,9 @@ class LayerReport:
     headroom: Estimate | None = None
     quantization_share: float | None = None
     optimization_share: float | None = None
+    change: Change | None = None
+    progress: Estimate | None = None
+    finding: Finding | None = None
 
 
 @dataclass(frozen=True)
@@ -144,19 +210,9 @@ class BoundMemory:
     confirm: tuple[float, ...]
     best: Mapping[str, float]
 
-    @classmethod
-    def restored(cls, plain: Mapping[str, Any]) -> BoundMemory:
-        """The memory whose `dataclasses.asdict` has been through JSON."""
-        return cls(plain["probe"], plain["select"], tuple(plain["confirm"]), plain["best"])
-
 
 Memory: TypeAlias = BoundMemory | YesMemory
 """What a checkpoint hands to the next one: of a transformer, or of a fully connected network."""
-
-
-def restored(plain: Mapping[str, Any]) -> Memory:
-    """The memory whose `dataclasses.asdict` has been through JSON."""
-    return YesMemory.restored(plain) if "network" in plain else BoundMemory.restored(plain)
 
 
 @dataclass(frozen=True)
@@ -173,6 +229,7 @@ class Findings:
     memory: Memory | None
     skipped: tuple[Skipped, ...]
     timing: Timing
+    sketches: Sketches | None = None
 
 
 @dataclass(frozen=True)
@@ -191,21 +248,30 @@ class PeelReport:
     skipped: tuple[Skipped, ...]
     timing: Timing
     redundancy: tuple[tuple[float, ...], ...] | None = None
+    since_step: int | None = None
+    """The step of the checkpoint that `change` and `progress` are held against."""
+    finding: Finding | None = None
+    """What is said of the run as a whole."""
     alerts: tuple[Notice, ...] = ()
     schema: str = SCHEMA
 
 
 @dataclass(frozen=True)
 class Notice:
-    """An alert that began or ended at a checkpoint. `id` is stable: delivered twice, it is one alert."""
+    """An alert that began or ended at a checkpoint. `id` is stable: delivered twice, it is one alert.
+
+    `subject` is a block, a part of one (`model.layers.3/mlp`) or `run`.
+    """
 
     id: str
     rule: str
     severity: Severity
     state: Literal["firing", "resolved"]
-    layer: str
+    subject: str
     step: int | None
     text: str
+    since_step: int | None = None
+    causes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,3 +280,4 @@ class Peeled:
 
     report: PeelReport
     memory: Memory | None
+    sketches: Sketches | None = None

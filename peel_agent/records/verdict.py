@@ -8,27 +8,60 @@ from typing import Literal
 
 from peel_agent.records.report import Notice, Severity
 
-RuleKind = Literal["layer_below"]
+RuleKind = Literal[
+    "layer_below",
+    "layer_changed",
+    "layer_regressed",
+    "layer_dropped",
+    "layer_stalled",
+    "layer_flooding",
+    "layer_improvable",
+]
+
+CHECKPOINTS: Mapping[RuleKind, int] = {
+    "layer_below": 2,
+    "layer_changed": 1,
+    "layer_regressed": 1,
+    "layer_dropped": 2,
+    "layer_stalled": 1,
+    "layer_flooding": 1,
+    "layer_improvable": 2,
+}
+"""How many checkpoints in a row raise, and clear, an alert of each kind: an event needs one, a state two."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`[[rule]]`: raise after `for_checkpoints` in a row, clear after `clear_checkpoints` in a row."""
+    """`[[rule]]`: raise after `for_checkpoints` in a row, clear after `clear_checkpoints` in a row.
+
+    None is the kind's own number (CHECKPOINTS).
+    """
 
     name: str
     kind: RuleKind
-    for_checkpoints: int = 2
-    clear_checkpoints: int = 2
+    for_checkpoints: int | None = None
+    clear_checkpoints: int | None = None
     after_step: int = 0
     severity: Severity = "warning"
+
+    @property
+    def raised_after(self) -> int:
+        return CHECKPOINTS[self.kind] if self.for_checkpoints is None else self.for_checkpoints
+
+    @property
+    def cleared_after(self) -> int:
+        return CHECKPOINTS[self.kind] if self.clear_checkpoints is None else self.clear_checkpoints
 
 
 @dataclass(frozen=True)
 class RuleState:
-    """Where one (rule, layer) stands. `streak` counts checkpoints in a row that spoke against the phase."""
+    """Where one (rule, subject) stands: a block, or a part of one (`model.layers.3/mlp`).
+
+    `streak` counts checkpoints in a row that spoke against the phase.
+    """
 
     rule: str
-    layer: str
+    subject: str
     phase: Literal["inactive", "pending", "firing"]
     streak: int
     since_step: int | None

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peel_agent.errors import TornCheckpoint
-from peel_agent.records import CheckpointRef, FileStamp
+from peel_agent.records import CheckpointRef, FileStamp, plain, restored
 
 FOLDER = "_peel_agent_pins"
 """Inside the watched root, when state and root are on different file systems. transformers uploads no name with `_`."""
@@ -71,7 +71,7 @@ class Pins:
         """What the next owner needs in order to take the pin up."""
         note = self.folder / f"{pinned.fingerprint}.json"
         part = note.with_suffix(".part")
-        part.write_text(json.dumps(dataclasses.asdict(pinned), default=str), encoding="utf-8")
+        part.write_text(json.dumps(plain(pinned)), encoding="utf-8")
         part.replace(note)
 
     def left(self) -> tuple[CheckpointRef, ...]:
@@ -79,10 +79,15 @@ class Pins:
         refs = []
         for note in sorted(self.folder.glob("*.json")) if self._usable else ():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                ref = CheckpointRef.restored(json.loads(note.read_text(encoding="utf-8")))
+                ref = restored(CheckpointRef, json.loads(note.read_text(encoding="utf-8")))
                 if ref.held is not None and ref.held.is_relative_to(self.folder) and ref.held.exists():
                     refs.append(ref)
         return tuple(refs)
+
+    def newest(self, ref: CheckpointRef) -> CheckpointRef:
+        """The reference to what is held of a checkpoint: its copy, where one had to be made."""
+        copy = self.folder / f"{ref.fingerprint}.copy" / ref.path.name
+        return dataclasses.replace(ref, held=copy) if copy.exists() else ref
 
     def release(self, ref: CheckpointRef) -> None:
         """The files are not needed any more."""

@@ -132,6 +132,18 @@ def test_every_metric_and_tag_is_in_the_readme() -> None:
     sent = publication(FULL, verdict, committed_at=1.0, alerts_log="x\n", max_series=400)
     text = README.replace("`", "")
     for key in [*sent.metrics, *sent.tags, *sent.files]:
-        generic = re.sub(r"L\d{3}$", "L003", re.sub(r"step-\d+", "step-000000800", key))
+        generic = re.sub(r"L\d{3}(?=$|/)", "L003", re.sub(r"step-\d+", "step-000000800", key))
         generic = re.sub(r"^(peel/yes/|peel\.alert\.).*", r"\1<", generic)
         assert generic in text, key
+
+
+def test_every_section_that_is_cited_exists() -> None:
+    """What is cited as a number of method.md is a section of it, and no number stands for two."""
+    sections = re.findall(r"^## (\d+[a-z]?)\. ", (ROOT / "docs" / "method.md").read_text(), flags=re.MULTILINE)
+    cited: dict[str, str] = {}
+    for path in [own for top in ("peel_agent", "plugins", "tests") for own in (ROOT / top).rglob("*.py")]:
+        for numbers in re.findall(r"method\.md (\d+[a-z]?(?:, \d+[a-z]?)*)", path.read_text()):
+            cited |= dict.fromkeys(numbers.split(", "), str(path))
+    assert len(sections) == len(set(sections))
+    assert len(cited) > 5
+    assert {number: path for number, path in cited.items() if number not in sections} == {}

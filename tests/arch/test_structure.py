@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for top in ("peel_agent", "plugins") for path in (ROOT / top).rglob("*.py"))
+LOOSE = ("README.md", "Makefile", "pyproject.toml")
 
 
 @pytest.mark.parametrize(
@@ -36,10 +37,11 @@ def test_no_module_is_too_long() -> None:
 
 
 def test_top_level() -> None:
-    """The repository's top level has the four folders of the layout and the usual loose files."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    folders = {name.split("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
-    assert folders == {"peel_agent", "plugins", "tests", "deploy"}
+    """The repository's top level has the five folders of the layout and the usual loose files, also before a commit."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    folders = {name.split("/")[0] for name in names if "/" in name and not name.startswith(".")}
+    assert folders == {"peel_agent", "plugins", "tests", "deploy", "docs"}
 
 
 def test_constraints_pin_what_is_installed() -> None:
@@ -56,7 +58,7 @@ def test_no_address_of_a_machine() -> None:
     """No file holds an absolute path of somebody's home or workplace."""
     found = [
         str(path)
-        for path in [*SOURCES, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml"]
+        for path in [*SOURCES, *(ROOT / "docs").glob("*.md"), *(ROOT / name for name in LOOSE)]
         if re.search(r"/(home|root|Users|work)/\w+", path.read_text())
     ]
     assert found == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
-from peel_agent.config import PeelSettings, ProbeSettings
+from peel_agent.before import open_before
+from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
 from peel_agent.peel import peel
 from peel_agent.peel.bounds.chains import chain_ends, hidden_states_of
 from peel_agent.peel.bounds.maps import PAPER_26_BLOCKS
@@ -29,8 +32,8 @@ from peel_agent.peel.margins.race import first_heat
 from peel_agent.peel.numerics.least_squares import Gram
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.sweep.forward import sweep
-from peel_agent.pipeline import scan
-from peel_agent.records import Plan, Probe
+from peel_agent.pipeline import locate, scan
+from peel_agent.records import Before, Plan, Probe
 from tests.bench.naive import naive_chain
 from tests.bench.shapes import SEQUENCE, Shape, earning, forward_seconds, idle, synchronise, trace_at
 
@@ -62,6 +65,33 @@ def costs(device: str, shape: Shape, plans: dict[str, Plan]) -> dict[str, float]
         for name, plan in plans.items():
             found[name] = peel_seconds(path, probe, plan, device) / forward
     return found
+
+
+def comparison_costs(device: str, shape: Shape) -> dict[str, float]:
+    """Forward passes that margins cost without and with the checkpoint before at hand, measured in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        now, before = Path(folder) / "now", Path(folder) / "before"
+        probe = earning(now, shape, device)
+        shutil.copytree(now, before)
+        weights = load_file(now / "model.safetensors")
+        noise = torch.Generator().manual_seed(1)
+        moved = {
+            name: own + 0.02 * own.std() * torch.randn(own.shape, generator=noise) for name, own in weights.items()
+        }
+        save_file(moved, before / "model.safetensors", metadata={"format": "pt"})
+        forward = forward_seconds(now, probe, device)
+
+        def compared() -> None:
+            trace = trace_at(now, probe, device)
+            opened = open_before(
+                Before(None, locate(before)), trace, model=ModelSettings(), keep_sketches=True, required=True
+            )
+            peel(trace, MARGINS, time.perf_counter, comparison=opened.comparison)
+
+        alone = [peel_seconds(now, probe, MARGINS, device), seconds(compared, device)]
+        again = [peel_seconds(now, probe, MARGINS, device), seconds(compared, device)]
+    without, beside = (min(one, other) / forward for one, other in zip(alone, again, strict=True))
+    return {"margins": without, "with change and progress": beside, "what they add": beside - without}
 
 
 def worst_case(device: str, shape: Shape) -> float:
@@ -180,6 +210,7 @@ def main() -> None:
         "redundancy": REDUNDANCY,
     }
     told("forward passes, every block earning", costs(device, shape, plans))
+    told("forward passes, with the checkpoint before", comparison_costs(device, shape))
     told("forward passes for margins, no block earning", worst_case(device, replace(SMALL, blocks=options.blocks)))
     told("the paper's 5-of-26 maps", trie_against_naive(device))
     if device == "cpu":

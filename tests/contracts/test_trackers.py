@@ -487,7 +487,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: py
     """A host that accepts and stays silent costs one timeout and one retry, whatever MLflow's own defaults are."""
     assert mlflow_run.REQUEST_TIMEOUT_SECONDS * (1 + mlflow_run.REQUEST_RETRIES) <= 30
     monkeypatch.setattr(mlflow_run, "REQUEST_TIMEOUT_SECONDS", 1)
-    with servers.silent_server(patience=20) as (port, connections):
+    with servers.silent_server(patience=240) as (port, connections):
         with pytest.raises(TrackerUnavailable, match="timed out"):
             connect_to(f"http://127.0.0.1:{port}", tmp_path).publish(example_publication(100))
         assert len(connections) == 2

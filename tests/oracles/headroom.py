@@ -14,15 +14,15 @@ from tests.oracles.references import PARTS, Part, change, columns, loss_after
 from tests.oracles.weight_sets import round_in_gram
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from tests.oracles.decoder import Array, Decoder, Ids, Projection
 
 RIDGES = (1e-1, 1e-3)
-FREE_STEPS = (0.03, 0.1, 0.3)
-SET_STEPS = (0.1, 0.3, 1.0)
+FREE_LENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
+SET_LENGTHS = (0.1, 0.3, 1.0)
 TARGETS: dict[str, tuple[Part, ...]] = {"attention": ("attention",), "mlp": ("mlp",), "block": PARTS}
 
 Change = dict[Part, "Projection"]
@@ -38,12 +38,15 @@ class Loss(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one part of block i is changed with: per ridge r the direction D [p, d], and what its length goes by."""
+    """What one part of block i is changed with: per ridge r the direction D [p, d], for its inputs X [N_f S, p] on fit.
+
+    A step of length 1 changes the output on fit by `unit`, in Frobenius norm over all N_f S positions.
+    """
 
     trained: Projection
     X: Array
     directions: dict[float, Array]
-    output_norm: float
+    unit: float
 
 
 class _Torch:
@@ -133,29 +136,43 @@ def direction(X: Array, G: Array, r: float) -> Array:
     return np.linalg.solve(gram + r * np.diag(gram).mean() * np.eye(len(gram)), X.T @ G)
 
 
-def steps(decoder: Decoder, i: int, fit: Ids) -> dict[Part, Step]:
-    """The directions of both parts of block i, from the trained model on fit."""
+def typical_additions(decoder: Decoder, score: Ids) -> dict[Part, float]:
+    """Per part the median over all blocks of the root mean square, over positions, of what it adds to the stream.
+
+    One position counts with its Euclidean norm over the channels; `score` is token ids [N, S].
+    """
+    of_part: dict[Part, list[float]] = {"attention": [], "mlp": []}
+    for i, h in enumerate(decoder.streams(score)[:-1]):
+        seen = decoder.inside(i, h)
+        of_part["attention"].append(float(np.linalg.norm(seen.mid - h) / np.sqrt(score.size)))
+        of_part["mlp"].append(float(np.linalg.norm(seen.out - seen.mid) / np.sqrt(score.size)))
+    return {part: float(np.median(sizes)) for part, sizes in of_part.items()}
+
+
+def steps(decoder: Decoder, i: int, fit: Ids, score: Ids) -> dict[Part, Step]:
+    """The directions of both parts of block i from the trained model on fit, their unit from `score` (ids [N, S])."""
     h = decoder.streams(fit)[i]
     seen = decoder.inside(i, h)
     loss = gradients(decoder, i, seen.mid, fit)
     attention, mlp = decoder.projections(i)
-    of_part: dict[Part, tuple[Projection, Array, Array, Array]] = {
-        "attention": (attention, seen.attention_features, loss.at_mid, seen.mid - h),
-        "mlp": (mlp, seen.mlp_features, loss.at_out, seen.out - seen.mid),
+    typical = typical_additions(decoder, score)
+    of_part: dict[Part, tuple[Projection, Array, Array]] = {
+        "attention": (attention, seen.attention_features, loss.at_mid),
+        "mlp": (mlp, seen.mlp_features, loss.at_out),
     }
     result: dict[Part, Step] = {}
-    for part, (trained, features, gradient, output) in of_part.items():
+    for part, (trained, features, gradient) in of_part.items():
         X = columns(features, trained)
         directions = {r: direction(X, tokens(gradient), r) for r in RIDGES}
-        result[part] = Step(trained, X, directions, float(np.linalg.norm(output)))
+        result[part] = Step(trained, X, directions, typical[part] * float(np.sqrt(fit.size)))
     return result
 
 
-def stepped(step: Step, r: float, rho: float, name: str | None = None) -> Projection:
-    """The projection after the step of relative length rho; with a set's name, its weights are rounded into it."""
+def stepped(step: Step, r: float, length: float, name: str | None = None) -> Projection:
+    """The projection after the step of that length (in units); with a set's name, its weights are rounded into it."""
     D = step.directions[r]
-    length = float(np.linalg.norm(step.X @ D))
-    eta = rho * step.output_norm / length if length > 0 else 0.0
+    own = float(np.linalg.norm(step.X @ D))
+    eta = length * step.unit / own if own > 0 else 0.0
     weight, bias = change(step.trained, -eta * D)
     if name is None:
         return weight, bias
@@ -163,12 +180,21 @@ def stepped(step: Step, r: float, rho: float, name: str | None = None) -> Projec
     return round_in_gram(weight.T, inputs.T @ inputs, name).T, bias
 
 
-def candidates(of_part: Mapping[Part, Step], target: str, sets: Mapping[str, str] | None = None) -> list[Change]:
-    """No change, then every r and, inside it, every rho; parts without a set are unrestricted."""
+def candidates(
+    of_part: Mapping[Part, Step],
+    target: str,
+    sets: Mapping[Part, str] | None = None,
+    free_lengths: Sequence[float] = FREE_LENGTHS,
+    set_lengths: Sequence[float] = SET_LENGTHS,
+) -> list[Change]:
+    """No change, then every r and, inside it, every length; parts without a set are unrestricted.
+
+    The lengths are `set_lengths` when a part of the target has a set, else `free_lengths`.
+    """
     parts, sets = TARGETS[target], sets or {}
-    lengths = SET_STEPS if any(part in sets for part in parts) else FREE_STEPS
-    tried = [(r, rho) for r in RIDGES for rho in lengths]
-    return [{}] + [{part: stepped(of_part[part], r, rho, sets.get(part)) for part in parts} for r, rho in tried]
+    lengths = set_lengths if any(part in sets for part in parts) else free_lengths
+    tried = [(r, length) for r in RIDGES for length in lengths]
+    return [{}] + [{part: stepped(of_part[part], r, length, sets.get(part)) for part in parts} for r, length in tried]
 
 
 def losses(decoder: Decoder, i: int, h: Array, ids: Ids, changed: Change) -> Array:
@@ -178,7 +204,14 @@ def losses(decoder: Decoder, i: int, h: Array, ids: Ids, changed: Change) -> Arr
 
 
 def headroom(
-    decoder: Decoder, i: int, fit: Ids, select: Ids, confirm: Ids, sets: Mapping[str, str] | None = None
+    decoder: Decoder,
+    i: int,
+    fit: Ids,
+    select: Ids,
+    confirm: Ids,
+    sets: Mapping[Part, str] | None = None,
+    free_lengths: Sequence[float] = FREE_LENGTHS,
+    set_lengths: Sequence[float] = SET_LENGTHS,
 ) -> dict[str, dict[str, Any]]:
     """Per target "attention", "mlp" and "block" a dict, from token ids [N, S]; `sets` maps a part to a weight set.
 
@@ -186,12 +219,12 @@ def headroom(
     `candidates`; `margin_on_select`: runner-up's mean loss - winner's; `select_losses`: mean loss of each candidate;
     `losses`: the winner's loss of each sequence of confirm.
     """
-    of_part = steps(decoder, i, fit)
+    of_part = steps(decoder, i, fit, np.concatenate([select, confirm]))
     h_select, h_confirm = decoder.streams(select)[i], decoder.streams(confirm)[i]
     trained = losses(decoder, i, h_confirm, confirm, {})
     reports = {}
     for target in TARGETS:
-        tried = candidates(of_part, target, sets)
+        tried = candidates(of_part, target, sets, free_lengths, set_lengths)
         on_select = [float(losses(decoder, i, h_select, select, changed).mean()) for changed in tried]
         winner = int(np.argmin(on_select))
         best, second = sorted(on_select)[:2]
@@ -207,11 +240,18 @@ def headroom(
 
 
 def shares(
-    decoder: Decoder, i: int, fit: Ids, select: Ids, confirm: Ids, sets: Mapping[str, str]
+    decoder: Decoder,
+    i: int,
+    fit: Ids,
+    select: Ids,
+    confirm: Ids,
+    sets: Mapping[Part, str],
+    free_lengths: Sequence[float] = FREE_LENGTHS,
+    set_lengths: Sequence[float] = SET_LENGTHS,
 ) -> dict[str, Interval]:
     """`optimization_share`: what block i can gain inside its sets; `quantization_share`: what they cost it beyond."""
-    inside = headroom(decoder, i, fit, select, confirm, sets)["block"]
-    free = headroom(decoder, i, fit, select, confirm)["block"]
+    inside = headroom(decoder, i, fit, select, confirm, sets, free_lengths, set_lengths)["block"]
+    free = headroom(decoder, i, fit, select, confirm, None, free_lengths, set_lengths)["block"]
     return {
         "optimization_share": inside["estimate"],
         "quantization_share": paired(inside["losses"] - free["losses"]),

@@ -22,10 +22,19 @@ def toml(folder: Path, text: str) -> Path:
 
 
 def test_defaults() -> None:
-    """Without a file there is one rule, the default suite, and MLflow."""
+    """Without a file there is a rule for every kind but headroom's, the default suite, and MLflow."""
     settings = load_settings(None, {})
     assert settings.tracker.use == ("mlflow",)
-    assert [rule.kind for rule in settings.rules] == ["layer_below"]
+    assert [rule.kind for rule in settings.rules] == [
+        "layer_below",
+        "layer_changed",
+        "layer_regressed",
+        "layer_dropped",
+        "layer_stalled",
+        "layer_flooding",
+    ]
+    assert [rule.name for rule in settings.rules] == [rule.kind for rule in settings.rules]
+    assert all(rule.for_checkpoints is rule.clear_checkpoints is None for rule in settings.rules)
     assert (settings.peel.maps, settings.peel.effort) == ("ends", "standard")
 
 
@@ -49,6 +58,26 @@ def test_tracker_tables_and_rules(tmp_path: Path) -> None:
     assert settings.tracker.options == {"mlflow": {"experiment": "e", "run_id": "r"}, "jsonl": {"path": "p"}}
     assert [(rule.name, rule.for_checkpoints) for rule in settings.rules] == [("mine", 3)]
     assert settings.peel.maps == ((1, 4), (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoints"),
+    [
+        ("layer_below", 2),
+        ("layer_changed", 1),
+        ("layer_regressed", 1),
+        ("layer_dropped", 2),
+        ("layer_stalled", 1),
+        ("layer_flooding", 1),
+        ("layer_improvable", 2),
+    ],
+)
+def test_a_rule_without_numbers_has_its_kinds(tmp_path: Path, kind: str, checkpoints: int) -> None:
+    """Every kind can be configured; what a rule leaves out is the kind's own number, what it gives counts."""
+    text = f'[[rule]]\nname = "a"\nkind = "{kind}"\n[[rule]]\nname = "b"\nkind = "{kind}"\n'
+    first, second = load_settings(toml(tmp_path, text + "for_checkpoints = 3\nclear_checkpoints = 4\n"), {}).rules
+    assert (first.raised_after, first.cleared_after) == (checkpoints, checkpoints)
+    assert (second.raised_after, second.cleared_after) == (3, 4)
 
 
 def test_mlflow_run_id_from_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +113,7 @@ def test_mlflow_run_id_from_the_training(monkeypatch: pytest.MonkeyPatch) -> Non
         ("[watch", "is not valid TOML"),
         ("[rule]\nname = 'x'", r"write each rule as \[\[rule\]\]"),
         ("[[rule]]\nname = 'x'\nkind = 'layer_below'\nfor_checkpoints = 0", r"`rule.x.for_checkpoints` is 0"),
+        ("[[rule]]\nname = 'x'\nkind = 'layer_changed'\nclear_checkpoints = -1", r"`rule.x.clear_checkpoints` is -1"),
         ("[[rule]]\nname = 'x'\nkind = 'layer_below'\n" * 2, "two rules are called `x`"),
         ("[[rule]]\nname = 'a b(c)'\nkind = 'layer_below'", r"a rule is called `a b\(c\)`"),
         ("[tracker]\nmax_series = -1", "`tracker.max_series` is -1"),

@@ -19,9 +19,9 @@ from peel_agent.config import Settings, TrackerSettings, WatchSettings
 from peel_agent.daemon import Daemon
 from peel_agent.errors import CheckpointError, ConfigurationError, TornCheckpoint, WorkerError
 from peel_agent.ledger import Ledger
-from peel_agent.records import Peeled, YesMemory
+from peel_agent.records import Peeled, Sketches, YesMemory
 from peel_agent.rounds import ATTEMPTS, Rounds
-from peel_agent.watch import Folder, Settling
+from peel_agent.watch import Folder, Pins, Settling
 from peel_agent.worker import Request
 from tests import zoo
 from tests.rooms.test_publish_form import FULL
@@ -126,8 +126,15 @@ def moving(tmp_path: Path) -> Iterator[Station]:
     station.ledger.close()
 
 
+def held(station: Station) -> list[str]:
+    """The checkpoints whose files are held."""
+    return sorted(path.name for path in (station.ledger.state_dir / "pins").glob("*/*"))
+
+
 def test_scanning_goes_on_while_a_checkpoint_is_peeled(moving: Station) -> None:
-    """What is written and rotated away during one long peel is held, and peeled after it."""
+    """What is written and rotated away during one long peel is held, and peeled after it; then only the last one is
+    held, for the next to be compared with.
+    """
     write(moving.root, 10)
     seen = []
 
@@ -141,7 +148,7 @@ def test_scanning_goes_on_while_a_checkpoint_is_peeled(moving: Station) -> None:
 
     assert moving.run(slow) == 0
     assert seen == [(10, True), (20, True)]
-    assert not (moving.ledger.state_dir / "pins").exists()
+    assert held(moving) == ["checkpoint-20"]
 
 
 def test_what_vanishes_is_counted_and_no_error(moving: Station) -> None:
@@ -230,7 +237,9 @@ def test_what_is_held_survives_the_death_of_a_worker_and_a_rotation(moving: Stat
 
 
 def test_a_restart_takes_up_what_was_held(moving: Station) -> None:
-    """A checkpoint that was rotated away while the agent was down is peeled when it is back, and nothing is left."""
+    """A checkpoint that was rotated away while the agent was down is peeled when it is back, and held for the next one
+    alone: a later start neither peels it again nor lets go of it.
+    """
     path = write(moving.root, 10)
 
     def stop(_request: Request) -> Peeled:
@@ -247,7 +256,124 @@ def test_a_restart_takes_up_what_was_held(moving: Station) -> None:
 
     assert moving.run(measure) == 0
     assert done == [(10, True)]
-    assert not (moving.ledger.state_dir / "pins").exists()
+    assert held(moving) == ["checkpoint-10"]
+    moving.run(measure)
+    assert done == [(10, True)]
+    assert held(moving) == ["checkpoint-10"]
+
+
+def sketches(step: int | None) -> Sketches:
+    return Sketches({"w": f"{step}"}, {"w": (1,)}, "float32")
+
+
+class Comparing:
+    """Stands in for the worker: keeps what each checkpoint was to be held against, and the trainer rotates it away."""
+
+    def __init__(self, rotates: bool = True) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        self.why_not: dict[int | None, str | None] = {}
+        self.keep: list[bool] = []
+        self._rotates = rotates
+
+    def __call__(self, request: Request) -> Peeled:
+        step, before = request.ref.step, request.before
+        assert before is not None
+        files = None if before.ref is None else (before.ref.path.name, before.ref.in_place().path.exists())
+        self.seen.append((step, before.step, files, before.sketches))
+        self.why_not[step] = before.why_not
+        self.keep.append(request.keep_sketches)
+        if self._rotates:
+            shutil.rmtree(request.ref.path)
+        return Peeled(FULL, None, sketches(step))
+
+
+def test_each_checkpoint_is_held_against_the_one_before(moving: Station) -> None:
+    """The files of the one observed last are at hand, though rotated away, and its sketches; also after a restart."""
+    for step in (10, 20):
+        write(moving.root, step)
+    compare = Comparing()
+    assert moving.run(compare, backlog="all") == 0
+    assert held(moving) == ["checkpoint-20"]
+    write(moving.root, 30)
+    assert moving.run(compare, backlog="all") == 0
+    assert compare.seen == [
+        (10, None, None, None),
+        (20, 10, ("checkpoint-10", True), sketches(10)),
+        (30, 20, ("checkpoint-20", True), sketches(20)),
+    ]
+    assert compare.why_not == {10: "it is the first checkpoint of this run", 20: None, 30: None}
+    assert compare.keep == [True, True, True]
+    assert held(moving) == ["checkpoint-30"]
+
+
+def test_without_its_files_the_sketches_are_left(moving: Station) -> None:
+    """Where somebody removed what was held, a checkpoint is still compared with the sketches in the ledger."""
+    write(moving.root, 10)
+    compare = Comparing()
+    moving.run(compare)
+    shutil.rmtree(moving.ledger.state_dir / "pins")
+    write(moving.root, 20)
+    moving.run(compare)
+    assert compare.seen[1] == (20, 10, None, sketches(10))
+    assert compare.why_not[20] is None
+
+
+def test_a_full_disk_lets_go_of_the_last(moving: Station, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training needs the room: what is held for comparison alone is let go of, and that is said."""
+    write(moving.root, 10)
+    compare = Comparing()
+    moving.run(compare)
+    assert held(moving) == ["checkpoint-10"]
+    write(moving.root, 20)
+    monkeypatch.setattr(Pins, "crowded", lambda _: True)
+    moving.run(compare)
+    assert compare.seen[1] == (20, 10, None, sketches(10))
+    assert any("the last checkpoint is not kept for comparison" in line for line in moving.said)
+
+
+def test_a_refused_checkpoint_is_nothing_to_compare_with(moving: Station) -> None:
+    """What could not be peeled is let go of; the next one is held against the last that was."""
+    write(moving.root, 10)
+    compare = Comparing()
+    moving.run(compare)
+    write(moving.root, 20)
+    moving.run(failing(CheckpointError("NaN in it", remedy="")))
+    assert held(moving) == ["checkpoint-10"]
+    shutil.rmtree(moving.root / "checkpoint-20")
+    write(moving.root, 30)
+    moving.run(compare)
+    assert compare.seen[1] == (30, 10, ("checkpoint-10", True), sketches(10))
+
+
+def test_what_is_out_of_order_is_held_against_nothing(moving: Station) -> None:
+    """A checkpoint that comes late, and the first after the run went back, are told so; the one after is compared."""
+    compare = Comparing(rotates=False)
+    write(moving.root, 30)
+    moving.run(compare)
+    late = write(moving.root, 10)
+    for file in late.iterdir():
+        os.utime(file, (1, 1))
+    moving.run(compare)
+    assert held(moving) == ["checkpoint-30"]
+    for number, step in enumerate((20, 25), start=1):
+        path = write(moving.root, step)
+        for file in path.iterdir():
+            os.utime(file, (time.time() + number,) * 2)
+        moving.run(compare)
+    assert compare.seen == [
+        (30, None, None, None),
+        (10, None, None, None),
+        (20, None, None, None),
+        (25, 20, ("checkpoint-20", True), sketches(20)),
+    ]
+    assert compare.why_not == {
+        30: "it is the first checkpoint of this run",
+        10: "it has no place in the order of the run: no step, or an earlier one that came late",
+        20: "the run went back: the checkpoint before is of step 30",
+        25: None,
+    }
+    assert compare.keep == [True, False, True, True]
+    assert held(moving) == ["checkpoint-25"]
 
 
 def test_what_is_peeled_is_never_missed(moving: Station) -> None:

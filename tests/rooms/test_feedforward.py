@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from peel_agent.errors import CheckpointError, ConfigurationError
 from peel_agent.peel.fully_connected.feedforward import MOST_SUBSETS, Net, Projection, construct, constructions, one_bit
 from peel_agent.peel.fully_connected.yes_bounds import measure_feedforward, sample_losses, zone_of
 from peel_agent.peel.numerics.intervals import estimate
-from peel_agent.records import Estimate, Part, Samples, YesMemory
+from peel_agent.records import Estimate, Part, Samples, YesMemory, codec
 from tests.oracles import feedforward as oracle
 
 PRECISIONS = ("full", "one_bit", "one_bit_refined")
@@ -360,7 +360,7 @@ def test_memory_survives_json() -> None:
     memory = measure_feedforward(trained(1), the_samples(1)).memory
     assert memory is not None
     assert any(best.waypoints for best in memory.best)
-    assert YesMemory.restored(json.loads(json.dumps(asdict(memory)))) == memory
+    assert codec.restored(YesMemory, json.loads(json.dumps(codec.plain(memory)))) == memory
 
 
 @pytest.mark.parametrize("other", ["samples", "widths", "bias", "precision"])

@@ -16,6 +16,8 @@ from peel_agent.peel import peel
 from peel_agent.pipeline import locate
 from peel_agent.records import Findings, Plan
 from tests import zoo
+from tests.oracles import bounds, intervals
+from tests.rooms.test_peel_against_oracles import status_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -31,13 +33,17 @@ def peeled(path: Path, device: str, plan: Plan = PLAN) -> Findings:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_margins_and_bounds_are_the_cpu_s(kind: str, tmp_path: Path) -> None:
-    """Losses, margins, shares and closed-form bounds agree between the devices; statuses and zone are the same."""
+    """Losses, margins, shares and closed-form bounds agree between the devices; statuses and zone follow from them."""
     path = zoo.save(zoo.build(kind), tmp_path)
     cpu, gpu = (peeled(path, device) for device in ("cpu", "cuda:0"))
     assert gpu.loss.value == pytest.approx(cpu.loss.value, abs=1e-5)
-    assert gpu.zone == cpu.zone
+    for found in (cpu, gpu):
+        assert found.gap is not None
+        assert found.zone == bounds.zone(intervals.Interval(found.gap.value, found.gap.low, found.gap.high))
+        of_blocks = [layer.margin for layer in found.layers]
+        for layer in found.layers:
+            assert layer.status == status_of(of_blocks, layer.index, left_out=False)
     for one, other in zip(cpu.layers, gpu.layers, strict=True):
-        assert one.status == other.status
         assert one.margin is not None
         assert other.margin is not None
         assert other.margin.value == pytest.approx(one.margin.value, abs=5e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import itertools
 from pathlib import Path
@@ -16,15 +18,21 @@ from peel_agent.capture import open_trace
 from peel_agent.load import open_snapshot
 from peel_agent.peel import peel
 from peel_agent.peel.headroom.gradients import backwards, descents
+from peel_agent.peel.margins.race import first_heat
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.sweep.forward import sweep
 from peel_agent.pipeline import locate
 from peel_agent.precision import quantise
-from peel_agent.records import Findings, Plan, WeightSet
+from peel_agent.records import Findings, Plan, Probe, WeightSet
 from tests import zoo
 from tests.oracles import headroom as oracle
 from tests.oracles import redundancy as redundancy_oracle
 from tests.oracles.decoder import Decoder
+from tests.oracles.intervals import paired
 
 PLAN = Plan(frozenset({"headroom", "redundancy"}), (), "ends")
+HEADROOM = Plan(frozenset({"headroom"}), (), ())
+SILENCED = 1
 CLEAR = 2e-3
 """Winners nearer than this on select may swap between float32 and float64."""
 GLOBS = {"llama": "model.layers.*_proj.weight", "gpt2": "transformer.h.*.weight"}
@@ -41,12 +49,15 @@ class Case:
         (form,) = registry.formats(ref.format)
         self.trace = open_trace(open_snapshot(ref, form, registry.family, sets=self.sets), zoo.probe())
         self.decoder = Decoder(effective(model, kind, name), model.config.to_dict())
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(
-                importlib.import_module("peel_agent.peel.headroom.headroom"), "SELECT_FRACTION", 1
-            )  # all of select
-            self.findings: Findings = peel(self.trace, PLAN, itertools.count().__next__)
+        self.findings = found_in(self.trace)
         self.parts = {} if name == "none" else {"attention": name, "mlp": name}
+
+
+def found_in(trace: Any, plan: Plan = PLAN) -> Findings:
+    """What the peel room finds when ridge and length of a step are picked on all of select, as the oracle does."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(importlib.import_module("peel_agent.peel.headroom.headroom"), "SELECT_FRACTION", 1)
+        return peel(trace, plan, itertools.count().__next__)
 
 
 def effective(model: Any, kind: str, name: str) -> dict[str, Any]:
@@ -88,6 +99,112 @@ def test_headroom_of_blocks_and_parts(case: Case) -> None:
                 compared += 1
                 np.testing.assert_allclose([own.value, own.low, own.high], theirs[target]["estimate"], atol=2e-3)
     assert compared >= 3
+
+
+def test_typical_additions(case: Case) -> None:
+    """What the parts of each block add to the stream, by whose median a step is as long as it is, is the oracle's."""
+    probe = case.trace.probe
+    stopwatch = Stopwatch(itertools.count().__next__)
+    swept = sweep(case.trace, Plan(frozenset(), (), ()), first_heat(probe), frozenset(), stopwatch)
+    score = np.concatenate([probe.select, probe.confirm])
+    for part, expected in oracle.typical_additions(case.decoder, score).items():
+        sizes = [visited.added[part] for visited in swept.visited]
+        assert np.median(sizes) == pytest.approx(expected, rel=1e-5)
+        assert max(sizes) > 1.1 * min(sizes)  # blocks differ, so that the median is none of them by chance
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """Briefly trained models by kind, to be copied before they are changed."""
+    return functools.cache(zoo.build)
+
+
+def silenced(model: Any, name: str) -> Any:
+    """A copy in which one weight of block SILENCED is all zero."""
+    model = copy.deepcopy(model)
+    block = (model.transformer.h if hasattr(model, "transformer") else model.model.layers)[SILENCED]
+    dict(block.named_parameters())[name].data.zero_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "name"),
+    [
+        ("llama", "attention", "self_attn.o_proj.weight"),
+        ("llama", "mlp", "mlp.down_proj.weight"),
+        ("gpt2", "attention", "attn.c_proj.weight"),
+        ("gpt2", "mlp", "mlp.c_proj.weight"),
+    ],
+)
+def test_a_silent_part_has_headroom(trained: Any, kind: str, part: Any, name: str, tmp_path: Path) -> None:
+    """A part whose output matrix is all zero is not thought perfect: its headroom, the oracle's, is proven."""
+    model, probe = silenced(trained(kind), name), zoo.probe(fit=200, select=40, confirm=100)
+    trace = zoo.trace_of(zoo.save(model, tmp_path), probe)
+    layer = found_in(trace, HEADROOM).layers[SILENCED]
+    own = layer.parts[part]
+    assert own.dead == f"its output is zero: `{name}` is all zero"
+    assert own.headroom is not None
+    assert own.headroom.low > 0.0
+    assert layer.headroom is not None
+    assert layer.headroom.low > 0.0
+    ours = [own.headroom.value, own.headroom.low, own.headroom.high]
+    assert any(np.allclose(ours, theirs, rtol=0, atol=2e-4) for theirs in best_of(zoo.decoder_of(model), part, probe))
+
+
+def best_of(decoder: Decoder, part: Any, probe: Probe) -> list[Any]:
+    """The oracle's headroom of every candidate for the part of block SILENCED that is as good as the best on select."""
+    tried = oracle.candidates(
+        oracle.steps(decoder, SILENCED, probe.fit, np.concatenate([probe.select, probe.confirm])), part
+    )
+    select, confirm = (decoder.streams(ids)[SILENCED] for ids in (probe.select, probe.confirm))
+    on_select = [oracle.losses(decoder, SILENCED, select, probe.select, own).mean() for own in tried]
+    best = [own for own, loss in zip(tried, on_select, strict=True) if loss < min(on_select) + CLEAR]
+    trained = oracle.losses(decoder, SILENCED, confirm, probe.confirm, {})
+    return [paired(trained - oracle.losses(decoder, SILENCED, confirm, probe.confirm, own)) for own in best]
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "name"),
+    [
+        ("llama", "mlp", "mlp.up_proj.weight"),
+        ("llama", "mlp", "mlp.gate_proj.weight"),
+        ("llama", "mlp", "post_attention_layernorm.weight"),
+        ("llama", "attention", "self_attn.v_proj.weight"),
+        ("llama", "attention", "input_layernorm.weight"),
+        ("gpt2", "mlp", "mlp.c_fc.weight"),
+        ("gpt2", "mlp", "ln_2.weight"),
+        ("gpt2", "attention", "ln_1.weight"),  # its bias goes on: values that are equal but for rounding
+    ],
+)
+def test_a_part_without_features_is_dead(trained: Any, kind: str, part: Any, name: str, tmp_path: Path) -> None:
+    """Where a part computes the same for every token no output matrix helps: no headroom, and the zero weight by name;
+    the other part and the other blocks have theirs.
+    """
+    trace = zoo.trace_of(zoo.save(silenced(trained(kind), name), tmp_path))
+    layers = found_in(trace, HEADROOM).layers
+    own = layers[SILENCED].parts[part]
+    assert own.headroom is None
+    assert own.dead == f"what it computes is the same for every token: `{name}` is all zero"
+    for layer in layers:
+        assert layer.headroom is not None
+        for other, report in layer.parts.items():
+            if (layer.index, other) != (SILENCED, part):
+                assert report.headroom is not None
+                assert report.dead is None
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("attention", "self_attn.o_proj.weight"), ("mlp", "mlp.experts.down_proj"), ("mlp", "mlp.experts.gate_up_proj")],
+)
+def test_a_dead_part_of_a_mixture(trained: Any, part: Any, name: str, tmp_path: Path) -> None:
+    """Where blocks have no output projections to look behind, a part is dead when what it adds is always the same."""
+    trace = zoo.trace_of(zoo.save(silenced(trained("mixtral"), name), tmp_path))
+    findings = found_in(trace, Plan(frozenset({"margin", "headroom"}), ("skip",), ()))
+    dead = {(layer.index, own): report.dead for layer in findings.layers for own, report in layer.parts.items()}
+    said = dead.pop((SILENCED, part))
+    assert said == f"what it computes is the same for every token: `{name}` is all zero"
+    assert set(dead.values()) == {None}
 
 
 def test_shares_add_up(case: Case) -> None:
@@ -148,7 +265,7 @@ def test_the_backward_sweep_is_autograd(kind: str, tmp_path: Path) -> None:
     model = zoo.build(kind, steps=40)
     trace = zoo.trace_of(zoo.save(model, tmp_path))
     ids = torch.from_numpy(trace.probe.fit)
-    outputs = model(ids, output_hidden_states=True)
+    outputs, typical = model(ids, output_hidden_states=True), {"attention": 0.5, "mlp": 0.25}
     hidden = outputs.hidden_states
     for own in hidden:
         own.retain_grad()
@@ -160,7 +277,8 @@ def test_the_backward_sweep_is_autograd(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(entering.fit, hidden[block.index].detach(), atol=1e-5, rtol=1e-4)
         if block.index + 1 < zoo.BLOCKS:  # transformers' last hidden state is taken after the final norm
             torch.testing.assert_close(gradient, hidden[block.index + 1].grad, atol=1e-5, rtol=1e-3)
-        *_, further = descents(block, entering.fit, gradient, trace.chunk)
+        attention, mlp, further = descents(block, entering.fit, gradient, trace.chunk, typical)
+        assert (attention.typical, mlp.typical) == (0.5, 0.25)
         torch.testing.assert_close(further, hidden[block.index].grad, atol=1e-5, rtol=1e-3)
         hand_back(further)
     assert seen == list(reversed(range(zoo.BLOCKS)))

@@ -34,7 +34,7 @@ def test_only_what_changes_is_handed_out(tmp_path: Path) -> None:
         ("llama", {"model.layers.2.self_attn.o_proj.weight", "model.layers.2.mlp.down_proj.weight"}),
         ("gpt2", {f"transformer.h.2.{part}.c_proj.{own}" for part in ("attn", "mlp") for own in ("weight", "bias")}),
     ):
-        model = zoo.build(kind, steps=20)
+        model = zoo.build(kind, steps=40)
         found = improve(
             zoo.trace_of(zoo.save(model, tmp_path / kind), zoo.probe(200, 40, 80)), 2, itertools.count().__next__
         )

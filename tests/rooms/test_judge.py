@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peel_agent.diagnose import diagnose
 from peel_agent.judge import judge
 from peel_agent.records import (
+    CHECKPOINTS,
+    Change,
     CheckpointInfo,
     Estimate,
+    Finding,
+    FindingKind,
     LayerReport,
     ModelInfo,
     Notice,
+    PartReport,
     PeelReport,
     ProbeInfo,
     Rule,
+    RuleKind,
     RuleState,
     Timing,
     Verdict,
@@ -26,15 +36,19 @@ BLOCK = "model.layers.3"
 
 
 def layer(index: int, letter: str, margin: float | None = 0.0) -> LayerReport:
+    """A block whose report has a finding where its letter is b."""
+    name = f"model.layers.{index}"
+    words = f"{name} earns hardly more than a cheap stand-in would"
     return LayerReport(
         index=index,
-        name=f"model.layers.{index}",
+        name=name,
         status=STATUS[letter],
         margin=None if margin is None else Estimate(margin, margin - 0.0002, margin + 0.0002),
         best_reference="skip",
         references={"skip": 0.0},
         parts={},
         stream_share=0.1,
+        finding=Finding("below", name, words, {}, ("it does nothing yet",), 17) if letter == "b" else None,
     )
 
 
@@ -121,16 +135,16 @@ def test_a_checkpoint_before_after_step_does_not_clear() -> None:
 
 
 def test_layers_and_rules_are_judged_apart() -> None:
-    """Each (rule, layer) has its own state: one layer's `above` never clears another's alert."""
+    """Each (rule, subject) has its own state: one layer's `above` never clears another's alert."""
     rules = [Rule("quick", "layer_below", 1), Rule("slow", "layer_below", 2)]
     first = judge(report(100, layer(2, "b"), layer(3, "a")), rules, ())
     second = judge(report(200, layer(2, "b"), layer(3, "b")), rules, first.states)
-    assert [(notice.rule, notice.layer) for notice in first.notices] == [("quick", "model.layers.2")]
-    assert [(notice.rule, notice.layer) for notice in second.notices] == [
+    assert [(notice.rule, notice.subject) for notice in first.notices] == [("quick", "model.layers.2")]
+    assert [(notice.rule, notice.subject) for notice in second.notices] == [
         ("quick", "model.layers.3"),
         ("slow", "model.layers.2"),
     ]
-    assert {(state.rule, state.layer, state.phase) for state in second.states} == {
+    assert {(state.rule, state.subject, state.phase) for state in second.states} == {
         ("quick", "model.layers.2", "firing"),
         ("quick", "model.layers.3", "firing"),
         ("slow", "model.layers.2", "firing"),
@@ -145,47 +159,53 @@ def test_states_of_a_rule_that_is_gone_are_dropped() -> None:
     assert judge(report(300, layer(3, "b")), [], states) == Verdict((), ())
 
 
-def test_the_text_says_what_was_measured_in_a_trainers_words() -> None:
-    """The notice names the block, the stand-in, the margin with its interval, the neighbours, how long, since when."""
+def test_the_notice_says_what_was_found_how_long_and_since_when() -> None:
+    """A firing notice has the finding's words and causes, the checkpoints in a row, and the step at which it began."""
     at = [report(step, layer(1, "a", 0.06), layer(2, "a", 0.1024), layer(3, "b", 0.0)) for step in (400, 600)]
     first = judge(at[0], [rule()], ())
     (notice,) = judge(at[1], [rule()], first.states).notices
     assert notice.text == (
-        "model.layers.3 earns hardly more than its cheap stand-in `skip`: margin 0.0000 [-0.0002, 0.0002] nats/token, "
-        "the other blocks' median is 0.0812, for 2 checkpoints in a row (since step 400)"
+        "model.layers.3 earns hardly more than a cheap stand-in would, for 2 checkpoints in a row (since step 400)"
     )
-    assert (notice.rule, notice.layer, notice.step, notice.severity) == ("layer_below", BLOCK, 600, "critical")
+    assert (notice.rule, notice.subject, notice.step, notice.severity) == ("layer_below", BLOCK, 600, "critical")
+    assert (notice.since_step, notice.causes) == (400, ("it does nothing yet",))
 
 
-@pytest.mark.parametrize(
-    ("margin", "words"),
-    [(-0.01, "earns less than its cheap stand-in `skip`: margin -0.0100"), (0.004, "earns hardly more than")],
-)
-def test_the_text_claims_no_more_than_the_interval(margin: float, words: str) -> None:
-    """`less than` is said only when the whole interval is below 0 (method.md 9)."""
-    (notice,) = judge(report(400, layer(3, "b", margin)), [rule(1)], ()).notices
-    assert words in notice.text
-    assert "median" not in notice.text  # there are no other blocks here
+def test_the_text_says_what_was_measured_in_a_trainers_words() -> None:
+    """The notice of a diagnosed report names the block, its margin with the interval and what its neighbours earn."""
+    at = [report(step, layer(1, "a", 0.06), layer(2, "a", 0.1024), layer(3, "b", 0.0)) for step in (400, 600)]
+    states: tuple[RuleState, ...] = ()
+    for one in at:
+        verdict = judge(diagnose(one, ()), [rule()], states)
+        states = verdict.states
+    (notice,) = verdict.notices
+    assert notice.text.startswith("model.layers.3 earns hardly more than a cheap stand-in would")
+    assert "0.0000 [-0.0002, 0.0002] nats/token" in notice.text
+    assert "the other blocks' earn 0.0812" in notice.text
+    assert notice.text.endswith(", for 2 checkpoints in a row (since step 400)")
+    (alone,) = judge(diagnose(report(400, layer(2, "a"), layer(3, "b")), ()), [rule(1)], ()).notices
+    assert alone.text.endswith("earn 0.0000 (since step 400)")  # one checkpoint is no row
 
 
 def test_the_text_of_a_resolved_alert_says_since_when_it_fired() -> None:
-    """A resolved notice carries the margin that cleared it and the step at which its alert began."""
+    """A resolved notice says how long nothing was seen, and the step at which its alert began; it needs no causes."""
     *_, resolved = judge_history("bbaa", rule())[0]
     assert resolved.state == "resolved"
     assert resolved.text == (
-        "model.layers.3 earns more than its cheap stand-in `skip`: margin 0.0000 [-0.0002, 0.0002] nats/token, "
-        "for 2 checkpoints in a row (resolved; it had fired since step 100)"
+        "model.layers.3 does not show it any more, for 2 checkpoints in a row (resolved; it had fired since step 100)"
     )
+    assert (resolved.since_step, resolved.causes) == (100, ())
 
 
-def test_a_layer_without_a_margin_still_gets_a_notice() -> None:
-    """A status without numbers is reported without numbers."""
+def test_without_a_step_a_notice_says_none() -> None:
+    """A checkpoint that names no step gives a notice whose words claim none."""
     (notice,) = judge(report(None, layer(3, "b", None)), [rule(1)], ()).notices
-    assert notice.text == "model.layers.3 earns hardly more than its cheap stand-in `skip`"
+    assert notice.text == "model.layers.3 earns hardly more than a cheap stand-in would"
+    assert (notice.step, notice.since_step) == (None, None)
 
 
 def test_notice_ids_are_the_alerts_own() -> None:
-    """An id depends on rule, layer, state and the step it began, not on when it was confirmed or what was measured."""
+    """An id depends on rule, subject, state and the step it began, not on when it was confirmed or what was found."""
     (one,) = judge_history("bb", rule())[0]
     (same,) = judge_history("buub", rule())[0]
     (later,) = judge_history("bb", rule(), first_step=200)[0]
@@ -204,6 +224,157 @@ def test_without_steps_two_alerts_of_a_layer_have_two_ids() -> None:
         states = verdict.states
         ids += [notice.id for notice in verdict.notices]
     assert len(set(ids)) == 3
+
+
+ONE = Estimate(0.2, 0.1, 0.3)
+SUBJECTS = (BLOCK, f"{BLOCK}/attention", f"{BLOCK}/mlp")
+READ_BY: dict[RuleKind, tuple[FindingKind, ...]] = {
+    "layer_below": ("below", "never_trained", "dead"),
+    "layer_changed": ("changed",),
+    "layer_regressed": ("regressed",),
+    "layer_dropped": ("dropped",),
+    "layer_stalled": ("stalled",),
+    "layer_flooding": ("flooding",),
+    "layer_improvable": ("improvable",),
+}
+MEASURED = {
+    "layer_below": "status",
+    "layer_changed": "change",
+    "layer_regressed": "progress",
+    "layer_dropped": "margin",
+    "layer_stalled": "change",
+    "layer_flooding": "margin",
+    "layer_improvable": "headroom",
+}
+"""What a place without a finding must have been measured for, that it speaks against an alert of each kind."""
+
+
+def measured(finding: Finding | None = None, status: str = "above") -> LayerReport:
+    """Block 3 with everything measured of it and of its parts."""
+    part = PartReport(status, ONE, ONE, Change(1.0), ONE)
+    parts = {"attention": part, "mlp": part}
+    return LayerReport(3, BLOCK, status, ONE, "skip", {}, parts, 0.1, ONE, None, None, Change(1.0), ONE, finding)
+
+
+def found(kind: FindingKind, subject: str) -> Finding:
+    return Finding(kind, subject, f"{subject} is {kind}", {}, (f"why {kind}",), 300)
+
+
+def spoken(kind: RuleKind, own: LayerReport) -> dict[str, str]:
+    """What this block's report says about the block and each part of it, by what it does to an alert of this kind."""
+    at_once = Rule("r", kind, 1, 1)
+    calm, firing = (
+        tuple(RuleState("r", subject, phase, 0, 100) for subject in SUBJECTS) for phase in ("inactive", "firing")
+    )
+    raised = {notice.subject for notice in judge(report(400, own), [at_once], calm).notices}
+    cleared = {notice.subject for notice in judge(report(400, own), [at_once], firing).notices}
+    assert not raised & cleared
+    return {
+        subject: "for" if subject in raised else "against" if subject in cleared else "neither" for subject in SUBJECTS
+    }
+
+
+def test_the_table_knows_every_kind() -> None:
+    """A new rule kind has a place in the tables here, and a number of checkpoints of its own."""
+    assert set(READ_BY) == set(MEASURED) == set(CHECKPOINTS) == set(get_args(RuleKind))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize(("kind", "finding"), [(kind, one) for kind, own in READ_BY.items() for one in own])
+def test_a_finding_speaks_for_its_own_subject(kind: RuleKind, finding: FindingKind, subject: str) -> None:
+    """A finding speaks for an alert of the kind that reads it, about the block or the part that it names alone."""
+    status = "below" if kind == "layer_below" else "above"
+    heard = spoken(kind, measured(found(finding, subject), status))
+    others = "neither" if kind == "layer_below" else "against"  # a block that is below is no proof that its parts earn
+    assert heard == dict.fromkeys(SUBJECTS, others) | {subject: "for"}
+
+
+@pytest.mark.parametrize("kind", READ_BY)
+def test_no_finding_where_it_was_looked_for_speaks_against(kind: RuleKind) -> None:
+    """With everything measured and nothing found, block and parts speak against an alert of any kind."""
+    assert spoken(kind, measured()) == dict.fromkeys(SUBJECTS, "against")
+
+
+@pytest.mark.parametrize("place", ["block", "mlp"])
+@pytest.mark.parametrize(
+    ("kind", "what", "value"),
+    [
+        *((kind, what, None) for kind, what in MEASURED.items() if what != "status"),
+        *(("layer_below", "status", status) for status in ("below", "undecided", "not_measured")),
+    ],
+)
+def test_what_was_not_measured_speaks_neither(kind: RuleKind, what: str, value: str | None, place: str) -> None:
+    """A block, or a part, without the number that a kind goes by says nothing, however much else was measured.
+
+    So does one that is below and has no finding: the run is early.
+    """
+    own = measured()
+    if place == "block":
+        own, silent = dataclasses.replace(own, **{what: value}), BLOCK
+    else:
+        parts = {**own.parts, "mlp": dataclasses.replace(own.parts["mlp"], **{what: value})}
+        own, silent = dataclasses.replace(own, parts=parts), f"{BLOCK}/mlp"
+    assert spoken(kind, own) == dict.fromkeys(SUBJECTS, "against") | {silent: "neither"}
+
+
+@pytest.mark.parametrize("kind", READ_BY)
+@pytest.mark.parametrize("status", ["above", "below"])
+def test_a_victim_speaks_neither(kind: RuleKind, status: str) -> None:
+    """What a flooded stream explains neither raises nor clears an alert of any kind, of the block or of a part."""
+    heard = spoken(kind, measured(found("victim", BLOCK), status))
+    assert heard == dict.fromkeys(SUBJECTS, "neither")
+
+
+@pytest.mark.parametrize(
+    ("kind", "finding"),
+    [(kind, one) for kind, own in READ_BY.items() for one in get_args(FindingKind) if one not in own],
+)
+def test_no_kind_speaks_for_what_it_does_not_read(kind: RuleKind, finding: FindingKind) -> None:
+    """A finding raises alerts of its own kind only, at the block and at a part."""
+    for subject in SUBJECTS:
+        assert "for" not in spoken(kind, measured(found(finding, subject), "below")).values()
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoints"),
+    [
+        ("layer_changed", 1),
+        ("layer_regressed", 1),
+        ("layer_flooding", 1),
+        ("layer_below", 2),
+        ("layer_dropped", 2),
+        ("layer_stalled", 1),
+        ("layer_improvable", 2),
+    ],
+)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_events_fire_after_one_checkpoint_and_states_after_two(kind: RuleKind, checkpoints: int, subject: str) -> None:
+    """A rule that gives no numbers raises, and clears, an event at one checkpoint and a state at two in a row."""
+    shown, gone = measured(found(READ_BY[kind][0], subject)), measured()
+    states: tuple[RuleState, ...] = ()
+    told = []
+    for step, own in enumerate([shown, shown, shown, gone, gone, gone], start=1):
+        verdict = judge(report(100 * step, own), [Rule("mine", kind)], states)
+        states = verdict.states
+        told += [(notice.step, notice.state, notice.subject, notice.since_step) for notice in verdict.notices]
+    raised, cleared = 100 * checkpoints, 300 + 100 * checkpoints
+    assert told == [(raised, "firing", subject, 100), (cleared, "resolved", subject, 100)]
+
+
+def test_numbers_that_a_rule_gives_win_over_its_kinds() -> None:
+    """`for_checkpoints` and `clear_checkpoints` of a rule are what counts, each by itself."""
+    shown, gone = measured(found("changed", BLOCK)), measured()
+    for given_rule, expected in (
+        (Rule("mine", "layer_changed", for_checkpoints=3), ["firing 300", "resolved 400"]),
+        (Rule("mine", "layer_changed", clear_checkpoints=2), ["firing 100", "resolved 500"]),
+    ):
+        states: tuple[RuleState, ...] = ()
+        told = []
+        for step, own in enumerate([shown, shown, shown, gone, gone], start=1):
+            verdict = judge(report(100 * step, own), [given_rule], states)
+            states = verdict.states
+            told += [f"{notice.state} {notice.step}" for notice in verdict.notices]
+        assert told == expected
 
 
 HISTORIES = st.text("baua-", max_size=40)
@@ -243,3 +414,11 @@ def test_undecided_anywhere_changes_no_notice(history: str, data: st.DataObject,
     padded = judge_history(history[:where] + silent + history[where:], rule(raise_at, clear_at))[0]
     shifted = [(notice.state, notice.step + 100 * (notice.step >= 100 + 100 * where)) for notice in plain]
     assert [(notice.state, notice.step) for notice in padded] == shifted
+
+
+@pytest.mark.parametrize("kind", ["never_trained", "dead"])
+def test_what_is_exactly_nothing_needs_no_second_checkpoint(kind: FindingKind) -> None:
+    """A block that never moved, or a part that computes nothing, is told at once, unless the rule asks for more."""
+    shown = report(100, measured(found(kind, BLOCK), "below"))
+    for given_rule, expected in ((Rule("mine", "layer_below"), ["firing"]), (Rule("mine", "layer_below", 2), [])):
+        assert [notice.state for notice in judge(shown, [given_rule], ()).notices] == expected

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from math import inf, nan
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from peel_agent.publish import alert_line, report_from_json, report_json, report_line
 from peel_agent.records import (
     BoundReport,
+    Change,
     CheckpointInfo,
     Estimate,
+    Finding,
     LayerReport,
     ModelInfo,
     Notice,
@@ -24,9 +27,20 @@ from peel_agent.records import (
     ProbeInfo,
     Skipped,
     Timing,
+    WorstMatrix,
 )
 
-NOTICE = Notice("92ab", "layer_below", "warning", "firing", "model.layers.0", 800, "model.layers.0 earns less — see")
+NOTICE = Notice(
+    "92ab",
+    "layer_below",
+    "warning",
+    "firing",
+    "model.layers.0/attention",
+    800,
+    "the attention of model.layers.0 earns less — see",
+    600,
+    ("it does nothing yet",),
+)
 
 FULL = PeelReport(
     checkpoint=CheckpointInfo("run/checkpoint-800", 800, "transformers", "c0ffee"),
@@ -46,19 +60,33 @@ FULL = PeelReport(
             best_reference="skip",
             references=MappingProxyType({"skip": 0.0, "affine": 0.01}),
             parts={
-                "attention": PartReport("below", Estimate(0.0, -0.1, 0.1)),
-                "mlp": PartReport("undecided", None, Estimate(0.2, 0.1, 0.3)),
+                "attention": PartReport(
+                    "below", Estimate(0.0, -0.1, 0.1), None, Change(2.0), None, "its output is zero: `w` is all zero"
+                ),
+                "mlp": PartReport("undecided", None, Estimate(0.2, 0.1, 0.3), None, Estimate(0.03, 0.02, 0.04)),
             },
             stream_share=0.3,
             headroom=Estimate(0.05, 0.04, 0.06),
             quantization_share=0.01,
             optimization_share=0.04,
+            change=Change(1.5, WorstMatrix("mlp.down_proj.weight", 4.5)),
+            progress=Estimate(-0.02, -0.03, -0.01),
+            finding=Finding(
+                "below",
+                "model.layers.0/attention",
+                "the attention of model.layers.0 earns less — see",
+                {"margin": 0.0, "others_margin": 0.5},
+                ("it does nothing yet",),
+                500,
+            ),
         ),
         LayerReport(1, "model.layers.1", "undecided", None, None, {}, {}, 0.1),
     ),
     skipped=(Skipped("affine of model.layers.1", "512 fit tokens; 1024 would be enough"),),
     timing=Timing(0.1, 0.2, 0.3, 0.4),
     redundancy=((0.1, 0.2), (0.3, 0.4)),
+    since_step=600,
+    finding=Finding("early", "run", "1 of 2 blocks earn no more than a cheap stand-in", {"below": 1.0}),
     alerts=(NOTICE,),
 )
 
@@ -100,13 +128,33 @@ FORM = {
                     "status": "below",
                     "margin": {"value": 0.0, "low": -0.1, "high": 0.1},
                     "headroom": None,
+                    "change": {"ratio": 2.0, "worst": None},
+                    "progress": None,
+                    "dead": "its output is zero: `w` is all zero",
                 },
-                "mlp": {"status": "undecided", "margin": None, "headroom": {"value": 0.2, "low": 0.1, "high": 0.3}},
+                "mlp": {
+                    "status": "undecided",
+                    "margin": None,
+                    "headroom": {"value": 0.2, "low": 0.1, "high": 0.3},
+                    "change": None,
+                    "progress": {"value": 0.03, "low": 0.02, "high": 0.04},
+                    "dead": None,
+                },
             },
             "stream_share": 0.3,
             "headroom": {"value": 0.05, "low": 0.04, "high": 0.06},
             "quantization_share": 0.01,
             "optimization_share": 0.04,
+            "change": {"ratio": 1.5, "worst": {"name": "mlp.down_proj.weight", "ratio": 4.5}},
+            "progress": {"value": -0.02, "low": -0.03, "high": -0.01},
+            "finding": {
+                "kind": "below",
+                "subject": "model.layers.0/attention",
+                "words": "the attention of model.layers.0 earns less — see",
+                "evidence": {"margin": 0.0, "others_margin": 0.5},
+                "causes": ["it does nothing yet"],
+                "since_step": 500,
+            },
         },
         {
             "index": 1,
@@ -120,18 +168,32 @@ FORM = {
             "headroom": None,
             "quantization_share": None,
             "optimization_share": None,
+            "change": None,
+            "progress": None,
+            "finding": None,
         },
     ],
     "redundancy": [[0.1, 0.2], [0.3, 0.4]],
+    "since_step": 600,
+    "finding": {
+        "kind": "early",
+        "subject": "run",
+        "words": "1 of 2 blocks earn no more than a cheap stand-in",
+        "evidence": {"below": 1.0},
+        "causes": [],
+        "since_step": None,
+    },
     "alerts": [
         {
             "id": "92ab",
             "rule": "layer_below",
             "severity": "warning",
             "state": "firing",
-            "layer": "model.layers.0",
+            "subject": "model.layers.0/attention",
             "step": 800,
-            "text": "model.layers.0 earns less — see",
+            "text": "the attention of model.layers.0 earns less — see",
+            "since_step": 600,
+            "causes": ["it does nothing yet"],
         }
     ],
     "skipped": [{"what": "affine of model.layers.1", "why": "512 fit tokens; 1024 would be enough"}],
@@ -140,8 +202,17 @@ FORM = {
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 ESTIMATES = st.builds(Estimate, NUMBERS, NUMBERS, NUMBERS)
+CHANGES = st.builds(Change, NUMBERS, st.none() | st.builds(WorstMatrix, st.text(), NUMBERS))
+FINDINGS = st.builds(
+    Finding,
+    evidence=st.dictionaries(st.text(), NUMBERS),
+    causes=st.lists(st.text()).map(tuple),
+    since_step=st.none() | st.integers(),
+)
 PARTS = st.builds(
-    PartReport, st.sampled_from(("above", "below", "undecided")), st.none() | ESTIMATES, st.none() | ESTIMATES
+    PartReport,
+    st.sampled_from(("above", "below", "undecided", "not_measured")),
+    *(st.none() | own for own in (ESTIMATES, ESTIMATES, CHANGES, ESTIMATES, st.text())),
 )
 REPORTS = st.builds(
     PeelReport,
@@ -158,6 +229,9 @@ REPORTS = st.builds(
             headroom=st.none() | ESTIMATES,
             quantization_share=st.none() | NUMBERS,
             optimization_share=st.none() | NUMBERS,
+            change=st.none() | CHANGES,
+            progress=st.none() | ESTIMATES,
+            finding=st.none() | FINDINGS,
         ),
         max_size=3,
     ).map(tuple),
@@ -167,7 +241,9 @@ REPORTS = st.builds(
     timing=st.builds(Timing, NUMBERS, NUMBERS, NUMBERS, NUMBERS),
     redundancy=st.none() | st.lists(st.lists(NUMBERS).map(tuple)).map(tuple),
     skipped=st.lists(st.builds(Skipped)).map(tuple),
-    alerts=st.lists(st.builds(Notice)).map(tuple),
+    since_step=st.none() | st.integers(),
+    finding=st.none() | FINDINGS,
+    alerts=st.lists(st.builds(Notice, causes=st.lists(st.text()).map(tuple))).map(tuple),
     schema=st.just("peel-agent/report/1"),
 )
 
@@ -192,13 +268,22 @@ def test_a_report_survives_the_round_trip(report: PeelReport) -> None:
 
 
 @pytest.mark.parametrize("number", [nan, inf, -inf])
-@pytest.mark.parametrize("place", ["loss", "references", "redundancy", "timing"])
+@pytest.mark.parametrize(
+    "place", ["loss", "references", "redundancy", "timing", "change", "worst", "progress", "evidence"]
+)
 def test_no_nan_or_infinity_leaves(number: float, place: str) -> None:
     """A number that JSON does not have is refused wherever it hides."""
-    layer = dataclasses.replace(FULL.layers[0], references={"skip": number})
+
+    def layer(**fields: Any) -> dict[str, Any]:
+        return {"layers": (dataclasses.replace(FULL.layers[0], **fields),)}
+
     broken = {
         "loss": {"loss": Estimate(number, 0.0, 1.0)},
-        "references": {"layers": (layer,)},
+        "references": layer(references={"skip": number}),
+        "change": layer(change=Change(number)),
+        "worst": layer(change=Change(1.0, WorstMatrix("w", number))),
+        "progress": layer(progress=Estimate(0.0, number, 1.0)),
+        "evidence": {"finding": Finding("early", "run", "words", {"below": number})},
         "redundancy": {"redundancy": ((0.0, number),)},
         "timing": {"timing": Timing(load=number)},
     }[place]

@@ -10,7 +10,18 @@ from math import nan
 import pytest
 
 from peel_agent.publish import publication, report_line
-from peel_agent.records import BoundReport, Estimate, LayerReport, PeelReport, Publication, RuleState, Verdict
+from peel_agent.records import (
+    BoundReport,
+    Change,
+    Estimate,
+    Finding,
+    LayerReport,
+    PartReport,
+    PeelReport,
+    Publication,
+    RuleState,
+    Verdict,
+)
 from tests.rooms.test_publish_form import FULL
 
 SILENT = Verdict((), ())
@@ -20,6 +31,7 @@ SUMMARIES = {
     "peel/gap": 0.17,
     "peel/layers_below": 1.0,
     "peel/layers_undecided": 1.0,
+    "peel/parts_below": 1.0,
     "peel/worst_margin": 0.0,
     "peel/alerts_firing": 0.0,
     "peel/seconds": 1.0,
@@ -44,16 +56,34 @@ def layer(index: int, margin: float | None, headroom: float | None = None, statu
     )
 
 
-def deep(blocks: int) -> PeelReport:
+def deep(blocks: int, *, parts: bool = False) -> PeelReport:
     """Block l's margin is (7 l mod blocks) / blocks: the worst ones are scattered over the depth."""
     layers = tuple(layer(index, (7 * index % blocks) / blocks, 0.5) for index in range(blocks))
+    if parts:
+        both = {name: PartReport("above", Estimate(0.25, 0.2, 0.3)) for name in ("attention", "mlp")}
+        layers = tuple(dataclasses.replace(own, parts=both) for own in layers)
     return dataclasses.replace(FULL, layers=layers)
 
 
 def test_metrics_have_the_contracts_names() -> None:
-    """A full report yields every summary, each measured layer's margin and headroom, and each map's value."""
-    expected = {**SUMMARIES, "peel/margin/L000": 0.0, "peel/headroom/L000": 0.05, "peel/yes/head": 1.6}
+    """A full report yields every summary, what was measured of each layer, its parts' margins, and each map's value."""
+    expected = {
+        **SUMMARIES,
+        "peel/margin/L000": 0.0,
+        "peel/headroom/L000": 0.05,
+        "peel/progress/L000": -0.02,
+        "peel/change/L000": 1.5,
+        "peel/margin/L000/attention": 0.0,
+        "peel/yes/head": 1.6,
+    }
     assert published(FULL).metrics == pytest.approx(expected)
+
+
+def test_a_change_of_nothing_is_published() -> None:
+    """A frozen layer's change is exactly 0, which is a finding and no gap in the series."""
+    frozen = dataclasses.replace(layer(3, None), change=Change(0.0), progress=Estimate(0.0, 0.0, 0.0))
+    metrics = published(dataclasses.replace(FULL, layers=(frozen,))).metrics
+    assert (metrics["peel/change/L003"], metrics["peel/progress/L003"]) == (0.0, 0.0)
 
 
 def test_what_was_not_measured_is_left_out() -> None:
@@ -64,11 +94,23 @@ def test_what_was_not_measured_is_left_out() -> None:
 
 
 def test_counts_of_layers_and_alerts() -> None:
-    """Layers are counted by status, alerts by firing state, whatever else is pending."""
-    layers = tuple(layer(index, 0.1, status=status) for index, status in enumerate(("below", "below", "undecided")))
-    states = tuple(RuleState("r", f"model.layers.{i}", phase, 0, 1) for i, phase in enumerate(("firing", "pending")))
-    metrics = published(dataclasses.replace(FULL, layers=layers), Verdict(states, ())).metrics
-    assert (metrics["peel/layers_below"], metrics["peel/layers_undecided"], metrics["peel/alerts_firing"]) == (2, 1, 1)
+    """Layers and parts are counted by status, alerts by firing state, whatever else is pending or was not measured."""
+    statuses = ("below", "below", "undecided", "not_measured", "above")
+    layers = [layer(index, 0.1, status=status) for index, status in enumerate(statuses)]
+    for index, parts in ((0, ("below", "below")), (2, ("undecided", "below")), (4, ("above", "not_measured"))):
+        both = dict(zip(("attention", "mlp"), (PartReport(part, None) for part in parts), strict=True))
+        layers[index] = dataclasses.replace(layers[index], parts=both)
+    states = tuple(
+        RuleState("r", subject, phase, 0, 1)
+        for subject, phase in (
+            ("model.layers.0", "firing"),
+            ("model.layers.0/mlp", "firing"),
+            ("model.layers.1", "pending"),
+        )
+    )
+    metrics = published(dataclasses.replace(FULL, layers=tuple(layers)), Verdict(states, ())).metrics
+    names = ("layers_below", "layers_undecided", "parts_below", "alerts_firing")
+    assert [metrics[f"peel/{name}"] for name in names] == [2, 1, 3, 2]
 
 
 def test_step_and_timestamp_come_from_the_checkpoint() -> None:
@@ -99,16 +141,50 @@ def test_a_deep_model_keeps_to_max_series() -> None:
     assert set(SUMMARIES) < set(metrics)
     kept = {key: value for key, value in metrics.items() if key.startswith("peel/margin/")}
     assert sorted(kept.values()) == pytest.approx([rank / 500 for rank in range(196)])
-    assert {key.replace("headroom", "margin") for key in metrics if "headroom" in key} == set(kept)
+    (last,) = [
+        key for key, value in kept.items() if value == pytest.approx(195 / 500)
+    ]  # 391 keys are 195 pairs and one
+    assert {key.replace("headroom", "margin") for key in metrics if "headroom" in key} == set(kept) - {last}
     assert not any(key.startswith("peel/yes/") for key in metrics)
 
 
-@pytest.mark.parametrize("max_series", [0, 3, 8, 9, 18, 20, 21, 22])
+@pytest.mark.parametrize("max_series", [0, 3, 8, 9, 18, 20, 21, 22, 23])
 def test_never_more_keys_than_max_series(max_series: int) -> None:
     """At any limit the number of keys is at most that, and everything is there as soon as everything fits."""
     metrics = published(deep(6), max_series=max_series).metrics
-    everything = 8 + 12 + 1
-    assert len(metrics) == (everything if max_series >= everything else min(max_series, 20))
+    everything = 9 + 12 + 1
+    assert len(metrics) == (everything if max_series >= everything else min(max_series, 21))
+
+
+def test_margins_of_parts_are_cut_before_anything_of_a_layer() -> None:
+    """What does not fit goes in this order: the maps, then the margins of parts, the best layer's first, then the best
+    layers themselves; the summaries go last.
+    """
+    report = deep(6, parts=True)
+    everything = list(published(report).metrics)
+    parts, maps = [key for key in everything if key.count("/") == 3], ["peel/yes/head"]
+    assert (len(everything), len(parts)) == (9 + 12 + 12 + 1, 12)
+    best_first = [f"peel/margin/L{index:03d}" for index in sorted(range(6), key=lambda own: -(7 * own % 6))]
+    gone: list[str] = []
+    for fit in reversed(range(len(everything))):
+        now = set(published(report, max_series=fit).metrics)
+        assert len(now) == fit
+        gone += [key for key in reversed(everything) if key not in now and key not in gone]
+    assert gone[:1] == maps
+    assert gone[1:13] == [f"{key}/{part}" for key in best_first for part in ("mlp", "attention")]
+    assert gone[13:25] == [own for key in best_first for own in (key.replace("margin", "headroom"), key)]
+    assert set(gone[25:]) == set(SUMMARIES)
+
+
+def test_layers_with_a_finding_are_cut_last() -> None:
+    """Whatever its margin, a layer that something was found of comes first, one without a margin last."""
+    layers = [layer(index, margin) for index, margin in enumerate((0.1, 0.9, 0.2, None))]
+    layers[3] = dataclasses.replace(layers[3], change=Change(1.0))
+    layers[1] = dataclasses.replace(layers[1], finding=Finding("changed", "model.layers.1/mlp", "words"))
+    report = dataclasses.replace(FULL, layers=tuple(layers))
+    own = [key for key in published(report).metrics if key.split("/")[1] in ("margin", "change")]
+    assert own == ["peel/margin/L001", "peel/margin/L000", "peel/margin/L002", "peel/change/L003"]
+    assert [key for key in published(report, max_series=10).metrics if key not in SUMMARIES] == own[:1]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +194,10 @@ def test_never_more_keys_than_max_series(max_series: int) -> None:
         (("above", "undecided"), "undecided"),
         (("undecided", "below", "above"), "below"),
         ((), "undecided"),
+        (("not_measured", "above"), "above"),
+        (("not_measured", "undecided"), "undecided"),
+        (("not_measured", "below"), "below"),
+        (("not_measured", "not_measured"), "undecided"),
     ],
 )
 def test_the_status_tag_is_the_worst_of_the_layers(statuses: tuple[str, ...], expected: str) -> None:
@@ -128,17 +208,25 @@ def test_the_status_tag_is_the_worst_of_the_layers(statuses: tuple[str, ...], ex
 
 
 def test_alert_tags_name_the_layers_that_fire() -> None:
-    """Every rule with a state has a tag; a firing layer that this report lacks is named by its module."""
+    """Every rule with a state has a tag, which names parts too; a firing layer or part that this report lacks is named
+    by its module.
+    """
     states = (
         RuleState("layer_below", "model.layers.3", "firing", 0, 100),
+        RuleState("layer_changed", "model.layers.3/mlp", "firing", 0, 100),
+        RuleState("layer_changed", "model.layers.4", "firing", 0, 100),
+        RuleState("layer_changed", "model.layers.4/attention", "inactive", 0, None),
+        RuleState("layer_changed", "model.layers.9/attention", "firing", 0, 100),
         RuleState("layer_below", "model.layers.4", "firing", 1, 100),
         RuleState("layer_below", "model.layers.5", "pending", 1, 100),
         RuleState("layer_below", "model.layers.9", "firing", 0, 100),
         RuleState("calm", "model.layers.3", "inactive", 0, None),
     )
-    report = dataclasses.replace(FULL, layers=tuple(layer(index, 0.1) for index in (3, 4, 5)))
-    tags = published(report, Verdict(states, ())).tags
+    both = {"attention": PartReport("above", None), "mlp": PartReport("above", None)}
+    layers = tuple(dataclasses.replace(layer(index, 0.1), parts=both) for index in (3, 4, 5))
+    tags = published(dataclasses.replace(FULL, layers=layers), Verdict(states, ())).tags
     assert tags["peel.alert.layer_below"] == "firing: L003, L004, model.layers.9"
+    assert tags["peel.alert.layer_changed"] == "firing: L003/mlp, L004, model.layers.9/attention"
     assert tags["peel.alert.calm"] == "inactive"
 
 
@@ -146,7 +234,7 @@ def test_every_key_is_one_that_trackers_take() -> None:
     """Metric keys and tags keep to MLflow's letters and lie beneath `peel`; values are floats."""
     labels = ("head", "ends-1_4", "user.2")
     bounds = tuple(BoundReport(label, (1,), "closed_form", Estimate(1.0, 0.9, 1.1), 1.0, True) for label in labels)
-    one = published(dataclasses.replace(deep(3), bounds=bounds))
+    one = published(dataclasses.replace(deep(3, parts=True), bounds=bounds))
     assert all(re.fullmatch(r"peel/[/\w.\-]{1,240}", key) for key in one.metrics)
     assert all(type(value) is float for value in one.metrics.values())
     assert all(tag.startswith("peel.") for tag in one.tags)

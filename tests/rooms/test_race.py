@@ -13,7 +13,7 @@ import pytest
 from peel_agent.peel.margins.margin import of_target, statuses
 from peel_agent.peel.margins.race import contenders, first_heat, race, still_open
 from peel_agent.peel.numerics.stopwatch import Stopwatch
-from peel_agent.peel.sweep.forward import carry
+from peel_agent.peel.sweep.forward import carry, sweep
 from peel_agent.peel.sweep.splices import Variant
 from peel_agent.records import Plan
 from tests import zoo
@@ -28,13 +28,25 @@ def watch() -> Stopwatch:
 
 
 def raced(trace: Any) -> Any:
-    return race(trace, PLAN, frozenset(), watch())
+    """The sweep and the margins; there is no checkpoint before, and so no progress."""
+    found = race(trace, PLAN, frozenset(), watch())
+    assert found.progress == found.swept.progress == {}
+    return found.swept, found.margins
+
+
+def first_swept(trace: Any) -> Any:
+    """What the race knows after its first heat."""
+    return sweep(trace, PLAN, first_heat(trace.probe), frozenset(), watch())
 
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tiny trained model with a probe large enough for a first heat."""
-    path = zoo.save(zoo.build("llama", steps=200), tmp_path_factory.mktemp("race"))
+    """A tiny trained model with a probe large enough for a first heat. The attention of one block adds nothing, so that
+    there is a place that no heat can clear.
+    """
+    model = zoo.build("llama", steps=200)
+    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    path = zoo.save(model, tmp_path_factory.mktemp("race"))
     return zoo.trace_of(path, zoo.probe(fit=80, select=40, confirm=160))
 
 
@@ -49,22 +61,27 @@ def test_the_first_heat_takes_a_part(select: int, confirm: int, heat: tuple[int,
 
 def test_open_places_are_measured_in_full(trace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open block's margin is what the full measurement gives; a cleared one keeps the heat's."""
-    swept, margins = raced(trace)
+    (swept, margins), first = raced(trace), first_swept(trace)
     rows = first_heat(trace.probe)
-    heat = race_module.margins_of(swept.trained, swept.variants, PLAN.references, 40)
+    heat = race_module.margins_of(first.trained, first.variants, PLAN.references, 40)
     with monkeypatch.context() as patched:
         patched.setattr(race_module, "HEAT_FRACTION", 1)
         full_sweep, full = raced(trace)
     assert np.isfinite(full_sweep.variants[Variant(1, "block", "skip")]).all()
-    assert np.isfinite(swept.variants[Variant(1, "block", "skip")]).nonzero()[0].tolist() == rows.tolist()
-    opened = still_open(heat)
-    assert opened
+    opened, again = still_open(heat), contenders(first.variants, heat)
+    assert (1, "attention") in opened
+    assert set(again) < set(first.variants)
+    for variant, losses in swept.variants.items():
+        measured = np.isfinite(losses).nonzero()[0].tolist()
+        assert measured == (list(range(200)) if variant in again else rows.tolist())
+        np.testing.assert_allclose(losses[rows], first.variants[variant][rows], atol=1e-6)
     for place, own in margins.items():
         if place in opened:
             assert own.whole
-            assert own.best == full[place].best
-            assert own.estimate.value == pytest.approx(full[place].estimate.value, abs=1e-6)
-            assert own.estimate.low == pytest.approx(full[place].estimate.low, abs=1e-6)
+            assert own.estimate.value == pytest.approx(full[place].references[own.best], abs=1e-6)
+            if Variant(*place, full[place].best) in again:  # not shown by a few sequences to be worse than another
+                assert own.best == full[place].best
+                assert own.estimate.low == pytest.approx(full[place].estimate.low, abs=1e-6)
         else:
             assert own == heat[place]
             assert not own.whole
@@ -72,7 +89,7 @@ def test_open_places_are_measured_in_full(trace: Any, monkeypatch: pytest.Monkey
 
 def test_only_references_that_may_be_the_best_go_on(trace: Any) -> None:
     """A reference that a few sequences show to be worse than another is not carried again; the best always is."""
-    swept, _ = raced(trace)
+    swept = first_swept(trace)
     margins = race_module.margins_of(swept.trained, swept.variants, PLAN.references, 40)
     again = contenders(swept.variants, margins)
     for place in still_open(margins):

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,8 @@ from tests import s3, servers, zoo
 
 FORMATS = registry.formats()
 SETTLE = 10.0
-LATER = time.time() + 3600.0  # after every object that the tests write
+PATIENCE = 240.0
+"""Seconds for which a server keeps silent: what takes as long was not ended by the agent."""
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Side:
     gateway: s3.Gateway
     prefix: str
     folder: Path
-    now: float = LATER
+    now: float = field(default_factory=lambda: time.time() + 7200.0)  # after every object that a test writes
 
     @property
     def url(self) -> str:
@@ -83,6 +85,8 @@ def shared_gateway(moto: int) -> Iterator[s3.Gateway]:
             patch.setenv(name, value)
         # Every new client parses a megabyte of JSON, the same each time.
         patch.setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))
+        for limit in ("CONNECT_SECONDS", "READ_SECONDS", "CALL_SECONDS"):  # a server on a busy machine may take longer
+            patch.setattr(store, limit, PATIENCE)
         yield gateway
 
 
@@ -355,7 +359,9 @@ class TestLettingGo:
 
     def test_fingerprints_stay(self, side: Side, saved: Path) -> None:
         """Fetched anew into an empty folder, a checkpoint has the fingerprint and the time that it had before."""
+        began = time.time()
         side.upload(saved / "checkpoint-7", "checkpoint-7")
+        uploaded = time.time()
         refs = []
         for _ in range(2):
             mirror = side.mirror()
@@ -365,7 +371,7 @@ class TestLettingGo:
             side.folder.mkdir()
         assert refs[0].fingerprint == refs[1].fingerprint
         assert refs[0].committed_at == refs[1].committed_at
-        assert abs(refs[0].committed_at - time.time()) < 60  # the object's time, not the mirror's
+        assert began - 1 <= refs[0].committed_at <= uploaded + 1  # the objects' time in whole seconds, not the mirror's
 
     def test_another_store_in_the_same_folder(self, side: Side, saved: Path) -> None:
         """What was remembered of another URL, or cannot be parsed, is forgotten with its files."""
@@ -426,16 +432,13 @@ class TestOverwriting:
         """S3 tells times in whole seconds: another object of the same size and time still gives another fingerprint."""
         content = (saved / "export" / "model.safetensors").read_bytes()
         side.upload(saved / "export", "export")
-        mirror = side.mirror()
-        for _ in range(10):  # until no second ends between the two
-            refs = []
-            for last in b"ab":
-                side.put("export/model.safetensors", content[:-1] + bytes([last]))
-                side.settle(mirror)
-                refs.append(locate(mirror.root / "export"))
-            if int(refs[0].committed_at) == int(refs[1].committed_at):
-                break
-        assert int(refs[0].committed_at) == int(refs[1].committed_at)
+        side.gateway.written = datetime.now(UTC)
+        mirror, refs = side.mirror(), []
+        for last in b"ab":
+            side.put("export/model.safetensors", content[:-1] + bytes([last]))
+            side.settle(mirror)
+            refs.append(locate(mirror.root / "export"))
+        assert [int(ref.committed_at) for ref in refs] == 2 * [int(side.gateway.written.timestamp())]
         assert refs[0].fingerprint != refs[1].fingerprint
 
     def test_only_what_is_new_is_read(self, side: Side, saved: Path) -> None:
@@ -452,7 +455,7 @@ class TestOverwriting:
 
 class TestOutages:
     def test_the_server_dies_and_comes_back(self, side: Side, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """While it is away every sync says so within seconds and the copy stays; with the server, work goes on."""
+        """While it is away every sync says so and ends, and the copy stays; with the server, work goes on."""
         port = servers.free_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         with s3.s3_server(side.folder.parent, port) as url:
@@ -461,10 +464,8 @@ class TestOutages:
             mirror = side.mirror()
             side.settle(mirror)
         for _ in range(2):
-            start = time.monotonic()
             with pytest.raises(StoreUnavailable, match="cannot be read now") as raised:
                 mirror.sync(side.now, SETTLE)
-            assert time.monotonic() - start < 15
             assert raised.value.retryable
             assert complete(mirror.root) == ["step-1"]
         with s3.s3_server(side.folder.parent, port) as url:
@@ -496,15 +497,17 @@ class TestOutages:
         ("status", "code"), [(500, "InternalError"), (503, "SlowDown"), (403, "AccessDenied"), (404, "NoSuchBucket")]
     )
     def test_errors_of_the_store(self, side: Side, saved: Path, status: int, code: str) -> None:
-        """Any error after it was once reached is retryable, said in the store's words and without secrets."""
+        """Any error after it was once reached is given up after a few requests, and is retryable; it is said in the
+        store's words and without secrets.
+        """
         side.upload(saved / "export", "export")
         mirror = side.mirror()
-        mirror.sync(time.time(), SETTLE)
-        side.gateway.before = lambda method, key: (status, code)
-        start = time.monotonic()
+        mirror.sync(side.now - 7200.0, SETTLE)
+        asked: list[str] = []
+        side.gateway.before = lambda method, key: asked.append(method) or (status, code)  # type: ignore[func-returns-value]
         with pytest.raises(StoreUnavailable, match=f"injected {code}") as raised:
             mirror.sync(side.now, SETTLE)
-        assert time.monotonic() - start < 15
+        assert 1 <= len(asked) <= 4
         assert s3.SECRET not in str(raised.value)
         side.gateway.reset()
         mirror.sync(side.now, SETTLE)
@@ -520,24 +523,27 @@ class TestOutages:
         assert not mirror.root.exists()
 
     def test_a_server_that_never_answers(self, side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is given up after the time to read, twice."""
+        """It is given up after the time to read, a few times."""
         monkeypatch.setattr(store, "READ_SECONDS", 0.2)
-        with servers.silent_server(20.0) as (port, _):
+        monkeypatch.setattr(store, "CALL_SECONDS", PATIENCE)
+        with servers.silent_server(PATIENCE) as (port, connections):
             monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
             start = time.monotonic()
-            with pytest.raises(StoreUnavailable):
+            with pytest.raises(StoreUnavailable, match="Read timeout"):
                 Store("s3://runs/run").list()
-            assert time.monotonic() - start < 15
+            assert time.monotonic() - start < PATIENCE
+            assert 1 <= len(connections) <= 4
 
     def test_a_call_has_an_end(self, side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whatever the library is still trying, a call ends after its time."""
         monkeypatch.setattr(store, "CALL_SECONDS", 1.0)
-        with servers.silent_server(10.0) as (port, _):
+        monkeypatch.setattr(store, "READ_SECONDS", PATIENCE)
+        with servers.silent_server(PATIENCE) as (port, _):
             monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
             start = time.monotonic()
             with pytest.raises(StoreUnavailable, match="Timeout"):
                 Store("s3://runs/run").list()
-            assert time.monotonic() - start < 5
+            assert time.monotonic() - start < PATIENCE
 
 
 class TestConfiguration:

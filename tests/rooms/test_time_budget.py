@@ -47,7 +47,7 @@ def test_no_time_still_gives_loss_and_head(path: Path) -> None:
     whole, nothing = peeled(path, None), peeled(path, 0)
     assert nothing.loss == whole.loss
     assert [bound.label for bound in nothing.bounds] == ["head"]
-    assert all(layer.margin is None and layer.status == "undecided" for layer in nothing.layers)
+    assert all(layer.margin is None and layer.status == "not_measured" for layer in nothing.layers)
     assert len(nothing.layers) == zoo.BLOCKS
     assert "margins of model.layers.0 and the blocks after it" in named(nothing)
     assert {f"map {bound.label}" for bound in whole.bounds if bound.label != "head"} < set(named(nothing))

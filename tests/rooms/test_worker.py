@@ -45,9 +45,11 @@ def test_memory_is_limited(fraction: float, fits: bool) -> None:
     """Above its fraction an allocation fails in the worker, as an error that it can answer with."""
     ran = python(
         "import psutil, torch\n"
-        "from peel_agent.worker import limit_memory\n"
+        "from pathlib import Path\n"
+        "from peel_agent.worker import cgroup_limits, limit_memory\n"
         f"limit_memory({fraction}, 'cpu')\n"
-        "size = psutil.virtual_memory().total // 20\n"
+        "limits = cgroup_limits(Path('/proc/self/cgroup'), Path('/sys/fs/cgroup'))\n"
+        "size = min([psutil.virtual_memory().total, *limits]) // 20\n"
         "try: torch.empty(size, dtype=torch.uint8)\n"
         "except (RuntimeError, MemoryError): print('refused')\n"
         "else: print('fits')\n"
@@ -65,26 +67,40 @@ def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     assert cgroup_limits(tmp_path / "not there", tmp_path) == []
 
 
-@pytest.mark.parametrize(("progress", "status"), [(False, -signal.SIGALRM), (True, 0)])
-def test_a_worker_that_stands_still_ends(progress: bool, status: int) -> None:
-    """Without progress for STALL_SECONDS it is ended; each sign of progress sets the time anew."""
-    steps = "progress('margins', done, 8)" if progress else "pass"
-    ran = python(
-        "import time\n"
+def answered(measure: str, stall: int) -> subprocess.CompletedProcess[str]:
+    """A worker with this STALL_SECONDS that has nothing to do but `measure`: indented lines, to which `progress` is
+    known.
+    """
+    return python(
+        "import signal, time\n"
         "from peel_agent import pipeline, worker\n"
         "from peel_agent.errors import CheckpointError\n"
-        "worker.STALL_SECONDS = 1\n"
-        "worker.copied = None\n"
+        f"worker.STALL_SECONDS = {stall}\n"
         "def measure(ref, *, progress, **_):\n"
-        "    for done in range(8):\n"
-        "        time.sleep(0.3)\n"
-        f"        {steps}\n"
+        f"{measure}"
         "    raise CheckpointError('done', remedy='')\n"
         "pipeline.measure = measure\n"
         "raise SystemExit(worker.main())\n",
         Request.from_json(REQUEST.to_json().replace('"/held"', "null")).to_json(),
     )
-    assert ran.returncode == status, ran.stderr
+
+
+def test_a_worker_that_stands_still_ends() -> None:
+    """Without progress for STALL_SECONDS it is ended."""
+    ran = answered("    time.sleep(600)\n", stall=1)
+    assert ran.returncode == -signal.SIGALRM, ran.stderr
+
+
+def test_progress_sets_the_time_anew() -> None:
+    """However little of it is left, each sign of progress gives a worker all of STALL_SECONDS."""
+    ran = answered(
+        "    for done in range(8):\n"
+        "        signal.alarm(600)\n"
+        "        progress('margins', done, 8)\n"
+        "        assert signal.getitimer(signal.ITIMER_REAL)[0] > 1200\n",
+        stall=3600,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_the_parent_says_that_it_stood_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +125,7 @@ def test_nothing_is_imported_from_the_working_directory(tmp_path: Path) -> None:
         check=False,
         cwd=tmp_path,
     )
-    assert "KeyError" in ran.stderr  # it read the request with the real json
+    assert "TypeError" in ran.stderr  # it read the request with the real json
     assert not (tmp_path / "canary").exists()
 
 
@@ -120,7 +136,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
         "from peel_agent.worker import command\n"
         "child = subprocess.Popen(command(), stdin=subprocess.PIPE)\n"  # it waits for its request
         "print(child.pid, flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -128,4 +144,4 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     assert child.is_running()
     parent.kill()
     parent.communicate()
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 30)
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)

@@ -27,6 +27,7 @@ from tests import zoo
 from tests.runs import hostile
 from tests.runs.command import environment_of, peel_agent
 from tests.runs.hostile import CANARY, Hostile
+from tests.yardstick import yardstick
 
 AT_A_LOOK = hostile.refused_at_a_look()
 WHEN_OPENED = hostile.refused_when_opened()
@@ -93,14 +94,14 @@ class Sidecar:
     def _watch_memory(self) -> None:
         process = psutil.Process(self.process.pid)
         while self.process.poll() is None:
-            self._peak = max(self._peak, sum(map(_resident, _family(process))))
+            self._peak = max(self._peak, sum(map(_most_memory, _family(process))))
             time.sleep(0.05)
 
     def said(self) -> str:
         return self._stderr.read_text(errors="surrogateescape")
 
-    def end(self, seconds: float) -> Session:
-        """Waits for its end, and kills it when it takes longer."""
+    def end(self, seconds: float = 1200) -> Session:
+        """Waits for its end, and kills it when it hangs."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -120,11 +121,13 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def _resident(process: psutil.Process) -> int:
+def _most_memory(process: psutil.Process) -> int:
+    """The most that a process had so far, as the kernel keeps it: nothing is missed between two looks at it."""
     try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+    except OSError:
         return 0
+    return 0 if found is None else int(found[1]) << 10
 
 
 def watched(folder: Path) -> Path:
@@ -157,7 +160,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Session:
     """The good checkpoint without company."""
     root = watched(tmp_path_factory.mktemp("alone"))
     hostile.good(root / "checkpoint-5")
-    return Sidecar(root, "--once").end(120)
+    return Sidecar(root, "--once").end()
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +170,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     fill(root, CASES.values())
     scenery(root)
     hostile.good(root / "checkpoint-5")
-    return Sidecar(root, "--once").end(400)
+    return Sidecar(root, "--once").end()
 
 
 def test_there_are_enough_of_them() -> None:
@@ -243,11 +246,15 @@ import re, sys, time
 from pathlib import Path
 from peel_agent import registry
 from peel_agent.watch import scan
-formats = registry.formats()
+from tests.yardstick import yardstick
+formats, units, taken = registry.formats(), [yardstick()], []
 for _ in range(2):
     start = time.process_time()
     (sighting,) = scan(Path(sys.argv[1]), formats)
-    print(time.process_time() - start)
+    taken.append(time.process_time() - start)
+units.append(yardstick())
+for seconds in taken:
+    print(2 * seconds / sum(units))
 print(re.search("VmHWM:[^0-9]*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
 print(sighting.readiness.reason)
 """
@@ -255,18 +262,20 @@ print(sighting.readiness.reason)
 
 @pytest.mark.parametrize("tag", HEAVY)
 def test_a_heavy_one_is_light_for_the_daemon(tag: str, tmp_path: Path) -> None:
-    """A look takes less than 5 seconds of processor time and half a gigabyte, the next look less than 1 second."""
+    """A look takes less than half a gigabyte, and less processor time than pickletools alone takes for 60 million
+    operations, which is what the longest of them holds; the next look takes less than for one million.
+    """
     root = tmp_path / "run"
     root.mkdir()
     (root / "config.json").write_text("{}")
     fill(root, [HEAVY[tag]])
     looked = subprocess.run(
-        [sys.executable, "-c", LOOK, str(root)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", LOOK, str(root)], capture_output=True, text=True, timeout=600, check=False
     )
     assert looked.returncode == 0, looked.stderr
     first, second, peak, reason = looked.stdout.splitlines()
     assert re.search(HEAVY[tag].words, reason)
-    assert (float(first) < 5.0, float(second) < 1.0, int(peak) < 512 << 10) == (True, True, True), looked.stdout[:200]
+    assert (float(first) < 60, float(second) < 1, int(peak) < 512 << 10) == (True, True, True), looked.stdout[:200]
 
 
 @pytest.mark.parametrize("name", hostile.CONFIG_FAULTS)
@@ -284,37 +293,45 @@ def test_a_thousand_million_layers_are_refused(tmp_path: Path) -> None:
     root = watched(tmp_path)
     hostile.changed_config(num_hidden_layers=10**9)(root / "x")
     np.save(tmp_path / "probe.npy", zoo.token_ids(200, 3))
-    scanned = peel_agent("scan", root / "x", "--probe", tmp_path / "probe.npy", home=tmp_path, timeout=60)
+    scanned = peel_agent("scan", root / "x", "--probe", tmp_path / "probe.npy", home=tmp_path)
     assert scanned.returncode == 3
     assert "1000000000" in scanned.stderr.replace(",", "")
     assert "Traceback" not in scanned.stderr
 
 
 def test_no_look_is_long(tmp_path: Path) -> None:
-    """A look at any of them takes the daemon less than 2 seconds of processor time, and the next one less than 1."""
+    """A look at any of them takes less processor time than pickletools for 15 million operations, the next one than for
+    one million.
+    """
     root = watched(tmp_path)
     formats = registry.formats()
     fill(root, AT_A_LOOK)
-    taken = {}
+    units, taken = [yardstick()], dict[tuple[str, str], float]()
     for case in AT_A_LOOK:
         path = root / case.name
         form = next(form for form in formats if form.recognise(path))
-        for limit in (2.0, 1.0):
+        for look in ("first", "next"):
             before = time.process_time()
             form.inspect(path)
             form.step(path)
-            if (seconds := time.process_time() - before) > limit:
-                taken[case.name] = seconds
-    assert not taken
+            taken[case.name, look] = time.process_time() - before
+    units.append(yardstick())
+    limits = {"first": 15 * sum(units) / 2, "next": sum(units) / 2}
+    assert not {key: seconds for key, seconds in taken.items() if seconds > limits[key[1]]}, limits
 
 
 def test_many_files_are_looked_at_quickly(tmp_path: Path) -> None:
-    """A look at 2,000 unfinished files beside each other takes less than 3 seconds of processor time."""
-    for number in range(2000):
-        (tmp_path / f"{number}.pt").write_bytes(b"PK")
-    before = time.process_time()
-    assert len(scan(tmp_path, registry.formats())) == 2000
-    assert time.process_time() - before < 3.0
+    """An unfinished file among 2,000 takes a look at most three times the processor time of one among 200."""
+    costs = {}
+    for count in (1, 200, 2000):  # whatever is made at the first look is made before it counts
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{number}.pt").write_bytes(b"PK")
+        before = time.process_time()
+        assert len(scan(folder, registry.formats())) == count
+        costs[count] = (time.process_time() - before) / count
+    assert costs[2000] < 3 * costs[200], costs
 
 
 def test_a_running_sidecar_goes_on(tmp_path: Path) -> None:
@@ -334,7 +351,7 @@ def test_a_running_sidecar_goes_on(tmp_path: Path) -> None:
         _wait(sidecar, "step 5; loss")
         sidecar.process.send_signal(signal.SIGTERM)
     finally:
-        session = sidecar.end(30)
+        session = sidecar.end(240)
     assert session.status == 0, session.stderr[-3000:]
     assert "Traceback" not in session.stderr
     assert [json.loads(line)["step"] for line in session.published] == [5]
@@ -345,7 +362,7 @@ def test_a_running_sidecar_goes_on(tmp_path: Path) -> None:
 
 
 def _wait(sidecar: Sidecar, words: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while words not in sidecar.said():
         assert sidecar.process.poll() is None, sidecar.said()[-3000:]
         assert time.monotonic() < deadline, f"waited in vain for {words!r}: {sidecar.said()[-3000:]}"

@@ -33,8 +33,14 @@ def scanned(checkpoint: Path, probe: Path, home: Path, quantities: str, *flags: 
     return report
 
 
-def below(report: dict[str, Any]) -> list[int]:
-    return [layer["index"] for layer in report["layers"] if layer["status"] == "below"]
+NOTHING = 0.002
+"""Nats per token: what a block that does nothing may earn, and far less than any other does."""
+
+
+def others_earn_more(report: dict[str, Any], faulty: int) -> bool:
+    """Whether every other block's margin lies above the faulty one's for certain."""
+    margins = [layer["margin"] for layer in report["layers"]]
+    return all(own["low"] > margins[faulty]["high"] for index, own in enumerate(margins) if index != faulty)
 
 
 @pytest.mark.parametrize("name", ["ternary", "sign"])
@@ -42,18 +48,32 @@ def below(report: dict[str, Any]) -> list[int]:
 def test_the_faulty_block_of_a_low_bit_training(
     name: str, healthy: bool, train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path
 ) -> None:
-    """Of a run trained by straight-through estimation exactly the frozen block is below; of a healthy one none is."""
+    """Of a run trained by straight-through estimation the frozen block is below, and earns less than all others; in a
+    healthy run the same block earns something, for certain.
+    """
     checkpoint = train_low_bit(name, healthy) / f"checkpoint-{LOW_BIT_STEPS}"
     report = scanned(checkpoint, probe_file, tmp_path, "margin", "--precision", f"{MATRICES}={name}")
-    assert below(report) == ([] if healthy else [HELD_BACK])
+    block = report["layers"][HELD_BACK]
     assert report["model"]["precision"] == f"float32 latents of {name}"
+    if healthy:
+        assert block["status"] != "below"
+        assert block["margin"]["low"] > NOTHING
+    else:
+        assert block["status"] == "below"
+        assert abs(block["margin"]["value"]) < NOTHING
+        assert others_earn_more(report, HELD_BACK)
 
 
 def test_a_collapsed_scale(train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path) -> None:
-    """A block whose latents shrank to nothing in a healthy ternary run is found."""
+    """A block whose latents shrank to nothing in a healthy ternary run is below, and earns nothing.
+
+    Nothing is claimed of its neighbours: on some processors the training ends with one that leans on it, and that one
+    is below beside it.
+    """
     checkpoint = rewritten(train_low_bit("ternary", True) / f"checkpoint-{LOW_BIT_STEPS}", tmp_path, _shrink)
     report = scanned(checkpoint, probe_file, tmp_path, "margin", "--precision", f"{MATRICES}=ternary")
-    assert below(report) == [2]
+    assert report["layers"][2]["status"] == "below"
+    assert abs(report["layers"][2]["margin"]["value"]) < NOTHING
 
 
 def _shrink(name: str, weight: torch.Tensor) -> torch.Tensor:

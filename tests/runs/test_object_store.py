@@ -54,7 +54,8 @@ def losses_of(saved: Path, home: Path) -> dict[int, float]:
 
 
 def test_watch_once_and_scan(server: str, bucket: s3.Bucket, saved: Path, tmp_path: Path) -> None:
-    """`watch --once` peels every checkpoint of a bucket, `scan` one; the numbers are those of the files on the disk.
+    """`watch --once` peels every checkpoint of a bucket, `scan` one; the numbers are those of the files on the disk, to
+    the last digits, which hang on the number of threads that a worker takes.
 
     The reports name the URL, copies are dropped, a second `--once` publishes nothing, and no secret is told.
     """
@@ -68,7 +69,9 @@ def test_watch_once_and_scan(server: str, bucket: s3.Bucket, saved: Path, tmp_pa
     assert ran.returncode == 0, ran.stderr
     reports = [json.loads(line) for line in ran.stdout.splitlines()]
     assert [report["checkpoint"]["path"] for report in reports] == [f"{url}/checkpoint-{step}" for step in (5, 10, 15)]
-    assert {report["checkpoint"]["step"]: report["loss"]["value"] for report in reports} == losses
+    found = {report["checkpoint"]["step"]: report["loss"]["value"] for report in reports}
+    assert found == pytest.approx(losses, abs=1e-5)
+    assert np.diff(sorted(losses.values())).min() > 1e-3  # no other checkpoint has the same
     assert "object store reports no events" in ran.stderr
     assert not list((tmp_path / "state").rglob("*.safetensors"))
     again = peel_agent(*arguments, home=tmp_path, **environment, **settings)
@@ -106,10 +109,10 @@ def test_watching_while_it_is_uploaded(server: str, bucket: s3.Bucket, saved: Pa
                     bucket.put(f"run/checkpoint-{step}/{file.name}", file.read_bytes())
                 assert f'"step": {step},' not in out.read_text()
                 bucket.put(f"run/checkpoint-{step}/{files[-1].name}", files[-1].read_bytes())
-                wait_for(lambda step=step: f'"step": {step},' in out.read_text() or daemon.poll() is not None, 120)
+                wait_for(lambda step=step: f'"step": {step},' in out.read_text() or daemon.poll() is not None)
         finally:
             daemon.send_signal(signal.SIGTERM)
-            assert daemon.wait(90) == 0, err.read_text()
+            assert daemon.wait(240) == 0, err.read_text()
     reports = [json.loads(line) for line in out.read_text().splitlines()]
     assert [report["checkpoint"]["step"] for report in reports] == [5, 10], err.read_text()
 

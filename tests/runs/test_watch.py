@@ -95,8 +95,8 @@ def test_findings_reach_the_run(
     ]
     times = [stamp for _, _, stamp in written["peel/loss"]]
     for step, stamp in zip((300, 400, 500), times, strict=True):
-        newest = max(file.stat().st_mtime for file in (run_directory / f"checkpoint-{step}").glob("*.json"))
-        assert abs(stamp / 1000 - newest) < 2
+        newest = max(file.stat().st_mtime for file in (run_directory / f"checkpoint-{step}").iterdir())
+        assert stamp / 1000 == pytest.approx(newest, abs=0.002)
 
     run = client.get_run(run_id)
     assert run.info.status == "RUNNING"
@@ -179,7 +179,7 @@ def test_daemon_sees_new_checkpoints_and_survives_restarts(
         shutil.copytree(run_directory / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         wait_for(lambda: (state / "reports" / f"step-{step:09d}.json").exists() or process.poll() is not None)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said
         return said
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from peel_agent.config import PeelSettings, ProbeSettings
@@ -42,7 +43,8 @@ KEEP = 1
 def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> None:
     """Every checkpoint that was finished has one report with the loss of its own weights, though only one is kept.
 
-    Those whose writer was killed have none.
+    Those whose writer was killed have none. The daemon's worker may run with other numbers of threads than this
+    process, and sums in another order differ in their last digits.
     """
     run, probe = tmp_path / "run", tmp_path / "probe.npy"
     run.mkdir()
@@ -86,12 +88,13 @@ def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> N
             time.sleep(2)  # a second report of one, or a first of another, would come now
         finally:
             daemon.send_signal(signal.SIGTERM)
-            assert daemon.wait(60) == 0, (tmp_path / "err").read_text()
+            assert daemon.wait(240) == 0, (tmp_path / "err").read_text()
     reports = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert [report["checkpoint"]["step"] for report in reports] == finished
     assert {report["checkpoint"]["step"]: report["loss"]["value"] for report in reports} == {
-        step: losses[step] for step in finished
+        step: pytest.approx(losses[step], abs=1e-5) for step in finished
     }
+    assert np.diff(sorted(losses.values())).min() > 1e-3  # no other checkpoint has the same
     assert len([path for path in run.glob("checkpoint-*") if (path / "trainer_state.json").exists()]) == KEEP
 
 

@@ -6,7 +6,7 @@ with the square root of the depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt
 
@@ -63,27 +63,27 @@ def loss_gradient(trace: Trace, stream: Tensor, ids: TokenIds) -> Tensor:
 class Descent:
     """Normal equations of a projection's inputs against the gradient at its output, over `fit`.
 
-    `added` is the Frobenius norm of what the projection adds to the stream.
+    `typical` is the Frobenius norm over `fit` of what the same part of a typical block adds to the stream.
     """
 
     projection: Projection
     gram: Gram
-    added: float
+    typical: float
 
 
-def descents(block: Block, h: Tensor, gradient: Tensor, chunk: Chunk) -> tuple[Descent, Descent, Tensor]:
+def descents(
+    block: Block, h: Tensor, gradient: Tensor, chunk: Chunk, typical: Mapping[str, float]
+) -> tuple[Descent, Descent, Tensor]:
     """The two output projections of a block, attention first, and the gradient [N, S, d] at its input h [N, S, d]."""
     projections = (block.attention_projection, block.mlp_projection)
     grams = [Gram(*own.weight.shape, intercept=own.bias is not None, device=own.weight.device) for own in projections]
-    squares = [0.0, 0.0]
     entering = []
     for seen, outgoing in pieces(lambda x, g: (block.backward(x, g), g), chunk, h, gradient):
-        parts = ((seen.attention_features, seen.mid), (seen.mlp_features, outgoing))
-        for place, (features, own) in enumerate(parts):
-            grams[place].update(features, own)
-            squares[place] += float(logits(features, projections[place]).double().square().sum())
+        grams[0].update(seen.attention_features, seen.mid)
+        grams[1].update(seen.mlp_features, outgoing)
         entering.append(seen.input)
     attention, mlp = (
-        Descent(own, gram, square**0.5) for own, gram, square in zip(projections, grams, squares, strict=True)
+        Descent(own, gram, typical[part])
+        for own, gram, part in zip(projections, grams, ("attention", "mlp"), strict=True)
     )
     return attention, mlp, torch.cat(entering)

@@ -6,8 +6,9 @@ set. Ridge and length of the step are picked on `select`, the win is measured on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ from peel_agent.peel.references import refit_fault, within
 from peel_agent.peel.sweep import splices
 from peel_agent.peel.sweep.splices import TARGETS, Site, Target, Variant
 from peel_agent.peel.sweep.tails import Tails
-from peel_agent.records import FULL_PRECISION, Block, Estimate, Projection, Skipped, Trace, WeightSet
+from peel_agent.records import FULL_PRECISION, Block, Estimate, PartName, Projection, Skipped, Trace, WeightSet
 
 RIDGES = (1e-1, 1e-3)
 """Relative to the mean diagonal of the Gram matrix."""
 
-LENGTHS = (0.03, 0.1, 0.3)
-"""Lengths of the step, relative to what the projection adds to the stream;"""
+LENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Lengths of the step, relative to what the same part of a typical block adds to the stream;"""
 
 LOW_BIT_LENGTHS = (0.1, 0.3, 1.0)
 """longer ones for a low-bit matrix, where a short step rounds back to where it came from."""
@@ -64,19 +65,29 @@ TRAINED = Better(None, None)
 
 
 def headrooms(
-    trace: Trace, trained: Losses, stopwatch: Stopwatch, only: int | None = None
+    trace: Trace,
+    trained: Losses,
+    added: Sequence[Mapping[PartName, float]],
+    stopwatch: Stopwatch,
+    only: int | None = None,
 ) -> tuple[dict[int, Headroom], tuple[Skipped, ...]]:
-    """The headroom of every block (or only of one) by index; `trained` are the losses per score sequence."""
+    """The headroom of every block (or only of one) by index; `trained` are the losses per score sequence.
+
+    `added` holds for each block what its parts add to the stream, root mean square over positions: a step is as long
+    as a typical block's, whatever the block itself adds, so that a part that adds nothing is not thought perfect.
+    """
     why = refit_fault(trace)
     if why is not None:
         return {}, (Skipped("headroom", why),)
+    positions = trace.probe.fit.size
+    typical = {part: median(own[part] for own in added) * positions**0.5 for part in ("attention", "mlp")}
     found: dict[int, Headroom] = {}
     depth = len(trace.block_names)
     stopwatch.progress("headroom, blocks", 0, depth)
     for block, entering, gradient, hand_back in stopwatch.each("solve", backwards(trace)):
         began = stopwatch.now()
         with stopwatch("solve"):
-            attention, mlp, further = descents(block, entering.fit, gradient, trace.chunk)
+            attention, mlp, further = descents(block, entering.fit, gradient, trace.chunk, typical)
         hand_back(further)
         if only in (None, block.index):
             found[block.index] = _headroom(_Scoring(trace, block, entering, trained), block, attention, mlp, stopwatch)
@@ -119,7 +130,7 @@ def _candidates(
 def _stepped(own: Descent, direction: torch.Tensor, length: float, weight_set: WeightSet) -> Projection:
     """The projection after a step of this relative length down a direction [p, q], the bias in its last row."""
     reach = own.gram.norm(direction)
-    step = direction * (length * own.added / reach if reach > 0 else 0.0)
+    step = direction * (length * own.typical / reach if reach > 0 else 0.0)
     trained = own.projection
     weight = trained.weight.double() - (step if trained.bias is None else step[:-1])
     rounded = within(weight, own.gram, weight_set).to(trained.weight.dtype)

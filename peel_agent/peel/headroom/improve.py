@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from peel_agent.errors import NoWitness
@@ -12,9 +13,11 @@ from peel_agent.peel.headroom.headroom import headrooms
 from peel_agent.peel.margins.race import first_heat
 from peel_agent.peel.numerics.intervals import estimate
 from peel_agent.peel.numerics.stopwatch import Stopwatch
-from peel_agent.peel.sweep.forward import sweep
+from peel_agent.peel.past.comparison import EARLIER
+from peel_agent.peel.sweep.forward import carry, sweep
+from peel_agent.peel.sweep.splices import Variant, with_weights
 from peel_agent.precision import latents_of
-from peel_agent.records import Block, Estimate, Plan, Progress, Projection, Trace, WeightSet
+from peel_agent.records import Block, Estimate, Past, Plan, Progress, Projection, Trace, WeightSet
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,12 @@ def improve(trace: Trace, index: int, clock: Callable[[], float], progress: Prog
     """The better block `index`; NoWitness when its win cannot be told from 0."""
     stopwatch = Stopwatch(clock, progress)
     nothing = Plan(frozenset(), (), "direct")
-    trained = sweep(trace, nothing, first_heat(trace.probe), frozenset(), stopwatch).trained
-    found, skipped = headrooms(trace, trained, stopwatch, only=index)
-    if index not in found:
+    swept = sweep(trace, nothing, first_heat(trace.probe), frozenset(), stopwatch)
+    trained, added = swept.trained, [visited.added for visited in swept.visited]
+    rooms, skipped = headrooms(trace, trained, added, stopwatch, only=index)
+    if index not in rooms:
         raise NoWitness(f"no better block can be solved for: {skipped[0].why}", remedy="give a larger probe")
-    won, better = found[index].won["block"], found[index].better["block"]
+    won, better = rooms[index].won["block"], rooms[index].better["block"]
     if not won.low > 0.0:
         raise NoWitness(
             f"{trace.block_names[index]} has no proven headroom: {won} nats per token",
@@ -51,6 +55,28 @@ def improve(trace: Trace, index: int, clock: Callable[[], float], progress: Prog
     return Improvement(weights, estimate(trained[len(trace.probe.select) :]), won)
 
 
+def earlier_block(
+    trace: Trace, past: Past, index: int, clock: Callable[[], float], progress: Progress | None = None
+) -> Improvement:
+    """Block `index` as it was at an earlier checkpoint; NoWitness when its win cannot be told from 0."""
+    stopwatch = Stopwatch(clock, progress)
+    nothing = Plan(frozenset(), (), "direct")
+    trained = sweep(trace, nothing, first_heat(trace.probe), frozenset(), stopwatch).trained
+    (block,) = trace.blocks(index, index + 1)
+    variant = Variant(index, "block", EARLIER)
+    rows = np.arange(len(trace.probe.select), len(trained))
+    splices = {variant: with_weights(lambda: past.block(index).effective)}
+    won = estimate(trained[rows] - carry(trace, splices, rows, stopwatch)[variant])
+    if not won.low > 0.0:
+        raise NoWitness(
+            f"{block.name} of the earlier checkpoint is not proven better: {won} nats per token",
+            remedy="nothing was written; take another block or checkpoint, or a larger probe for a narrower interval",
+        )
+    stored = _without_same(block, past.block(index).stored)
+    weights = {f"{block.name}.{key}": weight.contiguous() for key, weight in stored.items()}
+    return Improvement(weights, estimate(trained[rows]), won)
+
+
 def _storable(projection: Projection | None, own: WeightSet) -> Projection | None:
     """A projection whose weights are what is stored for it: latents when it is in a weight set."""
     if projection is None or not own.restricts:
@@ -59,4 +85,5 @@ def _storable(projection: Projection | None, own: WeightSet) -> Projection | Non
 
 
 def _without_same(block: Block, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: weight for key, weight in stored.items() if not weight.equal(block.parameters[key])}
+    trained = {**block.parameters, **block.latents}
+    return {key: weight for key, weight in stored.items() if not weight.equal(trained[key])}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -70,6 +70,16 @@ def changed(*, attention: Projection | None, mlp: Projection | None) -> Splice:
 
     def splice(site: Site) -> Tensor:
         return through(lambda h: site.block.run(h, attention=attention, mlp=mlp), site.h, site.chunk)
+
+    return splice
+
+
+def with_weights(effective: Callable[[], Mapping[str, Tensor]]) -> Splice:
+    """The block itself with some other weights, which are read when they are needed."""
+
+    def splice(site: Site) -> Tensor:
+        weights = effective()
+        return through(lambda h: site.block.run_as(h, weights), site.h, site.chunk)
 
     return splice
 

@@ -1,0 +1,294 @@
+"""One sign a function: what a place of a report shows, as a finding, or None. The words say numbers and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from statistics import median
+
+from peel_agent.diagnose import causes, limits
+from peel_agent.diagnose.places import Case, Place, places, usual
+from peel_agent.records import Change, Estimate, Finding
+
+
+def changed(case: Case, place: Place) -> Finding | None:
+    """The weights moved much farther since the checkpoint before than those of the other blocks, or than usually."""
+    change = place.change
+    if change is None:
+        return None
+    most_elsewhere = max((_unusual(case, peer) for peer in _elsewhere(case, place)), default=0.0)
+    if _unusual(case, place) < max(1.0, limits.OUTSHONE * most_elsewhere):
+        return None
+    since = case.report.since_step
+    words = f"{place.words} changed {change.ratio:.1f} times as much as the other blocks' since step {since}"
+    evidence = {"change": change.ratio}
+    if change.worst is not None:
+        words += f" (most of all {change.worst.name}: {change.worst.ratio:.1f} times)"
+        evidence["worst_matrix"] = change.worst.ratio
+    if place.progress is not None and place.progress.high < 0.0:
+        words += f"; with the weights of step {since} put back the loss is {-place.progress.value:.4f} lower"
+        evidence["progress"] = place.progress.value
+    if place.dead is not None:
+        words += f"; it is dead now: {place.dead}"
+    return Finding("changed", place.subject, words, evidence, causes.CHANGED, since)
+
+
+def _unusual(case: Case, place: Place) -> float:
+    """How far a place or its worst matrix moved, as a multiple of the limit: from 1 on it is unusual.
+
+    What is usual is its own median before, or what the other blocks did where that is unknown.
+    """
+    change = place.change
+    if change is None:
+        return 0.0
+    before = [one.change for one in case.before(place) if one.change is not None]
+    worst = _worst_ratio(change)
+    if not before:
+        return max(change.ratio / limits.FIRST_CHANGED_BLOCK, worst / limits.FIRST_CHANGED_MATRIX)
+    usual_ratio = max(limits.STILL, median(one.ratio for one in before))
+    usual_worst = max(1.0, median(_worst_ratio(one) for one in before))
+    return max(change.ratio / usual_ratio / limits.CHANGED_BLOCK, worst / usual_worst / limits.CHANGED_MATRIX)
+
+
+def _elsewhere(case: Case, place: Place) -> Iterator[Place]:
+    """Every block and part of the other layers."""
+    return (one for layer in case.report.layers if layer.name != place.layer.name for one in places(layer))
+
+
+def _worst_ratio(change: Change) -> float:
+    return change.ratio if change.worst is None else change.worst.ratio
+
+
+def regressed(case: Case, place: Place) -> Finding | None:
+    """The weights of the checkpoint before would do better."""
+    progress = place.progress
+    if progress is None or progress.high >= 0.0:
+        return None
+    usual_loss = max(limits.REGRESSED * case.report.loss.value, limits.OUTSTANDING * _lost_elsewhere(case, place))
+    if -progress.value < usual_loss:
+        return None
+    since = case.report.since_step
+    words = (
+        f"{place.words} got worse since step {since}: with its weights of step {since} put back the loss is "
+        f"{-progress.value:.4f} [{-progress.high:.4f}, {-progress.low:.4f}] nats/token lower"
+    )
+    return Finding("regressed", place.subject, words, {"progress": progress.value}, causes.REGRESSED, since)
+
+
+def _lost_elsewhere(case: Case, place: Place) -> float:
+    """The most that earlier weights would win in any other layer, or in any layer at earlier checkpoints."""
+    before = (one for report in case.history for layer in report.layers for one in places(layer))
+    won = [-one.progress.value for one in (*_elsewhere(case, place), *before) if one.progress is not None]
+    return max([0.0, *won])
+
+
+def dead(case: Case, place: Place) -> Finding | None:
+    """A part adds the same to every token."""
+    if place.dead is None:
+        return None
+    words = f"{place.words} is dead: {place.dead}"
+    evidence = {} if place.margin is None else {"margin": place.margin.value}
+    return Finding("dead", place.subject, words, evidence, causes.DEAD, _last_step(case, place, "dead"))
+
+
+def _last_step(case: Case, place: Place, kind: str) -> int | None:
+    """The last step at which the layer did not have a finding of this kind."""
+    for report in reversed(case.history):
+        layer = next((own for own in report.layers if own.name == place.layer.name), None)
+        if layer is None or layer.finding is None or layer.finding.kind != kind:
+            return report.checkpoint.step
+    return None
+
+
+def _first_told(case: Case, place: Place, kind: str) -> int | None:
+    """The step at which the layer had a finding of this kind first, None when it never had."""
+    for report in case.history:
+        for layer in report.layers:
+            if layer.name == place.layer.name and layer.finding is not None and layer.finding.kind == kind:
+                return report.checkpoint.step
+    return None
+
+
+def dropped(case: Case, place: Place) -> Finding | None:
+    """The margin is far under its own last values, while the other blocks' are not."""
+    still = _still_dropped(case, place)
+    if still is not None:
+        return still
+    margins = [one.margin for one in case.before(place)[-limits.DROP_CHECKPOINTS :]]
+    before = [margin for margin in margins if margin is not None]
+    fall = drop(place.margin, before)
+    if fall is None or fall < limits.DROPPED or _peers_kept(case, place) < limits.KEPT:
+        return None
+    assert place.margin is not None
+    was, since = median(margin.value for margin in before), case.step_before()
+    words = f"{place.words} earned {was:.4f} nats/token up to step {since}, and earns {place.margin} now"
+    return Finding(
+        "dropped", place.subject, words, {"margin": place.margin.value, "margin_before": was}, causes.DROPPED, since
+    )
+
+
+def _still_dropped(case: Case, place: Place) -> Finding | None:
+    """The finding of the report before, while the margin has not come half of the way back."""
+    layers = case.history[-1].layers if case.history else ()
+    told = next((layer.finding for layer in layers if layer.name == place.layer.name), None)
+    if told is None or told.kind != "dropped" or told.subject != place.subject or place.margin is None:
+        return None
+    if place.margin.value > limits.DROPPED * told.evidence["margin_before"]:
+        return None
+    words = f"{place.words} earns {place.margin} nats/token; up to step {told.since_step} it earned "
+    words += f"{told.evidence['margin_before']:.4f}"
+    return replace(told, words=words, evidence={**told.evidence, "margin": place.margin.value})
+
+
+def drop(now: Estimate | None, before: list[Estimate]) -> float | None:
+    """What a margin certainly fell by, (least lower limit before - upper limit now), over the median before."""
+    if now is None or not before:
+        return None
+    typical = median(one.value for one in before)
+    return (min(one.low for one in before) - now.high) / typical if typical > 0.0 else None
+
+
+def _peers_kept(case: Case, place: Place) -> float:
+    """The median, over the other blocks, of the margin as a fraction of what it was at the report before."""
+    kept = []
+    for peer in case.peers(place):
+        earlier = case.before(peer)
+        was = earlier[-1].margin if earlier else None
+        if peer.margin is not None and was is not None and was.value > 0.0:
+            kept.append(peer.margin.value / was.value)
+    return usual(kept, 1.0)
+
+
+def still(case: Case, place: Place) -> Finding | None:
+    """The weights hardly move while those of the other blocks do: never trained, frozen, or stalled since a step."""
+    change = place.change
+    if change is None or change.ratio >= limits.STILL or _worst_ratio(change) >= limits.MOVING:
+        return None
+    ratios = [one.change.ratio for one in case.before(place) if one.change is not None]
+    evidence = {"change": change.ratio}
+    if any(ratio >= limits.MOVING for ratio in ratios):
+        since = _last_moving(case, place)
+        words = f"{place.words} has learned nothing since step {since}: {_moves(change)}"
+        return Finding("stalled", place.subject, words, evidence, causes.STALLED, since)
+    if place.status == "below":
+        words = f"{place.words} was never trained: {_moves(change)}, and a cheap stand-in is as good ({place.margin})"
+        return Finding("never_trained", place.subject, words, evidence, causes.NEVER_TRAINED, None)
+    words = f"{place.words} does not learn: {_moves(change)} at any checkpoint so far"
+    return Finding("frozen", place.subject, words, evidence, causes.FROZEN, _first_told(case, place, "frozen"))
+
+
+def _moves(change: Change) -> str:
+    if change.ratio == 0.0:
+        return "its weights are exactly what they were"
+    return f"its weights move {change.ratio:.2g} times as far as the other blocks'"
+
+
+def _last_moving(case: Case, place: Place) -> int | None:
+    """The last step at which the place still moved."""
+    for report in reversed(case.history):
+        for layer in report.layers:
+            change = Place(layer, place.part).change if layer.name == place.layer.name else None
+            if change is not None and change.ratio >= limits.STILL:
+                return report.checkpoint.step
+    return None
+
+
+def below(case: Case, place: Place) -> Finding | None:
+    """A cheap stand-in is as good, or nearly."""
+    if place.status != "below" or place.margin is None or (place.part is not None and _is_idle_part(case, place)):
+        return None
+    others = [peer.margin.value for peer in case.peers(place) if peer.margin is not None]
+    words = f"{place.words} earns hardly more than a cheap stand-in would: {place.margin} nats/token"
+    evidence = {"margin": place.margin.value}
+    if others:
+        evidence["others_margin"] = median(others)
+        words += f", where the other blocks' earn {median(others):.4f}"
+    return Finding("below", place.subject, words, evidence, causes.BELOW, _last_step(case, place, "below"))
+
+
+def improvable(case: Case, place: Place) -> Finding | None:
+    """A better layer of the same kind is proven, and it is not only that the run is young."""
+    room = place.headroom
+    if room is None or room.low <= 0.0 or not case.history:
+        return None
+    rooms = [one.headroom.high for one in case.before(place) if one.headroom is not None]
+    grown = bool(rooms) and room.low > limits.IMPROVABLE * max(0.0, *rooms)
+    flat = _is_flat(case)
+    if not (grown or flat):
+        return None
+    why = "the loss is flat" if flat else f"at earlier checkpoints it was at most {max(rooms):.4f}"
+    words = f"{place.words} could be better by {room} nats/token with other output weights, while {why}"
+    return Finding("improvable", place.subject, words, {"headroom": room.value}, causes.IMPROVABLE, None)
+
+
+def _is_flat(case: Case) -> bool:
+    """Whether the loss fell by next to nothing over the last three checkpoints."""
+    losses = [report.loss.value for report in case.history[-2:]]
+    return len(losses) == 2 and losses[0] - case.report.loss.value < limits.FLAT * losses[0]
+
+
+def flooding(case: Case) -> Finding | None:
+    """A block after the first whose output drowns the stream, so that every later block looks idle."""
+    layers = case.report.layers
+    for layer in layers[1:-1]:
+        later = layers[layer.index + 1 :]
+        if layer.stream_share >= limits.FLOODING and all(own.status == "below" for own in later):
+            words = (
+                f"{layer.name} floods the stream: {layer.stream_share:.0%} of what leaves it is its own, and all "
+                f"{len(later)} blocks after it look idle because of that"
+            )
+            evidence = {"stream_share": layer.stream_share}
+            return Finding("flooding", layer.name, words, evidence, causes.FLOODING, case.step_before())
+    return None
+
+
+def victim(culprit: Finding, place: Place) -> Finding:
+    """A layer whose sign another layer explains, which is named."""
+    what = "looks idle because {} floods the stream" if culprit.kind == "flooding" else "adapts to {}, which changed"
+    name = culprit.subject.partition("/")[0]
+    return Finding("victim", place.subject, f"{place.words} {what.format(name)}", {}, (), culprit.since_step)
+
+
+def early(case: Case) -> Finding | None:
+    """Most blocks earn no more than a stand-in: that is one statement about the run, not one about each layer."""
+    judged = [layer for layer in case.report.layers if layer.status != "not_measured"]
+    earning = sum(layer.status == "above" for layer in judged)
+    if not judged or len(judged) - earning <= limits.EARLY * len(judged):
+        return None
+    count = f"only {earning} of {len(judged)} blocks certainly earn more than a cheap stand-in"
+    evidence = {"blocks_above": float(earning)}
+    since = _last_told_nothing(case)
+    idle = sum(layer.status == "below" for layer in judged)
+    if since is not None and idle > limits.EARLY * len(judged):
+        words = f"{count}, which was not so up to step {since}: look at the run, not at one layer"
+        return Finding("collapsed", "run", words, evidence, causes.COLLAPSED, since)
+    words = f"{count}: the run is early, or the probe too small, and nothing is said of single layers yet"
+    return Finding("early", "run", words, evidence, causes.EARLY, None)
+
+
+def diverged(case: Case) -> Finding | None:
+    """The loss is well above what it was, and no layer's change stands out: that is the run's affair."""
+    losses = [(earlier.loss, earlier.checkpoint.step) for earlier in case.history]
+    if not losses:
+        return None
+    loss, (best, step) = case.report.loss, min(losses, key=lambda one: one[0].value)
+    if loss.value < (1.0 + limits.DIVERGED) * best.value or loss.low <= best.low:
+        return None
+    everywhere = (one for layer in case.report.layers for one in places(layer))
+    if max((_unusual(case, one) for one in everywhere), default=0.0) >= limits.STANDS_OUT:
+        return None
+    words = f"the loss is {loss.value:.4f}, where it was {best.value:.4f} at step {step}, and no layer stands out: "
+    words += "look at the run, not at one layer"
+    return Finding("diverged", "run", words, {"loss": loss.value, "loss_before": best.value}, causes.DIVERGED, step)
+
+
+def _last_told_nothing(case: Case) -> int | None:
+    """The last step at which nothing was said of the run as a whole."""
+    return next((report.checkpoint.step for report in reversed(case.history) if report.finding is None), None)
+
+
+def _is_idle_part(case: Case, place: Place) -> bool:
+    """Whether a part that is below says nothing of its block: most other blocks' are too, or it never earned yet."""
+    judged = [peer.status == "below" for peer in case.peers(place) if peer.status != "not_measured"]
+    before = [one.status for one in case.before(place)]
+    return sum(judged) > limits.EARLY * max(1, len(judged)) or (bool(before) and "above" not in before)

@@ -1,0 +1,1 @@
+"""A layer held against its own past: how far its weights moved, and what that was worth (method.md 4b)."""

@@ -1,0 +1,57 @@
+"""The probe that the settings name, as large as a model and an effort need it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peel_agent.config import ProbeSettings
+from peel_agent.errors import ConfigurationError
+from peel_agent.records import Probe, Snapshot
+
+if TYPE_CHECKING:
+    from peel_agent.load import ProbeSizes
+
+QUICK_SEQUENCE_LENGTH = 64
+QUICK_SELECT_TOKENS = 256
+QUICK_CONFIRM_TOKENS = 1024
+
+
+def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = False) -> Probe:
+    """The probe of the settings, for this model."""
+    from peel_agent.load import ProbeSizes, load_probe
+    from peel_agent.peel import tokens_needed
+
+    sizes = probe_sizes(settings)
+    if quick:
+        length = sizes.sequence_length or min(snapshot.context, QUICK_SEQUENCE_LENGTH)
+        sizes = ProbeSizes(
+            min(sizes.fit, tokens_needed(snapshot.width + 1) + length),
+            min(sizes.select, QUICK_SELECT_TOKENS),
+            min(sizes.confirm, QUICK_CONFIRM_TOKENS),
+            length,
+        )
+    folder = snapshot.ref.path if snapshot.ref.path.is_dir() else snapshot.ref.path.parent
+    return load_probe(
+        probe_path(settings),
+        sizes,
+        vocabulary=snapshot.vocabulary,
+        context=snapshot.context,
+        tokenizer=settings.tokenizer or folder / "tokenizer.json",
+    )
+
+
+def probe_path(settings: ProbeSettings) -> Path:
+    """The file of the settings; ConfigurationError when they name none."""
+    if settings.path is None:
+        raise ConfigurationError(
+            "no probe is named", remedy="give --probe FILE, or [probe] path, with held-out tokens of the training data"
+        )
+    return settings.path
+
+
+def probe_sizes(settings: ProbeSettings) -> ProbeSizes:
+    """How many tokens of each part the settings ask for."""
+    from peel_agent.load import ProbeSizes
+
+    return ProbeSizes(settings.fit_tokens, settings.select_tokens, settings.confirm_tokens, settings.sequence_length)

@@ -1,0 +1,131 @@
+"""The publish room's words: one line for the log, a table for a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args
+
+import pytest
+
+from peel_agent.publish import ACCUSING, headline, table
+from peel_agent.records import Change, Estimate, Finding, FindingKind, LayerReport, PartReport, PeelReport
+from tests.rooms.test_publish_form import FULL
+
+BLOCK = "model.layers.3"
+HEADER = ("block", "status", "margin", "stand-in", "attention", "mlp", "share", "change", "progress", "finding")
+
+
+def layer(index: int, finding: Finding | None = None, **fields: object) -> LayerReport:
+    parts = {"attention": PartReport("above", None), "mlp": PartReport("not_measured", None)}
+    margin = Estimate(0.05, 0.04, 0.06)
+    one = LayerReport(index, f"model.layers.{index}", "above", margin, "previous", {}, parts, 0.25, finding=finding)
+    return dataclasses.replace(one, **fields)
+
+
+def report(*layers: LayerReport, finding: Finding | None = None) -> PeelReport:
+    nothing = {"bounds": (), "bound": None, "gap": None, "redundancy": None, "skipped": (), "alerts": ()}
+    return dataclasses.replace(FULL, layers=layers, finding=finding, **nothing)
+
+
+def found(kind: FindingKind, subject: str = BLOCK) -> Finding:
+    return Finding(kind, subject, f"{subject} is {kind}", {}, ("a script wrote into it", "a bad restore"))
+
+
+def rows(text: str) -> dict[str, dict[str, str]]:
+    """The table's cells by block and column, cut where the header's columns begin."""
+    lines = text.splitlines()
+    (header,) = [line for line in lines if line.startswith("block ")]
+    starts = [header.index(name) for name in HEADER]
+    ends = [*starts[1:], 200]
+    cells = [
+        [line[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+        for line in lines[lines.index(header) + 1 :]
+        if line.startswith("model.") and ": " not in line
+    ]
+    return {row[0]: dict(zip(HEADER, row, strict=True)) for row in cells}
+
+
+def test_the_table_has_a_column_for_everything_of_a_block() -> None:
+    """Change, progress and finding stand beside margin and parts; what was not measured is a dash, no finding is blank.
+
+    The widest numbers keep to their columns.
+    """
+    widest = layer(
+        3,
+        found("never_trained", f"{BLOCK}/attention"),
+        status="not_measured",
+        margin=Estimate(-0.0176, -0.0754, -0.0427),
+        change=Change(123.456),
+        progress=Estimate(-0.0301, -0.05, -0.01),
+    )
+    bare = layer(4, margin=None, best_reference=None, parts={}, change=Change(0.0))
+    shown = rows(table(report(widest, bare)))
+    assert shown == {
+        BLOCK: {
+            "block": BLOCK,
+            "status": "not_measured",
+            "margin": "-0.0176 [-0.0754, -0.0427]",
+            "stand-in": "previous",
+            "attention": "above",
+            "mlp": "not_measured",
+            "share": "0.250",
+            "change": "123.46",
+            "progress": "-0.0301",
+            "finding": "never trained (attention)",
+        },
+        "model.layers.4": {
+            "block": "model.layers.4",
+            "status": "above",
+            "margin": "-",
+            "stand-in": "-",
+            "attention": "-",
+            "mlp": "-",
+            "share": "0.250",
+            "change": "0.00",
+            "progress": "-",
+            "finding": "",
+        },
+    }
+
+
+def test_findings_are_told_in_sentences_with_their_causes() -> None:
+    """Under the blocks each finding is a sentence with its likely causes, what is said of the run first."""
+    run = Finding("collapsed", "run", "all blocks are idle", {}, ("the run diverged",))
+    lines = table(report(layer(2), layer(3, found("changed", f"{BLOCK}/mlp")), finding=run)).splitlines()
+    start = lines.index("run: all blocks are idle")
+    assert lines[start : start + 6] == [
+        "run: all blocks are idle",
+        "  perhaps the run diverged",
+        "",
+        f"{BLOCK}/mlp: {BLOCK}/mlp is changed",
+        "  perhaps a script wrote into it",
+        "  perhaps a bad restore",
+    ]
+    assert "perhaps" not in table(report(layer(2), layer(3)))
+
+
+@pytest.mark.parametrize("kind", get_args(FindingKind))
+def test_the_headline_is_made_of_findings(kind: FindingKind) -> None:
+    """It names every layer that something is wrong with; a victim, and one frozen on purpose, are not accused.
+
+    What is frozen is told all the same, without a step since when: at the first checkpoint that shows it.
+    """
+    line = headline(report(layer(2), layer(3, found(kind))))
+    harmless = kind in ("victim", "frozen", "early", "collapsed", "diverged")
+    assert (kind in ACCUSING) != harmless
+    assert (f"{BLOCK} is {kind}" in line) == (not harmless or (kind == "frozen" and found(kind).since_step is None))
+    assert ("nothing found in any layer" in line) == harmless
+
+
+def test_the_headline_of_a_run_says_that_alone() -> None:
+    """An early run is one statement: no layer is said to be in order, and none is accused."""
+    run = Finding("early", "run", "3 of 4 blocks earn no more than a cheap stand-in: the run is early")
+    assert headline(report(layer(2), finding=run)) == f"step 800; loss 1.6700; {run.words}"
+
+
+def test_the_headline_counts_what_is_undecided() -> None:
+    """Undecided blocks are counted, those that were not measured are not; without layers nothing is said of them."""
+    statuses = ("undecided", "not_measured", "undecided", "above")
+    line = headline(report(*(layer(index, status=status) for index, status in enumerate(statuses))))
+    assert line == "step 800; loss 1.6700; nothing found in any layer; 2 undecided"
+    assert headline(report()) == "step 800; loss 1.6700"
