@@ -40,16 +40,21 @@ def open_before(
         return Opened(None)
     before = before or Before()
     past: Past | None = None
-    skipped = () if before.why_not is None else (Skipped(WHAT, before.why_not),)
+    why_not = before.why_not
     if before.ref is not None:
         try:
             past = open_past(before.ref, before.step, trace, model)
         except CheckpointError as error:
             if required:
                 raise
-            skipped = () if before.sketches is not None else (Skipped(WHAT, error.what),)
+            why_not = error.what
+    elif before.sketches is not None:
+        why_not = "the files of the checkpoint before are gone"
+    skipped: tuple[Skipped, ...] = ()
     if past is None and before.sketches is not None:
-        skipped = (*skipped, Skipped("progress", "the files of the checkpoint before are gone; change is estimated"))
+        skipped = (Skipped("progress", f"{why_not}; change is estimated from sketches of its weights"),)
+    elif past is None and why_not is not None:
+        skipped = (Skipped(WHAT, why_not),)
     dtype = str(trace.stored_dtype).removeprefix("torch.")
     if past is not None and past.rounding is not None:
         why = f"the two checkpoints differ in dtype: both are compared as {str(past.rounding).removeprefix('torch.')}"

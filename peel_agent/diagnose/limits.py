@@ -1,6 +1,6 @@
 """The numbers from which on something is said, chosen on one half of the gallery's runs (docs/proof.md)."""
 
-CHANGED_BLOCK = 1.6
+CHANGED_BLOCK = 1.75
 """A block or part changed unusually when it moved so many times as far, beside the other blocks, as it usually does;"""
 
 CHANGED_MATRIX = 2.0
@@ -11,6 +11,10 @@ FIRST_CHANGED_BLOCK, FIRST_CHANGED_MATRIX = 2.5, 4.0
 
 OUTSHONE = 0.25
 """A layer whose change is less than this fraction of another layer's is not named: it adapts to that one."""
+
+ISOLATED = 1.4
+"""A change that does not stand out is named only when it is so many times any other layer's: in a run that learns
+slowly several layers begin to move at once."""
 
 STILL = 0.1
 """A block that moved less than this fraction of what the others did learns nothing."""
@@ -50,4 +54,5 @@ DIVERGED = 0.05
 """A run diverged when its loss is certainly higher than it was, by this fraction, and no layer stands out."""
 
 STANDS_OUT = 2.0
-"""In a run that diverged every layer moves oddly: one is named only when its change is so many times its limit."""
+"""A change of so many times its limit stands out. In a run that diverged every layer moves oddly, and only one that
+stands out is named."""

@@ -16,8 +16,9 @@ def changed(case: Case, place: Place) -> Finding | None:
     change = place.change
     if change is None:
         return None
-    most_elsewhere = max((_unusual(case, peer) for peer in _elsewhere(case, place)), default=0.0)
-    if _unusual(case, place) < max(1.0, limits.OUTSHONE * most_elsewhere):
+    times, elsewhere = _unusual(case, place), [_unusual(case, peer) for peer in _elsewhere(case, place)]
+    share = limits.OUTSHONE if times >= limits.STANDS_OUT else limits.ISOLATED
+    if times < max([1.0, *(share * other for other in elsewhere)]):
         return None
     since = case.report.since_step
     words = f"{place.words} changed {change.ratio:.1f} times as much as the other blocks' since step {since}"

@@ -49,31 +49,33 @@ def test_the_faulty_block_of_a_low_bit_training(
     name: str, healthy: bool, train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path
 ) -> None:
     """Of a run trained by straight-through estimation the frozen block is below, and earns less than all others; in a
-    healthy run the same block earns something, for certain.
+    healthy run every block earns something, for certain.
+
+    Nothing is claimed of a healthy block's status: on some processors the training ends with one that earns a tenth of
+    the others' median, which is where `below` begins.
     """
     checkpoint = train_low_bit(name, healthy) / f"checkpoint-{LOW_BIT_STEPS}"
     report = scanned(checkpoint, probe_file, tmp_path, "margin", "--precision", f"{MATRICES}={name}")
-    block = report["layers"][HELD_BACK]
     assert report["model"]["precision"] == f"float32 latents of {name}"
     if healthy:
-        assert block["status"] != "below"
-        assert block["margin"]["low"] > NOTHING
+        assert min(layer["margin"]["low"] for layer in report["layers"]) > NOTHING
     else:
-        assert block["status"] == "below"
-        assert abs(block["margin"]["value"]) < NOTHING
+        assert report["layers"][HELD_BACK]["status"] == "below"
+        assert abs(report["layers"][HELD_BACK]["margin"]["value"]) < NOTHING
         assert others_earn_more(report, HELD_BACK)
 
 
 def test_a_collapsed_scale(train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path) -> None:
-    """A block whose latents shrank to nothing in a healthy ternary run is below, and earns nothing.
+    """A block whose latents shrank to nothing in a healthy ternary run is below, and earns less than all others.
 
-    Nothing is claimed of its neighbours: on some processors the training ends with one that leans on it, and that one
-    is below beside it.
+    Nothing is claimed of its neighbours' statuses: on some processors the training ends with one that leans on it, and
+    that one is below beside it.
     """
     checkpoint = rewritten(train_low_bit("ternary", True) / f"checkpoint-{LOW_BIT_STEPS}", tmp_path, _shrink)
     report = scanned(checkpoint, probe_file, tmp_path, "margin", "--precision", f"{MATRICES}=ternary")
     assert report["layers"][2]["status"] == "below"
     assert abs(report["layers"][2]["margin"]["value"]) < NOTHING
+    assert others_earn_more(report, 2)
 
 
 def _shrink(name: str, weight: torch.Tensor) -> torch.Tensor:

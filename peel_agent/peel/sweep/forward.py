@@ -110,7 +110,7 @@ def sweep(
         stand_ins.tails.score()
         earlier.tails.score()
     if earlier.tails.losses and plan.parts and "mlp" not in targets:
-        skipped[Skipped("progress of parts", "of blocks this deep it would cost more than one forward pass")] = None
+        skipped[Skipped("progress of parts", "with blocks so many, or sequences so long, it costs too much")] = None
     return Sweep(
         trained=trained,
         variants=stand_ins.losses(len(trained)),
