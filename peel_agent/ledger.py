@@ -184,8 +184,8 @@ class Ledger:
             "ORDER BY committed_at DESC, step DESC LIMIT ?"
         )
         files = [self.reports_dir / name for (name,) in self._db.execute(query, (HISTORY,))]
-        # A report that somebody removed is missed by nobody but the diagnosis.
-        return tuple(json.loads(file.read_text(encoding="utf-8")) for file in reversed(files) if file.is_file())
+        forms = (_read(file) for file in reversed(files))
+        return tuple(form for form in forms if form is not None)
 
     def record(
         self,
@@ -263,6 +263,15 @@ class Ledger:
         """The tracker took it: it leaves the outbox."""
         with _transaction(self._db):
             self._db.execute("DELETE FROM outbox WHERE position = ?", (receipt,))
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A report's JSON form; None for one that was removed or damaged, which only the diagnosis misses."""
+    try:
+        form = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return form if isinstance(form, dict) else None
 
 
 @contextmanager

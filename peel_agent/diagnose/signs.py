@@ -258,7 +258,7 @@ def early(case: Case) -> Finding | None:
         return None
     count = f"only {earning} of {len(judged)} blocks certainly earn more than a cheap stand-in"
     evidence = {"blocks_above": float(earning)}
-    since = _last_told_nothing(case)
+    since = _last_earning(case)
     idle = sum(layer.status == "below" for layer in judged)
     if since is not None and idle > limits.EARLY * len(judged):
         words = f"{count}, which was not so up to step {since}: look at the run, not at one layer"
@@ -283,9 +283,13 @@ def diverged(case: Case) -> Finding | None:
     return Finding("diverged", "run", words, {"loss": loss.value, "loss_before": best.value}, causes.DIVERGED, step)
 
 
-def _last_told_nothing(case: Case) -> int | None:
-    """The last step at which nothing was said of the run as a whole."""
-    return next((report.checkpoint.step for report in reversed(case.history) if report.finding is None), None)
+def _last_earning(case: Case) -> int | None:
+    """The last step at which most blocks certainly earned more than a stand-in."""
+    for report in reversed(case.history):
+        judged = [layer.status for layer in report.layers if layer.status != "not_measured"]
+        if judged and judged.count("above") >= (1.0 - limits.EARLY) * len(judged):
+            return report.checkpoint.step
+    return None
 
 
 def _is_idle_part(case: Case, place: Place) -> bool:

@@ -26,29 +26,35 @@ class Testimony:
     words: str
     plain: bool = False
     causes: tuple[str, ...] = ()
-    since_step: int | None = None
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A rule kind reads findings of some kinds; `refutes` says whether a place without one speaks against them."""
+    """A rule kind reads findings of some kinds; `refutes` says whether a place without one speaks against them, and
+    `gone` what is so then, in words. Findings that `hide` it are told instead of it: then it is neither there nor gone.
+    """
 
     findings: frozenset[FindingKind]
     refutes: Callable[[LayerReport, PartName | None], bool]
+    gone: str
+    hide: frozenset[FindingKind] = frozenset()
+    direct: bool = False
+    """Whether `refutes` goes by a number that stands whatever else is found, of the run as a whole too."""
 
     def __call__(self, report: PeelReport) -> dict[str, Testimony]:
-        """Testimony by subject, for every block and every part of one."""
+        """Testimony by subject, for every block and every part of one; a run as a whole in trouble says nothing."""
+        if report.finding is not None and not self.direct:
+            return {subject: Testimony("neither", "") for _, _, subject in _subjects(report)}
         return {subject: self._testimony(layer, part, subject) for layer, part, subject in _subjects(report)}
 
     def _testimony(self, layer: LayerReport, part: PartName | None, subject: str) -> Testimony:
         finding = layer.finding
         if finding is not None and finding.subject == subject and finding.kind in self.findings:
-            return Testimony("for", finding.words, finding.kind in PLAIN, finding.causes, finding.since_step)
-        # What another finding explains, such as a flooded stream, is neither there nor gone.
-        explained = finding is not None and finding.kind == "victim"
-        if explained or not self.refutes(layer, part):
+            return Testimony("for", finding.words, finding.kind in PLAIN, finding.causes)
+        hidden = finding is not None and (finding.kind == "victim" or finding.kind in self.hide)
+        if hidden or not self.refutes(layer, part):
             return Testimony("neither", "")
-        return Testimony("against", f"{subject} does not show it any more")
+        return Testimony("against", f"{subject} {self.gone}")
 
 
 def _subjects(report: PeelReport) -> list[tuple[LayerReport, PartName | None, str]]:
@@ -69,12 +75,21 @@ def _has(what: str) -> Callable[[LayerReport, PartName | None], bool]:
     return lambda layer, part: getattr(layer if part is None else layer.parts[part], what) is not None
 
 
+_EVENTS: frozenset[FindingKind] = frozenset({"changed", "regressed"})
+_SURER: frozenset[FindingKind] = _EVENTS | {"dead"}
+
 KINDS: Mapping[RuleKind, Reading] = {
-    "layer_below": Reading(frozenset({"below", "never_trained", "dead"}), _earns),
-    "layer_changed": Reading(frozenset({"changed"}), _has("change")),
-    "layer_regressed": Reading(frozenset({"regressed"}), _has("progress")),
-    "layer_dropped": Reading(frozenset({"dropped"}), _has("margin")),
-    "layer_stalled": Reading(frozenset({"stalled"}), _has("change")),
-    "layer_flooding": Reading(frozenset({"flooding"}), _has("margin")),
-    "layer_improvable": Reading(frozenset({"improvable"}), _has("headroom")),
+    "layer_below": Reading(
+        frozenset({"below", "never_trained", "dead"}), _earns, "certainly earns more than a cheap stand-in", direct=True
+    ),
+    "layer_changed": Reading(frozenset({"changed"}), _has("change"), "changes as usual again"),
+    "layer_regressed": Reading(
+        frozenset({"regressed"}), _has("progress"), "is no worse than at the checkpoint before", frozenset({"changed"})
+    ),
+    "layer_dropped": Reading(frozenset({"dropped"}), _has("margin"), "earns what it earned again", _SURER),
+    "layer_stalled": Reading(frozenset({"stalled"}), _has("change"), "learns again", _SURER | {"dropped"}),
+    "layer_flooding": Reading(frozenset({"flooding"}), _has("margin"), "leaves room in the stream for the others"),
+    "layer_improvable": Reading(
+        frozenset({"improvable"}), _has("headroom"), "has no outstanding headroom now", _SURER | {"dropped", "below"}
+    ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -192,7 +193,8 @@ def test_the_text_of_a_resolved_alert_says_since_when_it_fired() -> None:
     *_, resolved = judge_history("bbaa", rule())[0]
     assert resolved.state == "resolved"
     assert resolved.text == (
-        "model.layers.3 does not show it any more, for 2 checkpoints in a row (resolved; it had fired since step 100)"
+        "model.layers.3 certainly earns more than a cheap stand-in, for 2 checkpoints in a row "
+        "(resolved; it had fired since step 100)"
     )
     assert (resolved.since_step, resolved.causes) == (100, ())
 
@@ -422,3 +424,33 @@ def test_what_is_exactly_nothing_needs_no_second_checkpoint(kind: FindingKind) -
     shown = report(100, measured(found(kind, BLOCK), "below"))
     for given_rule, expected in ((Rule("mine", "layer_below"), ["firing"]), (Rule("mine", "layer_below", 2), [])):
         assert [notice.state for notice in judge(shown, [given_rule], ()).notices] == expected
+
+
+@pytest.mark.parametrize("kind", [kind for kind in READ_BY if kind != "layer_below"])
+def test_a_run_in_trouble_clears_nothing(kind: RuleKind) -> None:
+    """While the run as a whole has a finding no layer has one: that does not mean that it is well again."""
+    shown = [report(step, measured(found(READ_BY[kind][0], BLOCK))) for step in (100, 200)]
+    run = Finding("diverged", "run", "the loss rose")
+    later = [replace(report(step, measured()), finding=run) for step in (300, 400, 500)]
+    states: tuple[RuleState, ...] = ()
+    told = []
+    for one in (*shown, *later):
+        verdict = judge(one, [Rule("mine", kind)], states)
+        states = verdict.states
+        told += [notice.state for notice in verdict.notices]
+    assert told == ["firing"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "surer"),
+    [
+        ("layer_regressed", "changed"),
+        ("layer_dropped", "changed"),
+        ("layer_dropped", "regressed"),
+        ("layer_stalled", "dropped"),
+        ("layer_improvable", "below"),
+    ],
+)
+def test_a_surer_finding_hides_and_clears_nothing(kind: RuleKind, surer: FindingKind) -> None:
+    """A layer has one finding: another one that is told instead says nothing of what it hides."""
+    assert set(spoken(kind, measured(found(surer, BLOCK))).values()) == {"neither"}

@@ -14,7 +14,7 @@ def test_demo_finds_the_block_it_held_back(tmp_path: Path) -> None:
     finished = peel_agent("demo", "--keep", tmp_path / "demo", home=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "ALERT firing: model.layers.3" in finished.stdout
-    assert "Finding: model.layers.3 does nothing that" in finished.stdout
+    assert "Finding: model.layers.3 was never trained" in finished.stdout
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/demo/mlflow.db" in finished.stdout
     (report,) = [line.split()[-1] for line in finished.stdout.splitlines() if line.startswith("Report:")]
     assert Path(report).is_file()

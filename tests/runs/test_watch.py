@@ -111,7 +111,7 @@ def test_findings_reach_the_run(
     stored = json.loads(artifact("peel/checkpoints/step-000000500.json"))
     assert stored == reports[500]
     (alert,) = map(json.loads, artifact("peel/alerts.jsonl").splitlines())
-    assert (alert["layer"], alert["state"], alert["step"]) == (f"model.layers.{HELD_BACK}", "firing", 400)
+    assert (alert["subject"], alert["state"], alert["step"]) == (f"model.layers.{HELD_BACK}", "firing", 400)
     assert "ALERT firing" in finished.stderr
     assert f"model.layers.{HELD_BACK}" in finished.stderr
 

@@ -54,6 +54,8 @@ def race(
     """
     rows = first_heat(trace.probe)
     swept = sweep(trace, plan, rows, keep, stopwatch, comparison=comparison)
+    if not np.isfinite(swept.trained).all():
+        return Raced(swept, {}, {})  # there is nothing to hold against anything
     raced = _raced(trace, plan, swept, comparison)
     again = contenders(swept.variants, raced.margins) if len(rows) < len(swept.trained) else ()
     worse = seeming_worse(raced.progress)

@@ -314,15 +314,16 @@ def table(watched: Sequence[Watched]) -> Iterator[str]:
     tuned = [one for one in watched if one.run.seed in TUNED_SEEDS]
     groups = {"tuned": tuned, "held out": [one for one in watched if one.run.seed not in TUNED_SEEDS], "all": watched}
     for group, runs in groups.items():
-        blocks = [(one, block) for one in runs for step in one.steps for block in relative_influence(one, step)]
-        innocent = sum(one.is_false(block) for one, block in blocks)
+        blocks = [(one, block) for one in runs for block in range(one.run.recipe.config().num_hidden_layers)]
+        innocent = sum(len(one.steps) for one, block in blocks if one.is_false(block))
         yield f"{group}: {len(runs)} runs, {innocent} layer-checkpoints at which an alarm is false"
     titles = [f"{group}: {what}" for group in groups for what in ("named", "false", "runs")]
     yield f"| detector | threshold | {' | '.join(titles)} |"
     yield f"|---|---{'|---:' * len(titles)}|"
-    for detector in (one for one in DETECTORS if all(run.scores[one.tool] for run in watched)):
-        for title, threshold in detector.thresholds(tuned).items():
-            cells = [cell for group in groups.values() for cell in detector.cells(group, threshold)]
+    for detector in DETECTORS:
+        scored = [[one for one in runs if one.scores[detector.tool]] for runs in groups.values()]
+        for title, threshold in detector.thresholds(scored[0]).items():
+            cells = [cell for runs in scored for cell in detector.cells(runs, threshold)]
             yield f"| {detector.name} | {threshold:.3g} ({title}) | {' | '.join(cells)} |"
 
 
@@ -338,9 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [run for run in RUNS if (options.out / str(run) / "truth.json").exists()]
     score(options.out, runs, weightwatcher=options.weightwatcher, ormas=options.ormas)
     watched = list(read(options.out, runs))
-    for tool, option in {"alpha": "--weightwatcher", "ormas": "--ormas"}.items():
-        if lacking := [str(one.run) for one in watched if not one.scores[tool]]:
-            print(f"{tool} is left out, for want of {option} on {', '.join(lacking)}")
+    for tool in ("alpha", "influence", "ormas"):
+        print(f"{tool}: {sum(not one.scores[tool] for one in watched)} runs are not scored and left out of its lines")
     print("\n".join(table(watched)))
     return 0
 
