@@ -44,16 +44,14 @@ class Culprits:
 def diagnose(report: PeelReport, history: Sequence[PeelReport]) -> PeelReport:
     """The report with its findings; `history` holds the reports of earlier steps of the run, oldest first.
 
-    While the run is early, has collapsed or diverged no layer is accused; what another layer's fault explains is a
-    victim.
+    While the run is early, has collapsed or diverged no layer is accused, but one whose change stands out; what another
+    layer's fault explains is a victim.
     """
     case = Case(report, comparable(history, report))
     flood = signs.flooding(case)
     culprits = Culprits(flood, _changed_of_late(case))
     run = None if flood is not None else signs.early(case) or _diverged(case)
-    layers = tuple(
-        replace(layer, finding=None if run is not None else _finding(case, layer, culprits)) for layer in report.layers
-    )
+    layers = tuple(replace(layer, finding=_finding(case, layer, culprits, run)) for layer in report.layers)
     return replace(report, layers=layers, finding=run)
 
 
@@ -72,7 +70,10 @@ def _changed_of_late(case: Case) -> dict[str, Finding]:
     return {one.subject.partition("/")[0]: one for one in reversed(changed)}
 
 
-def _finding(case: Case, layer: LayerReport, culprits: Culprits) -> Finding | None:
+def _finding(case: Case, layer: LayerReport, culprits: Culprits, run: Finding | None) -> Finding | None:
+    if run is not None:
+        stands_out = any(signs.stands_out(case, place) for place in places(layer))
+        return _narrowest(case, Place(layer, None), signs.changed) if stands_out else None
     if culprits.flood is not None and layer.name == culprits.flood.subject:
         return culprits.flood
     whole = Place(layer, None)

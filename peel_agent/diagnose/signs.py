@@ -17,7 +17,7 @@ def changed(case: Case, place: Place) -> Finding | None:
     if change is None:
         return None
     times, elsewhere = _unusual(case, place), [_unusual(case, peer) for peer in _elsewhere(case, place)]
-    share = limits.OUTSHONE if times >= limits.STANDS_OUT else limits.ISOLATED
+    share = limits.OUTSHONE if stands_out(case, place) else limits.ISOLATED
     if times < max([1.0, *(share * other for other in elsewhere)]):
         return None
     since = case.report.since_step
@@ -49,6 +49,11 @@ def _unusual(case: Case, place: Place) -> float:
     usual_ratio = max(limits.STILL, median(one.ratio for one in before))
     usual_worst = max(1.0, median(_worst_ratio(one) for one in before))
     return max(change.ratio / usual_ratio / limits.CHANGED_BLOCK, worst / usual_worst / limits.CHANGED_MATRIX)
+
+
+def stands_out(case: Case, place: Place) -> bool:
+    """Whether a place moved so far that nothing else need be asked."""
+    return _unusual(case, place) >= limits.STANDS_OUT
 
 
 def _elsewhere(case: Case, place: Place) -> Iterator[Place]:
@@ -275,8 +280,7 @@ def diverged(case: Case) -> Finding | None:
     loss, (best, step) = case.report.loss, min(losses, key=lambda one: one[0].value)
     if loss.value < (1.0 + limits.DIVERGED) * best.value or loss.low <= best.low:
         return None
-    everywhere = (one for layer in case.report.layers for one in places(layer))
-    if max((_unusual(case, one) for one in everywhere), default=0.0) >= limits.STANDS_OUT:
+    if any(stands_out(case, one) for layer in case.report.layers for one in places(layer)):
         return None
     words = f"the loss is {loss.value:.4f}, where it was {best.value:.4f} at step {step}, and no layer stands out: "
     words += "look at the run, not at one layer"

@@ -42,17 +42,19 @@ class Reading:
     """Whether `refutes` goes by a number that stands whatever else is found, of the run as a whole too."""
 
     def __call__(self, report: PeelReport) -> dict[str, Testimony]:
-        """Testimony by subject, for every block and every part of one; a run as a whole in trouble says nothing."""
-        if report.finding is not None and not self.direct:
-            return {subject: Testimony("neither", "") for _, _, subject in _subjects(report)}
-        return {subject: self._testimony(layer, part, subject) for layer, part, subject in _subjects(report)}
+        """Testimony by subject, for each block and each part of one; a run in trouble clears nothing."""
+        troubled = report.finding is not None and not self.direct
+        return {
+            subject: self._testimony(layer, part, subject, hidden=troubled)
+            for layer, part, subject in _subjects(report)
+        }
 
-    def _testimony(self, layer: LayerReport, part: PartName | None, subject: str) -> Testimony:
+    def _testimony(self, layer: LayerReport, part: PartName | None, subject: str, *, hidden: bool) -> Testimony:
         finding = layer.finding
         if finding is not None and finding.subject == subject and finding.kind in self.findings:
             return Testimony("for", finding.words, finding.kind in PLAIN, finding.causes)
-        hidden = finding is not None and (finding.kind == "victim" or finding.kind in self.hide)
-        if hidden or not self.refutes(layer, part):
+        explained = finding is not None and (finding.kind == "victim" or finding.kind in self.hide)
+        if hidden or explained or not self.refutes(layer, part):
             return Testimony("neither", "")
         return Testimony("against", f"{subject} {self.gone}")
 

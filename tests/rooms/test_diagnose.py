@@ -238,6 +238,13 @@ CASES: dict[str, tuple[tuple[PeelReport, ...], dict[str, str]]] = {
         (*BEFORE, report(400, layer(3, change=change(20.0)), loss=2.5), report(500, loss=2.3)),
         {},
     ),
+    "a run that collapsed, and the layer that did it": (
+        (
+            *BEFORE,
+            report(400, layer(3, change=change(30.0), **IDLE), *(layer(index, **IDLE) for index in (1, 2, 4, 5))),
+        ),
+        {"run": "collapsed", NAME: "changed"},
+    ),
     "improvable while the loss is flat": (
         (*BEFORE, report(400, layer(3, headroom=estimate(0.03)))),
         {NAME: "improvable"},
