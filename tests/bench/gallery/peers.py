@@ -36,10 +36,8 @@ NO_BLOCK = -1  # stands for a warning that names none
 _STEPS = range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
 _TO_BE_SEEN = ("warning", "critical", "proof")
 
-Scores = dict[str, dict[Any, Any]]
-"""By tool, then by step: `influence` and `alpha` hold an entry a block, `ormas` its warnings."""
-Signals = dict[int, float]
-"""Of one checkpoint, by block: the larger, the more suspicious."""
+Scores = dict[str, dict[Any, Any]]  # by tool, then by step: `influence` and `alpha` hold an entry a block
+Signals = dict[int, float]  # of one checkpoint, by block: the larger, the more suspicious
 
 _ASK_WEIGHTWATCHER = """
 import contextlib, json, os, sys
@@ -88,16 +86,20 @@ def alphas(python: str, checkpoints: Sequence[Path]) -> Iterator[list[list[float
 
 
 def ormas_warnings(out: Path, run: Run, probe: Tensor) -> dict[str, list[list[Any]]]:
-    """By step, what ormas-monitor warns of at its defaults: [command, kind, block], NO_BLOCK where it names none."""
+    """By step, what ormas-monitor tells at its defaults: [command, kind, block], NO_BLOCK where it names none."""
     from ormas_monitor.checkpoint import run as check
 
     warned: dict[str, list[list[Any]]] = {str(step): [] for step in _STEPS}
     for step in _STEPS[1:]:
         now, before = (str(_checkpoint(out, run, one)) for one in (step, step - SAVE_EVERY))
-        for finding in check(now, against=before)["findings"]:
-            if finding["severity"] in _TO_BE_SEEN:
-                named = {_block(name) for name in re.findall(r"\b(?:layers|h)\.\d+\b", json.dumps(finding))}
-                warned[str(step)] += [["check", finding["kind"], block] for block in sorted(named or {NO_BLOCK})]
+        try:
+            findings = check(now, against=before)["findings"]
+        except RuntimeError as failure:  # 0.2.3 takes no transposed matrix with a bias, as GPT-2 has them
+            findings = [{"kind": f"failed: {failure}", "severity": "info"}]
+        for finding in findings:
+            command = "check" if finding["severity"] in _TO_BE_SEEN else "check, information"
+            named = {_block(name) for name in re.findall(r"\b(?:layers|h)\.\d+\b", json.dumps(finding))}
+            warned[str(step)] += [[command, finding["kind"], block] for block in sorted(named or {NO_BLOCK})]
     for step, event in _monitored(out, run, probe):
         if event.get("severity", "info") in _TO_BE_SEEN:
             warned[str(step)].append(["monitor", event["event"], _block(event.get("layer", ""))])
@@ -250,9 +252,9 @@ def loss_deviation(watched: Watched, step: int) -> Signals:
     return {NO_BLOCK: max((abs(loss - fmean(last)) / stdev(last) for loss, last in recent), default=0.0)}
 
 
-def ormas_by(command: str) -> Callable[[Watched, int], Signals]:
-    """Which blocks one command of ormas-monitor warns of."""
-    return lambda watched, step: {at: 1.0 for by, _, at in watched.of("ormas", step) if by == command and at >= 0}
+def ormas_by(*commands: str) -> Callable[[Watched, int], Signals]:
+    """Which blocks one command of ormas-monitor names."""
+    return lambda watched, step: {at: 1.0 for by, _, at in watched.of("ormas", step) if by in commands and at >= 0}
 
 
 @dataclass(frozen=True)
@@ -287,8 +289,7 @@ class Detector:
 
     def cells(self, watched: Sequence[Watched], threshold: float) -> list[str]:
         """Costly faults named in time, false alarms by block and checkpoint, and runs with any."""
-        struck = [one for one in watched if one.truth["kind"] in ("harmful", "frozen")]
-        costly = [one for one in struck if one.costly_since is not None]
+        costly = [one for one in watched if one.truth["kind"] in ("harmful", "frozen") and one.costly_since is not None]
         named = sum(self.is_named(one, threshold) for one in costly)
         alarms = [sum(signal > threshold for signal in self.false(one)) for one in watched]
         return [f"{named} of {len(costly)}", f"{sum(alarms)}", f"{sum(map(bool, alarms))} of {len(alarms)}"]
@@ -303,8 +304,9 @@ DETECTORS = (
     Detector("influence", "influence: median of the others over the least >", least_influence, 10.0),
     Detector("influence", "influence: the least is named, whatever it is", least_influence, -math.inf, is_tuned=False),
     Detector("influence", "influence: change >", change(relative_influence)),
-    Detector("ormas", "ormas-monitor check --against the one before", ormas_by("check"), 0.0, is_tuned=False),
-    Detector("ormas", "ormas-monitor Monitor", ormas_by("monitor"), 0.0, is_tuned=False),
+    Detector("ormas", "ormas-monitor check: warnings >", ormas_by("check"), 0.0, is_tuned=False),
+    Detector("ormas", "  with its information >", ormas_by("check", "check, information"), 0.0, is_tuned=False),
+    Detector("ormas", "ormas-monitor Monitor: warnings >", ormas_by("monitor"), 0.0, is_tuned=False),
     Detector("loss", "training loss (no block): deviations >", loss_deviation, 4.0),
 )
 

@@ -179,7 +179,7 @@ def fraction(count: int, of: int) -> str:
     share, z = count / of, 1.96
     centre = (share + z * z / (2 * of)) / (1 + z * z / of)
     half = z / (1 + z * z / of) * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5
-    return f"{count} of {of} ({100 * (centre - half):.0f} to {100 * (centre + half):.0f} %)"
+    return f"{count} of {of} ({abs(100 * (centre - half)):.0f} to {100 * (centre + half):.0f} %)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
