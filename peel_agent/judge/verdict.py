@@ -87,6 +87,6 @@ def _change(
 
 def _duration(checkpoints: int, state: Literal["firing", "resolved"], since: int | None) -> str:
     row = f", for {checkpoints} checkpoints in a row" if checkpoints > 1 else ""
-    if since is None:
-        return row
+    if since is None or (state == "firing" and checkpoints == 1):
+        return row  # an event has its steps in its own words
     return row + (f" (since step {since})" if state == "firing" else f" (resolved; it had fired since step {since})")

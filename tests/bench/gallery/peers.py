@@ -31,7 +31,6 @@ from peel_agent.demo.train import make_low_bit
 from tests.bench.gallery.trainings import BATCH, FORK_AT, GRADIENT_NORM, RUNS, SAVE_EVERY, STEPS, Run, harm
 from tests.bench.gallery.verdicts import TUNED_SEEDS, Told
 
-INFLUENCE_WINDOWS = 64
 NO_BLOCK = -1  # stands for a warning that names none
 _STEPS = range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
 _TO_BE_SEEN = ("warning", "critical", "proof")
@@ -131,8 +130,7 @@ def _monitored(out: Path, run: Run, probe: Tensor) -> list[tuple[int, dict[str, 
 
 
 def _block(name: str) -> int:
-    found = re.search(r"\b(?:layers|h)\.(\d+)\b", name)
-    return int(found.group(1)) if found else NO_BLOCK
+    return int((re.findall(r"\b(?:layers|h)\.(\d+)\b", name) or [NO_BLOCK])[0])
 
 
 def score(out: Path, runs: Sequence[Run], *, weightwatcher: str | None, ormas: Path | None) -> None:
@@ -149,7 +147,7 @@ def score(out: Path, runs: Sequence[Run], *, weightwatcher: str | None, ormas: P
             _add(out, run, "alpha", {str(step): by_block})
     probe = torch.from_numpy(np.load(out / "probe.npy"))
     for run, step in missing("influence"):
-        _add(out, run, "influence", {str(step): influences(load(out, run, step), probe[:INFLUENCE_WINDOWS])})
+        _add(out, run, "influence", {str(step): influences(load(out, run, step), probe[:64])})
     if ormas is not None:
         sys.path.insert(0, str(ormas))
         for run in runs:
