@@ -38,7 +38,7 @@ def scan(
             probe=settings.probe,
             peeling=settings.peel,
             model=settings.model,
-            device=settings.device.in_process,
+            device="cpu" if device == "auto" else device,
             since=since,
             clock=time.perf_counter,
         )

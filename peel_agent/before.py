@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peel_agent import registry
-from peel_agent.config import ModelSettings
 from peel_agent.errors import CheckpointError, NotEarlier, TornCheckpoint
-from peel_agent.records import Before, CheckpointRef, LayerReport, Past, PeelReport, Skipped
+from peel_agent.records import Before, CheckpointRef, LayerReport, ModelSettings, Past, PeelReport, Skipped
 from peel_agent.watch import fingerprint
 
 if TYPE_CHECKING:

@@ -14,8 +14,11 @@ PeelError
 │   └── WeightsMismatch        missing, unexpected or misshapen weights
 ├── NoWitness              no better weights were proven
 ├── WorkerError            peeling died, or ran out of memory                         retryable
-├── TrackerError           a tracker refused what was sent
-│   └── TrackerUnavailable     a tracker cannot be reached now                        retryable
+│   └── GaveWay                it was ended for somebody else's sake; no fault of the checkpoint
+├── LedgerError            the state folder cannot be read or written                 (exit 2)
+├── DeliveryError          a tracker or a sink will never take what was sent
+│   ├── DestinationUnavailable  it cannot be reached now                             retryable
+│   └── DestinationDenied      it refuses us until somebody changes something         retryable, slowly
 └── PluginError            a named plug-in is missing or broken                       (exit 2)
 
 Every error says what happened, names the value, and says what to do.
@@ -111,9 +114,21 @@ class WorkerError(PeelError):
     retryable = True
 
 
-class TrackerError(PeelError):
+class GaveWay(WorkerError):
     pass
 
 
-class TrackerUnavailable(TrackerError):
+class LedgerError(PeelError):
+    exit_code = 2
+
+
+class DeliveryError(PeelError):
+    pass
+
+
+class DestinationUnavailable(DeliveryError):
+    retryable = True
+
+
+class DestinationDenied(DeliveryError):
     retryable = True

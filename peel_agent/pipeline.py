@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from peel_agent import registry
 from peel_agent.before import check_earlier, open_before, still_whole, without_comparison
-from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
 from peel_agent.diagnose import diagnose
 from peel_agent.errors import (
     CheckpointError,
@@ -26,7 +25,7 @@ from peel_agent.errors import (
 )
 from peel_agent.judge import judge
 from peel_agent.probing import probe_for, probe_path, probe_sizes
-from peel_agent.publish import alert_line, publication
+from peel_agent.publish import publication
 from peel_agent.records import (
     Before,
     BoundMemory,
@@ -34,10 +33,13 @@ from peel_agent.records import (
     CheckpointRef,
     Memory,
     ModelInfo,
+    ModelSettings,
     Peeled,
     PeelReport,
+    PeelSettings,
     Plan,
     ProbeInfo,
+    ProbeSettings,
     Progress,
     Publication,
     Rule,
@@ -282,19 +284,16 @@ def conclude(
     history: Sequence[PeelReport],
     rules: Sequence[Rule],
     states: Sequence[RuleState],
-    alerts_log: str,
     max_series: int,
 ) -> tuple[PeelReport, Verdict, Publication]:
     """Diagnoses a report beside those before it, judges it, if it is an observation, and composes what trackers get.
 
-    `history` holds earlier reports of the run, oldest first; `alerts_log` the lines of alerts so far, to which the
-    publication adds the new ones.
+    `history` holds earlier reports of the run, oldest first.
     """
     diagnosed = diagnose(report, history if observed else ())
     verdict = judge(diagnosed, rules, states) if observed else Verdict(tuple(states), ())
     judged = dataclasses.replace(diagnosed, alerts=verdict.notices)
-    log = alerts_log + "".join(alert_line(notice) + "\n" for notice in verdict.notices)
-    sent = publication(judged, verdict, committed_at=ref.committed_at, alerts_log=log, max_series=max_series)
+    sent = publication(judged, verdict, committed_at=ref.committed_at, max_series=max_series)
     return judged, verdict, sent
 
 

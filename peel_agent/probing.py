@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peel_agent.config import ProbeSettings
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import Probe, Snapshot
+from peel_agent.records import Probe, ProbeSettings, Snapshot
 
 if TYPE_CHECKING:
     from peel_agent.load import ProbeSizes

@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 from peel_agent.errors import PluginError, UnknownFamily
-from peel_agent.spi import KINDS, Family, Format, TrackerPlugin
+from peel_agent.spi import KINDS, EnginePlugin, Family, Format, SinkPlugin, TrackerPlugin
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,16 @@ def formats(name: str = "auto") -> tuple[Format, ...]:
 def tracker(name: str) -> TrackerPlugin:
     """The tracker plug-in of this name."""
     return cast(TrackerPlugin, _named("trackers", name))
+
+
+def sink(name: str) -> SinkPlugin:
+    """The sink plug-in of this name."""
+    return cast(SinkPlugin, _named("sinks", name))
+
+
+def engine(name: str) -> EnginePlugin:
+    """The engine plug-in of this name."""
+    return cast(EnginePlugin, _named("engines", name))
 
 
 def family(model_type: str) -> Family:

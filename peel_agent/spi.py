@@ -7,11 +7,24 @@ kit for each kind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from peel_agent.records import Anatomy, CheckpointRef, Publication, Readiness, Stack, Weights
+from peel_agent.records import (
+    Anatomy,
+    Check,
+    CheckpointRef,
+    NoticeGroup,
+    Peeled,
+    Publication,
+    Readiness,
+    Request,
+    Stack,
+    Weights,
+)
 
 KINDS = ("formats", "families", "trackers", "sinks", "engines")
 """Every plug-in kind of the contract; the entry point group is `peel_agent.` + kind."""
@@ -49,13 +62,30 @@ class Family(Protocol):
         """Module names for a model of this configuration, or where the layers of a fully connected network are."""
 
 
+def setting(default: Any, *, environment: str | None = None, pins_run: bool = False) -> Any:
+    """A field of a plug-in's settings: a frozen dataclass of text, numbers, booleans and paths.
+
+    `environment` is a variable that it is taken from when the configuration leaves it out. A field that `pins_run`
+    names the tracker's own run: another value is another run, which inherits nothing of what is known.
+    """
+    return dataclasses.field(default=default, metadata={"environment": environment, "pins_run": pins_run})
+
+
 class Tracker(Protocol):
-    """A connection to the place where a run's numbers are kept, made by a TrackerPlugin."""
+    """A connection to the place where a run's numbers are kept, made by a TrackerPlugin.
+
+    Its metrics and tags come in one publication and its files in another, from two threads, each with a connection of
+    its own: a store of files that refuses must not hold back metrics.
+    """
+
+    def prepare(self) -> None:
+        """Loads the libraries that it needs, so that the first publication does not wait for them."""
 
     def publish(self, publication: Publication) -> None:
         """Writes one checkpoint's results; writing the same again changes nothing.
 
-        Raises TrackerUnavailable (to be tried again) or TrackerError (never will work).
+        Raises DestinationUnavailable (to be tried again), DestinationDenied (to be tried again at a slower pace, until
+        somebody changes something) or DeliveryError (this publication will never be taken).
         """
 
     def where(self) -> str:
@@ -65,16 +95,77 @@ class Tracker(Protocol):
         """Releases the connection; never ends the run."""
 
 
+@runtime_checkable
+class Checking(Protocol):
+    """What a Tracker or a Sink may have too: it can tell before there is anything to send whether that would arrive."""
+
+    def check(self, now: Callable[[], float]) -> tuple[Check, ...]:
+        """One Check for each thing that must hold: reached, found, may be written to. Raises nothing for what does not.
+
+        `now` gives Unix seconds. It is asked beside a running agent, with a connection of its own: it changes no result
+        and creates no run; what it must write in order to know, it names.
+        """
+
+
 class TrackerPlugin(Protocol):
     """`peel_agent.trackers`: opens a Tracker from its own table of the configuration, `[tracker.<name>]`."""
 
     name: str
-    options: frozenset[str]
-    """The keys that `[tracker.<name>]` may have; any other is a configuration error."""
+    settings: type[Any]
+    """A frozen dataclass: the keys that `[tracker.<name>]` may have, with their types and defaults (see `setting`)."""
 
-    def connect(self, options: Mapping[str, str], *, checkpoint_dir: str, state_dir: Path) -> Tracker:
+    def connect(self, settings: Any, *, checkpoint_dir: str, state_dir: Path) -> Tracker:
         """A tracker for the run that writes `checkpoint_dir`, an absolute path or a URL.
 
         Contacts nobody yet: the first publish may find the server away. What must survive a restart (the id of a run
         that was created) is kept in `state_dir`, written before it is relied on.
         """
+
+
+class Sink(Protocol):
+    """A connection to where notices go, made by a SinkPlugin."""
+
+    def deliver(self, group: NoticeGroup) -> None:
+        """Hands over what changed at one moment. It may come twice: the notices' ids tell. Raises as `publish`."""
+
+    def where(self) -> str:
+        """What to tell the user: where the notices go, without secrets."""
+
+    def close(self) -> None:
+        """Releases the connection."""
+
+
+class SinkPlugin(Protocol):
+    """`peel_agent.sinks`: opens a Sink from a `[[sink]]` table of the configuration."""
+
+    name: str
+    settings: type[Any]
+    """As of a TrackerPlugin."""
+
+    def connect(self, settings: Any, *, state_dir: Path) -> Sink:
+        """A sink. Contacts nobody yet."""
+
+
+class Engine(Protocol):
+    """What peels: it runs requests beside the agent, as many at once as there are leases."""
+
+    def submit(self, request: Request) -> Future[Peeled]:
+        """Starts one. The answer is Peeled, or an error of `peel_agent.errors`: WorkerError for a worker that died."""
+
+    def give_way(self, fingerprint: str, why: str) -> None:
+        """Ends the work on this checkpoint soon: its answer is GaveWay."""
+
+    def memory_bytes(self) -> int | None:
+        """The resident memory of what runs now, None when nothing does or it is elsewhere."""
+
+    def close(self, seconds: float) -> None:
+        """Ends everything that runs, within this time; what cannot be ended is left behind."""
+
+
+class EnginePlugin(Protocol):
+    """`peel_agent.engines`: opens an Engine."""
+
+    name: str
+
+    def open(self, environment: Callable[[str], Mapping[str, str]]) -> Engine:
+        """An engine; `environment` gives a child's by the GPUs that it may see (CUDA_VISIBLE_DEVICES)."""

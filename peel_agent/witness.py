@@ -13,12 +13,20 @@ from pathlib import Path
 
 from peel_agent import registry
 from peel_agent.before import check_earlier, open_past
-from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings, worker_environment
+from peel_agent.config import visible_gpus, worker_environment
 from peel_agent.errors import ConfigurationError, NoWitness
 from peel_agent.pipeline import located
 from peel_agent.probing import probe_for
-from peel_agent.records import CheckpointRef, Estimate, Progress
-from peel_agent.worker import Request, ask
+from peel_agent.records import (
+    CheckpointRef,
+    DeviceLease,
+    Estimate,
+    ModelSettings,
+    PeelSettings,
+    ProbeSettings,
+    Progress,
+    Request,
+)
 
 TOLERANCE = 0.05
 """A loss measured from the file may differ from what was promised by this fraction of the win."""
@@ -108,17 +116,16 @@ def _witness(
         save_file(patch, out)
     except OSError as error:
         raise ConfigurationError(f"cannot write {out}: {error}", remedy="check the path of --out") from error
-    environment, inside = worker_environment(device)
     request = Request(
         ref=ref,
         probe=probe,
         peel=PeelSettings(quantities=()),
         model=model,
-        device=inside,
+        lease=DeviceLease(device, visible_gpus() or "", device, "the command's own"),
         nice=0,
         patch=out.absolute(),
     )
-    patched = ask(request, environment, started=lambda _: None).report.loss
+    patched = registry.engine("local").open(worker_environment).submit(request).result().report.loss
     won = better.loss.value - patched.value
     if abs(won - better.headroom.value) > TOLERANCE * better.headroom.value:
         out.unlink()

@@ -6,110 +6,39 @@ ends. It runs at the niceness asked for, with idle disk priority, so that the tr
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from peel_agent import errors
-from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
-from peel_agent.errors import PeelError, WorkerError
-from peel_agent.records import Before, CheckpointRef, Memory, Peeled, plain, restored
+from peel_agent.errors import PeelError
+from peel_agent.records import Request, plain, restored
 
 PARENT_SECONDS = 2.0
+
+OOM_SCORE = 800
+"""Of 1,000: what the kernel adds to this process's share of memory when it chooses whom to end."""
+
+AVAILABLE_FRACTION = 0.9
+"""Of the memory that is free when a worker begins, it takes at most this."""
 
 STALL_SECONDS = 3600
 """A worker that makes no progress for so long (a dead network mount, a file that takes for ever) is ended."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the parent asks for."""
-
-    ref: CheckpointRef
-    probe: ProbeSettings
-    peel: PeelSettings
-    model: ModelSettings
-    device: str
-    nice: int
-    earlier: Memory | None = None
-    before: Before | None = None
-    """The checkpoint to hold this one against; None when nobody asked for that."""
-    keep_sketches: bool = False
-    patch: Path | None = None
-    memory_fraction: float = 1.0
-    copy_to: Path | None = None
-    """A folder of pins, when the files are to be copied there before they are read."""
-
-    def to_json(self) -> str:
-        return json.dumps(plain(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Request:
-        return restored(cls, json.loads(text))
-
-
-def command() -> list[str]:
-    """How a worker is started. -P: the working directory may be a checkpoint's, with a torch.py in it."""
-    return [sys.executable, "-P", "-m", "peel_agent.worker"]
-
-
-def ask(
-    request: Request, environment: Mapping[str, str], *, started: Callable[[subprocess.Popen[str]], None]
-) -> Peeled:
-    """The request answered by a child process of its own; `started` gets the child, to end it early.
-
-    Raises WorkerError when it dies, and what it answers with when that is an error of the tree.
-    """
-    child = subprocess.Popen(  # noqa: S603 - our own interpreter
-        command(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    started(child)
-    try:
-        answer, _ = child.communicate(request.to_json())
-    finally:
-        child.kill()
-        status = child.wait()
-    if status != 0:
-        cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        if status == -signal.SIGALRM:
-            cause = f"no progress in {STALL_SECONDS} s"
-        raise WorkerError(
-            f"the worker that peeled it ended with {cause}",
-            remedy="its output stands above; SIGKILL usually means that memory ran out",
-        )
-    return _peeled_from(json.loads(answer.splitlines()[-1]))
-
-
-def _peeled_from(answer: dict[str, Any]) -> Peeled:
-    if "error" in answer:
-        error = answer["error"]
-        kind: type[PeelError] = getattr(errors, error["kind"], errors.CheckpointError)  # a plug-in may have its own
-        raise kind(error["what"], remedy=error["remedy"])
-    return restored(Peeled, answer["peeled"])
-
-
 def main() -> int:
     """Answers one request. An expected error is an answer too; anything else ends the process with a traceback."""
     end_with_parent()
-    request = Request.from_json(sys.stdin.read())
-    give_way(request.nice)
-    share_processors(request.device)
-    limit_memory(request.memory_fraction, request.device)
+    request = restored(Request, json.loads(sys.stdin.read()))
+    stay_second(request.nice, request.memory_fraction, request.lease.name)
     with quiet_libraries():
         answer = _answer(request)
     sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
@@ -136,7 +65,7 @@ def _answer(request: Request) -> dict[str, Any]:
             peeling=request.peel,
             model=request.model,
             patch=request.patch,
-            device=request.device,
+            device=request.lease.name,
             clock=time.perf_counter,
             earlier=request.earlier,
             before=request.before,
@@ -167,12 +96,34 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def stay_second(niceness: int, memory_fraction: float, device: str) -> None:
+    """Lets the training have processor, disk and memory first, and be spared when memory runs out."""
+    give_way(niceness)
+    be_ended_first()
+    share_processors(device)
+    limit_memory(memory_fraction, device)
+
+
+def be_ended_first() -> None:
+    """When the machine's memory runs out, the kernel ends this process rather than the training."""
+    score = Path("/proc/self/oom_score_adj")
+    with suppress(OSError, ValueError):  # not Linux
+        score.write_text(str(max(int(score.read_text()), OOM_SCORE)))
+
+
 def give_way(niceness: int) -> None:
-    """Lowers this process's processor and disk priority."""
+    """Lowers this process's processor and disk priority.
+
+    Where the kernel shares processors out by session first ("autogroup"), a process's niceness counts only within its
+    session: that of a session of our own is lowered too.
+    """
     import psutil
 
     process = psutil.Process()
     process.nice(max(niceness, process.nice()))
+    if os.getsid(0) == os.getpid():
+        with suppress(OSError):  # there are no autogroups here
+            Path("/proc/self/autogroup").write_text(str(process.nice()))
     if hasattr(process, "ionice"):
         process.ionice(psutil.IOPRIO_CLASS_IDLE)
 
@@ -189,8 +140,8 @@ def share_processors(device: str) -> None:
 def limit_memory(fraction: float, device: str) -> None:
     """Takes at most this fraction of the GPU's memory, or of the machine's (its cgroup's, in a container).
 
-    What does not fit is an allocation error, for which fewer sequences are run at once, and at last an error of this
-    process alone; the training's memory is not touched.
+    On the CPU it takes no more than is free, either. What does not fit is an allocation error, for which fewer
+    sequences are run at once, and at last an error of this process alone; the training's memory is not touched.
     """
     import psutil
     import torch
@@ -199,9 +150,10 @@ def limit_memory(fraction: float, device: str) -> None:
         torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device))
         return
     limits = cgroup_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    total = min([psutil.virtual_memory().total, *limits])
+    memory = psutil.virtual_memory()
+    total = min([memory.total, *limits])
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = int(fraction * total)
+    limit = int(min(fraction * total, psutil.Process().memory_info().data + AVAILABLE_FRACTION * memory.available))
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 

@@ -1,13 +1,22 @@
 """config: settings from a file, the environment and flags. The only room that reads the environment."""
 
-from peel_agent.config.environment import default_state_dir, worker_environment
-from peel_agent.config.reading import load_settings
+from peel_agent.config.environment import (
+    default_state_dir,
+    see_only,
+    service_manager,
+    state_dir_of_0_1,
+    visible_gpus,
+    worker_environment,
+)
+from peel_agent.config.reading import load_settings, plugin_settings
 from peel_agent.config.sections import (
     DeviceSettings,
-    ModelSettings,
-    PeelSettings,
-    ProbeSettings,
+    EngineSettings,
+    HealthSettings,
+    LogSettings,
+    RunSettings,
     Settings,
+    SinkSettings,
     StateSettings,
     TrackerSettings,
     WatchSettings,
@@ -15,14 +24,21 @@ from peel_agent.config.sections import (
 
 __all__ = [
     "DeviceSettings",
-    "ModelSettings",
-    "PeelSettings",
-    "ProbeSettings",
+    "EngineSettings",
+    "HealthSettings",
+    "LogSettings",
+    "RunSettings",
     "Settings",
+    "SinkSettings",
     "StateSettings",
     "TrackerSettings",
     "WatchSettings",
     "default_state_dir",
     "load_settings",
+    "plugin_settings",
+    "see_only",
+    "service_manager",
+    "state_dir_of_0_1",
+    "visible_gpus",
     "worker_environment",
 ]

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peel_agent.config.sections import Precision
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import CHECKPOINTS, SETS, WeightSet
+from peel_agent.records import CHECKPOINTS, SETS, Precision, WeightSet
 
 CHOICES = {
     "peel.effort": ("quick", "standard", "full"),
@@ -17,6 +16,8 @@ CHOICES = {
     "peel.quantities": ("margin", "bounds", "headroom", "redundancy"),
     "rule.kind": tuple(CHECKPOINTS),
     "rule.severity": ("info", "warning", "critical"),
+    "log.format": ("text", "json"),
+    "log.level": ("info", "warning", "error"),
 }
 
 
@@ -58,6 +59,12 @@ def _precision(value: Any) -> Precision:
     return {glob: WeightSet.named(str(name)) for glob, name in value.items()}
 
 
+def _truth(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}[str(value).lower()]
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     return tuple(value.split(",")) if isinstance(value, str) else tuple(str(entry) for entry in value)
 
@@ -65,6 +72,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "str": (str, "text"),
     "str | None": (str, "text"),
+    "bool": (_truth, "true or false"),
     "int": (_whole, "a whole number"),
     "int | None": (_whole, "a whole number"),
     "float": (float, "a number"),
@@ -86,7 +94,7 @@ def converted(dotted: str, kind: str, value: Any) -> Any:
     convert, words = CONVERTERS[kind]
     try:
         converted = convert(value)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigurationError(f"`{dotted}` is {value!r}", remedy=f"it must be {words}") from error
     choices = CHOICES.get(dotted)
     wrong = [

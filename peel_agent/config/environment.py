@@ -1,46 +1,59 @@
-"""What follows from the settings and the environment: where the state is kept, and what a worker may see."""
+"""What the environment says: where the state is kept, and what a worker may see."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peel_agent.config.sections import TrackerSettings
-from peel_agent.errors import ConfigurationError
+
+def state_home() -> Path:
+    """The folder beneath which agents keep their state: $XDG_STATE_HOME, or ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "peel-agent"
 
 
-def default_state_dir(watched: str, tracker: TrackerSettings) -> Path:
-    """One folder for each watched path and destination, beneath $XDG_STATE_HOME (or ~/.local/state).
+def default_state_dir(identity: Sequence[str], name: str) -> Path:
+    """The state folder of an agent that was not given one: $STATE_DIRECTORY (systemd's), or one of its own.
 
-    The destination counts, so that a new run in an old directory neither inherits the old one's alerts and bounds nor
-    is sent what waits for it, and a back-fill into another run sends everything.
+    `identity` is what makes it the same agent at its next start: its configuration file, or its one run's place, name
+    and pinned tracker run. Passwords, trackers and their addresses are no part of it: they may change.
     """
-    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.partition(":")[0])
+    digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()[:8]
+    return state_home() / f"{name}-{digest}"
+
+
+def state_dir_of_0_1(watched: str, use: Sequence[str], options: Mapping[str, Mapping[str, str]]) -> Path:
+    """Where version 0.1 kept the state of one watched place; its address had every option of every tracker in it."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    identity = json.dumps([watched, sorted(tracker.use), tracker.options, uri], sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    return base / "peel-agent" / f"{watched.rstrip('/').rpartition('/')[2]}-{digest}"
+    digest = hashlib.sha256(json.dumps([watched, sorted(use), options, uri], sort_keys=True).encode()).hexdigest()[:8]
+    return state_home() / f"{watched.rstrip('/').rpartition('/')[2]}-{digest}"
 
 
-def worker_environment(device: str) -> tuple[dict[str, str], str]:
-    """The environment of the child that peels on `device`, and the device's name inside it.
+def visible_gpus() -> str | None:
+    """The GPUs that a scheduler or a person gave this process, as CUDA_VISIBLE_DEVICES has them; None for all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
-    Only the GPU that was named is visible there; with the CPU, none is.
-    """
-    environment = dict(os.environ)
-    if device in ("auto", "cpu"):
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-        return environment, "cpu"
-    inherited = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    number = device.removeprefix("cuda:")
-    if inherited and device.startswith("cuda:"):  # N counts what this process may see, as it does for torch
-        if int(number) >= len(inherited):
-            raise ConfigurationError(
-                f"`device.select` is `{device}`; CUDA_VISIBLE_DEVICES leaves {len(inherited)} GPUs here",
-                remedy=f"use cuda:0 to cuda:{len(inherited) - 1}, a GPU's uuid, or cpu",
-            )
-        number = inherited[int(number)]
-    environment["CUDA_VISIBLE_DEVICES"] = number
-    return environment, "cuda:0"
+
+def service_manager() -> tuple[str | None, str | None]:
+    """Where systemd wants to be told of our state, and the microseconds within which it wants to hear of us."""
+    is_ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return os.environ.get("NOTIFY_SOCKET"), os.environ.get("WATCHDOG_USEC") if is_ours else None
+
+
+_OF_THE_SERVICE = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
+"""What systemd says to the agent, and to none of its children."""
+
+
+def worker_environment(visible: str) -> dict[str, str]:
+    """The environment of a child that may see these GPUs ("" for none), by CUDA_VISIBLE_DEVICES."""
+    inherited = {name: text for name, text in os.environ.items() if name not in _OF_THE_SERVICE}
+    return {**inherited, "CUDA_VISIBLE_DEVICES": visible}
+
+
+def see_only(visible: str) -> None:
+    """The process sees these GPUs and no others ("" for none): to be called before CUDA is initialised."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible

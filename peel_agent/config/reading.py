@@ -11,23 +11,31 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import tomli
 
 from peel_agent.config.conversion import converted
-from peel_agent.config.sections import Settings, TrackerSettings
+from peel_agent.config.ranges import check_ranges
+from peel_agent.config.sections import (
+    DEFAULT_RULES,
+    RunSettings,
+    Settings,
+    SinkSettings,
+    TrackerSettings,
+)
 from peel_agent.errors import ConfigurationError
 from peel_agent.records import Rule
 
 PREFIX = "PEEL__"
 
-RESERVED = {
-    "health": {"listen"},
-    "engine": {"use"},
-    "sink": set[str](),
-}
-"""Keys of the contract that this version does not act on: refused by name rather than silently ignored."""
+LISTS = {"rule", "sink", "run"}
+"""Tables that may come several times: `[[rule]]`."""
+
+OF_A_RUN = ("watch", "model", "probe", "peel", "tracker", "rule")
+"""What a `[[run]]` may have of its own; what it leaves out is that of the top level."""
+
+Kind = TypeVar("Kind")
 
 
 def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
@@ -44,8 +52,8 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
         if value is not None:
             _put(raw, dotted.split("."), value)
     settings = _settings(raw)
-    _check_ranges(settings)
-    return _with_run_of_environment(settings)
+    check_ranges(settings)
+    return settings
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -77,82 +85,97 @@ def _from_environment(text: str) -> Any:
         return text
 
 
+_SECTIONS: dict[str, type] = {
+    f.name: type(f.default) for f in dataclasses.fields(Settings) if dataclasses.is_dataclass(f.default)
+}
+
+
 def _settings(raw: Mapping[str, Any]) -> Settings:
-    tables: dict[str, Any] = {
-        name: cast(type, kind.default.__class__)
-        for name, kind in ((f.name, f) for f in dataclasses.fields(Settings))
-        if name != "rules"
-    }
-    _known("", raw, {*tables, "rule"})
-    built: dict[str, Any] = {}
-    for name, kind in tables.items():
-        table = raw.get(name, {})
-        if not isinstance(table, Mapping):
-            raise ConfigurationError(f"`{name}` is {table!r}, not a table", remedy=f"write it as [{name}]")
-        built[name] = _tracker(table) if name == "tracker" else _section(kind, name, table)
-    if "rule" in raw:
-        if not isinstance(raw["rule"], list):
-            raise ConfigurationError(f"`rule` is {raw['rule']!r}", remedy="write each rule as [[rule]]")
-        built["rules"] = tuple(_section(Rule, "rule", entry) for entry in raw["rule"])
-    return Settings(**built)
+    _known("", raw, {*_SECTIONS, *LISTS})
+    own = _sections(raw, tuple(_SECTIONS))
+    sinks = tuple(_sink(entry) for entry in _entries(raw, "sink"))
+    return Settings(**own, rules=_rules(raw), sinks=sinks, runs=_runs(raw))
 
 
-def _check_ranges(settings: Settings) -> None:
-    """Values of the right type that nothing could work with."""
-    probe, watch = settings.probe, settings.watch
-    least: dict[str, tuple[float, float]] = {
-        "watch.settle_seconds": (watch.settle_seconds, 0),
-        "watch.poll_seconds": (watch.poll_seconds, 0),
-        "probe.fit_tokens": (probe.fit_tokens, 1),
-        "probe.select_tokens": (probe.select_tokens, 1),
-        "probe.confirm_tokens": (probe.confirm_tokens, 1),
-        "tracker.max_series": (settings.tracker.max_series, 10),
+def _sections(raw: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        name: _tracker(_table(raw, name)) if name == "tracker" else section(_SECTIONS[name], name, _table(raw, name))
+        for name in names
     }
-    for rule in settings.rules:
-        least[f"rule.{rule.name}.for_checkpoints"] = (rule.raised_after, 1)
-        least[f"rule.{rule.name}.clear_checkpoints"] = (rule.cleared_after, 1)
-        if not re.fullmatch(r"[\w.-]{1,100}", rule.name):
-            raise ConfigurationError(
-                f"a rule is called `{rule.name}`", remedy="letters, digits, `_`, `-` and `.` make a rule's name"
-            )
-    if not 0 < settings.device.memory_fraction <= 1:
+
+
+def _table(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = raw.get(name, {})
+    if not isinstance(table, Mapping):
+        raise ConfigurationError(f"`{name}` is {table!r}, not a table", remedy=f"write it as [{name}]")
+    return table
+
+
+def _entries(raw: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    entries = raw.get(name, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ConfigurationError(f"`{name}` is {entries!r}", remedy=f"write each {name} as [[{name}]]")
+    return entries
+
+
+def _rules(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
+    if "rule" not in raw:
+        return DEFAULT_RULES
+    return tuple(section(Rule, "rule", entry) for entry in _entries(raw, "rule"))
+
+
+def _sink(entry: Mapping[str, Any]) -> SinkSettings:
+    use = entry.get("use")
+    if not isinstance(use, str):
+        raise ConfigurationError("a [[sink]] does not say what it is", remedy='add a line such as use = "stderr"')
+    options = {key: value for key, value in entry.items() if key not in ("use", "name")}
+    return SinkSettings(use=use, name=str(entry.get("name", use)), options=options)
+
+
+def _runs(raw: Mapping[str, Any]) -> tuple[RunSettings, ...]:
+    """A run for each `[[run]]`, its tables laid over those of the top level; else the one of the top level."""
+    general = {name: raw[name] for name in OF_A_RUN if name in raw}
+    if "run" not in raw:
+        return (_run(general, None),) if _table(raw, "watch").get("path") is not None else ()
+    runs = []
+    for entry in _entries(raw, "run"):
+        _known("run", entry, {"name", *OF_A_RUN})
+        own = {name: entry[name] for name in OF_A_RUN if name in entry}
+        runs.append(_run(_over(general, own), entry.get("name")))
+    return tuple(runs)
+
+
+def _run(raw: Mapping[str, Any], name: object) -> RunSettings:
+    sections = _sections(raw, tuple(name for name in OF_A_RUN if name != "rule"))
+    path = sections["watch"].path
+    if path is None:
         raise ConfigurationError(
-            f"`device.memory_fraction` is {settings.device.memory_fraction:g}", remedy="it must be above 0, at most 1"
+            f"[[run]] {name or ''} names no directory to watch", remedy="add it: [run.watch] path = ..."
         )
-    if settings.peel.time_budget_seconds is not None:
-        least["peel.time_budget_seconds"] = (settings.peel.time_budget_seconds, 0)
-    for dotted, (value, bound) in least.items():
-        if not bound <= value < float("inf"):
-            raise ConfigurationError(f"`{dotted}` is {value:g}", remedy=f"it must be {bound:g} or more")
-    names = [rule.name for rule in settings.rules]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigurationError(f"two rules are called `{min(twice)}`", remedy="give each rule a name of its own")
+    derived = str(path).rstrip("/").rpartition("/")[2] or "run"
+    return RunSettings(name=str(name or derived), rules=_rules(raw), **sections)
 
 
-def _with_run_of_environment(settings: Settings) -> Settings:
-    """MLFLOW_RUN_ID, which trainings set, names the run unless the configuration names one."""
-    tracking, run_id = settings.tracker, os.environ.get("MLFLOW_RUN_ID")
-    if run_id is None or "mlflow" not in tracking.use:
-        return settings
-    mlflow = {"run_id": run_id, **tracking.options.get("mlflow", {})}
-    options = {**tracking.options, "mlflow": mlflow}
-    return dataclasses.replace(settings, tracker=dataclasses.replace(tracking, options=options))
+def _over(general: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """One raw configuration laid over another: a table key by key, anything else as a whole."""
+    laid = dict(general)
+    for key, value in own.items():
+        below = general.get(key)
+        laid[key] = _over(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return laid
 
 
 def _tracker(table: Mapping[str, Any]) -> TrackerSettings:
-    options = {
-        name: {key: _revealed(f"tracker.{name}.{key}", str(value)) for key, value in own.items()}
-        for name, own in table.items()
-        if isinstance(own, Mapping)
-    }
+    flags = table.get("*", {})  # options of the command line
+    options = {name: own for name, own in table.items() if isinstance(own, Mapping) and name != "*"}
     own = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
-    settings: TrackerSettings = _section(TrackerSettings, "tracker", own)
-    return dataclasses.replace(settings, options=options)
+    return dataclasses.replace(section(TrackerSettings, "tracker", own), options=options, flags=flags)
 
 
-def _section(kind: type, name: str, table: Mapping[str, Any]) -> Any:
-    fields = {f.name: str(f.type) for f in dataclasses.fields(kind)}
-    _known(name, table, set(fields) - {"options"})
+def section(kind: type[Kind], name: str, table: Mapping[str, Any]) -> Kind:
+    """The record of a section from its table; ConfigurationError names a key that it has not, and what is wrong."""
+    fields = {f.name: str(f.type) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    _known(name, table, set(fields) - {"options", "flags"})
     values = {key: converted(f"{name}.{key}", fields[key], value) for key, value in table.items()}
     try:
         return kind(**values)
@@ -160,20 +183,27 @@ def _section(kind: type, name: str, table: Mapping[str, Any]) -> Any:
         raise ConfigurationError(f"[[{name}]] is not complete: {error}", remedy="add the keys named") from error
 
 
+def plugin_settings(
+    kind: type[Kind], name: str, table: Mapping[str, Any], *, from_environment: Mapping[str, str]
+) -> Kind:
+    """A plug-in's own settings from its table `name`; secrets are fetched, and what it leaves out is looked up.
+
+    `from_environment` maps fields to the environment variables that they are taken from.
+    """
+    looked_up = {key: os.environ[variable] for key, variable in from_environment.items() if os.environ.get(variable)}
+    revealed = {key: _revealed(f"{name}.{key}", one) if isinstance(one, str) else one for key, one in table.items()}
+    return section(kind, name, {**looked_up, **revealed})
+
+
 def _known(section: str, table: Mapping[str, Any], known: set[str]) -> None:
     for key in table:
         if key in known:
             continue
         dotted = f"{section}.{key}" if section else key
-        if key in (RESERVED.get(section, set()) if section else RESERVED):
-            raise ConfigurationError(
-                f"`{dotted}` is not available in this version of peel-agent", remedy="take it out of the configuration"
-            )
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         guess = f"did you mean `{near[0]}`? " if near else ""
-        raise ConfigurationError(
-            f"unknown key `{dotted}` in the configuration", remedy=f"{guess}known here: {', '.join(sorted(known))}"
-        )
+        listed = f"known here: {', '.join(sorted(known))}" if known else "there are no keys here"
+        raise ConfigurationError(f"unknown key `{dotted}` in the configuration", remedy=f"{guess}{listed}")
 
 
 def _revealed(dotted: str, text: str) -> str:

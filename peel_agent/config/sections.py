@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from peel_agent.records import Rule, RuleKind, WeightSet
+from peel_agent.records import ModelSettings, PeelSettings, ProbeSettings, Rule, RuleKind
 
 Backlog: TypeAlias = str
 Device: TypeAlias = str
-Factory: TypeAlias = str
-Precision: TypeAlias = Mapping[str, WeightSet]
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,8 @@ class WatchSettings:
     """`[watch]`: a checkpoint is read once its files have not changed for `settle_seconds`.
 
     `backlog` says which are peeled when they come faster than that: `latest` (the default while watching), `all` (the
-    default for what is there already, with `--once`), or `every:N`.
+    default for what is there already, with `--once`), or `every:N`. A checkpoint folder counts as whole only when every
+    file of `ready_markers` is in it.
     """
 
     path: str | None = None
@@ -28,73 +27,76 @@ class WatchSettings:
     settle_seconds: float = 10.0
     poll_seconds: float = 10.0
     backlog: Backlog | None = None
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """`[model]`: `factory` makes models of your own, `package.module:callable`; None (`auto`) is transformers.
-
-    `precision` says by glob which matrices hold the latents of a quantiser, and of which.
-    """
-
-    factory: Factory | None = None
-    precision: Precision = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """`[probe]`: held-out token ids or text from the training distribution."""
-
-    path: Path | None = None
-    tokenizer: Path | None = None
-    sequence_length: int | None = None
-    fit_tokens: int = 65_536
-    select_tokens: int = 8_192
-    confirm_tokens: int = 16_384
-
-
-@dataclass(frozen=True)
-class PeelSettings:
-    """`[peel]`: what to compute; what `time_budget_seconds` do not suffice for is left out and said."""
-
-    effort: str = "standard"
-    quantities: tuple[str, ...] | None = None
-    maps: str | tuple[tuple[int, ...], ...] = "ends"
-    solver: str = "closed_form"
-    time_budget_seconds: float | None = None
+    ready_markers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """`[device]`: `auto` is the CPU unless a spare GPU is named; the worker's niceness keeps the training first.
+    """`[device]`: `auto` takes a GPU that nobody uses, or else the CPU; `nice` keeps the training first.
 
     The worker takes at most `memory_fraction` of the machine's memory, or of the GPU's.
     """
 
     select: Device = "auto"
     memory_fraction: float = 0.5
-    nice: int = 10
-
-    @property
-    def in_process(self) -> str:
-        """The device for a command that computes in its own process."""
-        return "cpu" if self.select == "auto" else self.select
+    nice: int = 19
 
 
 @dataclass(frozen=True)
 class TrackerSettings:
-    """`[tracker]`: which trackers to write to, and each one's own table."""
+    """`[tracker]`: which trackers to write to, and each one's own table, as it stands in the file.
+
+    `flags` are options of the command line, for every tracker in use that has them.
+    """
 
     use: tuple[str, ...] = ("mlflow",)
     max_series: int = 400
-    options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SinkSettings:
+    """`[[sink]]`: where notices go; `use` names the plug-in, all other keys are its own."""
+
+    use: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StateSettings:
-    """`[state]`: where what must survive a restart is kept; by default beneath $XDG_STATE_HOME, one folder a run."""
+    """`[state]`: the folder that keeps what must survive a restart, one an agent.
+
+    By default $STATE_DIRECTORY, which systemd sets, or else a folder beneath $XDG_STATE_HOME.
+    """
 
     path: Path | None = None
+
+
+@dataclass(frozen=True)
+class HealthSettings:
+    """`[health]`: where `/healthz`, `/readyz` and `/metrics` are served; not at all when `listen` is empty.
+
+    None is the default address, which another agent of this machine may hold already: then they are not served.
+    """
+
+    listen: str | None = None
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """`[log]`: `text` for people or `json`, one object a line; events below `level` are left out."""
+
+    format: str = "text"
+    level: str = "info"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`[engine]`: what peels; `local` is a child process of the agent."""
+
+    use: str = "local"
 
 
 SHIPPED_RULES: tuple[RuleKind, ...] = (
@@ -108,8 +110,26 @@ SHIPPED_RULES: tuple[RuleKind, ...] = (
 """The rules without a configuration, chosen by the gallery (docs/proof.md)."""
 
 
+DEFAULT_RULES = tuple(Rule(name=kind, kind=kind) for kind in SHIPPED_RULES)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One watched place, with everything that is its own: a `[[run]]` table over the sections of the top level."""
+
+    name: str
+    watch: WatchSettings
+    model: ModelSettings = ModelSettings()
+    probe: ProbeSettings = ProbeSettings()
+    peel: PeelSettings = PeelSettings()
+    tracker: TrackerSettings = TrackerSettings()
+    rules: tuple[Rule, ...] = DEFAULT_RULES
+
+
 @dataclass(frozen=True)
 class Settings:
+    """The agent's settings; `runs` has one for each `[[run]]`, or the one run of the top level, if that has a path."""
+
     watch: WatchSettings = WatchSettings()
     model: ModelSettings = ModelSettings()
     probe: ProbeSettings = ProbeSettings()
@@ -117,4 +137,9 @@ class Settings:
     device: DeviceSettings = DeviceSettings()
     tracker: TrackerSettings = TrackerSettings()
     state: StateSettings = StateSettings()
-    rules: tuple[Rule, ...] = tuple(Rule(name=kind, kind=kind) for kind in SHIPPED_RULES)
+    health: HealthSettings = HealthSettings()
+    log: LogSettings = LogSettings()
+    engine: EngineSettings = EngineSettings()
+    rules: tuple[Rule, ...] = DEFAULT_RULES
+    sinks: tuple[SinkSettings, ...] = ()
+    runs: tuple[RunSettings, ...] = ()

@@ -130,15 +130,19 @@ def _wait_for_last(
     folder: Path, training: subprocess.Popen[bytes], sidecar: subprocess.Popen[str]
 ) -> PeelReport | None:
     """The report of the last checkpoint, or None when one of the two processes failed."""
-    wanted = folder / "state" / "reports" / f"step-{STEPS:09d}.json"
     deadline = time.monotonic() + GIVE_UP_SECONDS
     while time.monotonic() < deadline:
-        if wanted.exists():
-            return report_from_json(json.loads(wanted.read_text(encoding="utf-8")))
+        if (last := _last(folder)) is not None:
+            return report_from_json(json.loads(last.read_text(encoding="utf-8")))
         if training.poll() not in (None, 0) or sidecar.poll() is not None:
             return None
         time.sleep(0.5)
     return None
+
+
+def _last(folder: Path) -> Path | None:
+    """The file of the last checkpoint's report; its name is taken when it is whole."""
+    return next((folder / "state").glob(f"runs/*/reports/step-{STEPS:09d}.json"), None)
 
 
 def _tell(folder: Path, report: PeelReport | None, *, healthy: bool) -> int:
@@ -154,7 +158,7 @@ def _tell(folder: Path, report: PeelReport | None, *, healthy: bool) -> int:
         undecided = sum(layer.status == "undecided" for layer in report.layers)
         print(f"Finding: nothing is wrong with any layer; {undecided} undecided.")
     print(f"Training loss, which shows nothing of this: {folder / 'training.log'}")
-    print(f"Report:   {folder / 'state' / 'reports' / f'step-{STEPS:09d}.json'}")
+    print(f"Report:   {_last(folder)}")
     print(f"In MLflow: mlflow ui --backend-store-uri {_store(folder)}")
     expected = [] if healthy else [HELD_BACK]
     return int([layer.index for layer in accused] != expected)

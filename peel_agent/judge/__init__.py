@@ -1,5 +1,5 @@
 """PeelReport and what was known before in, Verdict out: which alerts begin and which end. No clock, no I/O."""
 
-from peel_agent.judge.verdict import judge
+from peel_agent.judge.verdict import judge, withdraw
 
-__all__ = ["judge"]
+__all__ = ["judge", "withdraw"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import Literal
 
 from peel_agent.judge.kinds import KINDS, Testimony
-from peel_agent.records import Notice, PeelReport, Rule, RuleState, Verdict
+from peel_agent.records import Notice, PeelReport, Rule, RuleState, Severity, Verdict
 
 _SILENCE = Testimony("neither", "")
 
@@ -18,7 +18,8 @@ def judge(report: PeelReport, rules: Sequence[Rule], states: Sequence[RuleState]
     """The states after this report and the notices of what began or ended with it.
 
     `states` are those of the verdict before. The verdict holds one state for every rule and every block and part seen
-    so far; states of rules that are no longer configured are dropped. Judging one checkpoint twice counts it twice: the
+    so far; states of rules that are no longer configured are dropped (`withdraw` tells them), and an alert of a block
+    that the model has no longer is resolved. Judging one checkpoint twice counts it twice: the
     caller prevents it. A checkpoint without a step counts as step 0 against `after_step`.
     """
     earlier = {(state.rule, state.subject): state for state in states}
@@ -31,11 +32,38 @@ def judge(report: PeelReport, rules: Sequence[Rule], states: Sequence[RuleState]
         for subject in (*testimonies, *unseen):
             testimony = testimonies.get(subject, _SILENCE)
             before = earlier.get((rule.name, subject)) or _inactive(rule.name, subject)
+            if _is_gone(subject, report):
+                if before.phase == "firing":
+                    gone = f"{subject}: the model has no such block any more"
+                    notices.append(_resolved(before, gone, rule.severity, report.checkpoint.step))
+                continue
             after = _step(before, testimony if warm else _SILENCE, rule, report.checkpoint.step)
             kept.append(after)
             if (notice := _change(before, after, rule, report, testimony=testimony)) is not None:
                 notices.append(notice)
     return Verdict(states=tuple(kept), notices=tuple(notices))
+
+
+def withdraw(
+    states: Sequence[RuleState], reasons: Mapping[str, str], severities: Mapping[str, Severity], step: int | None
+) -> Verdict:
+    """The states without those of the rules in `reasons`, and a notice for each of them that fired.
+
+    `reasons` says for each rule why it is over, `severities` what it was configured with; `step` is the last one seen.
+    """
+    gone = [state for state in states if state.rule in reasons]
+    notices = tuple(
+        _resolved(state, f"{state.subject}: {reasons[state.rule]}", severities.get(state.rule, "warning"), step)
+        for state in gone
+        if state.phase == "firing"
+    )
+    return Verdict(tuple(state for state in states if state not in gone), notices)
+
+
+def _is_gone(subject: str, report: PeelReport) -> bool:
+    """Whether an alert is about a block that the model has not, which says nothing where no block was measured."""
+    names = {layer.name for layer in report.layers}
+    return bool(names) and subject.partition("/")[0] not in names
 
 
 def _inactive(rule: str, subject: str) -> RuleState:
@@ -70,19 +98,39 @@ def _change(
         state, since = "resolved", before.since_step
     else:
         return None
+    text = testimony.words + _duration(before.streak + 1, state, since)
     # Without a step two alerts of one subject would share their id, and the second would be taken for a repetition.
     began = since if since is not None else report.checkpoint.fingerprint
     return Notice(
-        id=sha256(json.dumps([rule.name, after.subject, state, began]).encode()).hexdigest()[:16],
+        id=_id(rule.name, after.subject, state, began),
         rule=rule.name,
         severity=rule.severity,
         state=state,
         subject=after.subject,
         step=report.checkpoint.step,
-        text=testimony.words + _duration(before.streak + 1, state, since),
+        text=text,
         since_step=since,
         causes=testimony.causes if state == "firing" else (),
     )
+
+
+def _resolved(state: RuleState, text: str, severity: Severity, step: int | None) -> Notice:
+    """The end of an alert that no checkpoint brought."""
+    since = state.since_step
+    return Notice(
+        id=_id(state.rule, state.subject, "resolved", since if since is not None else text),
+        rule=state.rule,
+        severity=severity,
+        state="resolved",
+        subject=state.subject,
+        step=step,
+        text=text + _duration(1, "resolved", since),
+        since_step=since,
+    )
+
+
+def _id(rule: str, subject: str, state: str, began: int | str) -> str:
+    return sha256(json.dumps([rule, subject, state, began]).encode()).hexdigest()[:16]
 
 
 def _duration(checkpoints: int, state: Literal["firing", "resolved"], since: int | None) -> str:

@@ -1,6 +1,6 @@
 """What a report becomes outside: its JSON form, and the Publication that trackers write. No network."""
 
-from peel_agent.publish.delivery import Delivery
+from peel_agent.publish.debts import to_sinks, to_trackers
 from peel_agent.publish.form import alert_line, report_from_json, report_json, report_line
 from peel_agent.publish.meter import Meter
 from peel_agent.publish.publication import publication
@@ -8,7 +8,6 @@ from peel_agent.publish.words import ACCUSING, headline, table
 
 __all__ = [
     "ACCUSING",
-    "Delivery",
     "Meter",
     "alert_line",
     "headline",
@@ -17,4 +16,6 @@ __all__ = [
     "report_json",
     "report_line",
     "table",
+    "to_sinks",
+    "to_trackers",
 ]

@@ -10,20 +10,17 @@ from peel_agent.publish.form import report_line
 from peel_agent.records import LayerReport, PeelReport, Publication, Status, Verdict
 
 
-def publication(
-    report: PeelReport, verdict: Verdict, *, committed_at: float, alerts_log: str, max_series: int
-) -> Publication:
+def publication(report: PeelReport, verdict: Verdict, *, committed_at: float, max_series: int) -> Publication:
     """What is sent for one checkpoint, with the names of the contract.
 
-    `committed_at` is the checkpoint's own time in Unix seconds, `alerts_log` the whole text of `alerts.jsonl` so far.
+    `committed_at` is the checkpoint's own time in Unix seconds.
+
     A checkpoint without a step has no place in a series: it is a file named by its fingerprint, without metrics and
     tags. ValueError when the report holds a NaN or an infinity.
     """
     step = report.checkpoint.step
     name = f"step-{step:09d}" if step is not None else report.checkpoint.fingerprint
     files = {f"peel/checkpoints/{name}.json": report_line(report)}
-    if alerts_log:
-        files["peel/alerts.jsonl"] = alerts_log
     return Publication(
         step=step or 0,
         timestamp_ms=round(committed_at * 1000),

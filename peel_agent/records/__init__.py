@@ -6,13 +6,17 @@
 Importing this module imports neither torch nor numpy: the parent daemon lives on these records alone.
 """
 
+from peel_agent.records.check import Check
 from peel_agent.records.checkpoint import (
     CheckpointRef,
     FileStamp,
     Readiness,
 )
 from peel_agent.records.codec import decoded, plain, restored
+from peel_agent.records.device import DeviceLease, SeenDevice
+from peel_agent.records.event import Debt, Event, EventKind, LaneKind, Level
 from peel_agent.records.feedforward import Best, Network, Part, Samples, Stack, YesMemory
+from peel_agent.records.figures import AgentFigures, DeliveryFigures, RunFigures
 from peel_agent.records.model import (
     AdjacentPairs,
     Anatomy,
@@ -62,8 +66,11 @@ from peel_agent.records.report import (
     WorstMatrix,
     Zone,
 )
+from peel_agent.records.request import Request
+from peel_agent.records.settings import ModelSettings, PeelSettings, Precision, ProbeSettings
 from peel_agent.records.verdict import (
     CHECKPOINTS,
+    NoticeGroup,
     Publication,
     Rule,
     RuleKind,
@@ -77,6 +84,7 @@ __all__ = [
     "SCHEMA",
     "SETS",
     "AdjacentPairs",
+    "AgentFigures",
     "Anatomy",
     "Before",
     "Best",
@@ -84,11 +92,17 @@ __all__ = [
     "BoundMemory",
     "BoundReport",
     "Change",
+    "Check",
     "CheckpointInfo",
     "CheckpointRef",
     "Chunk",
     "CustomModel",
+    "Debt",
+    "DeliveryFigures",
+    "DeviceLease",
     "Estimate",
+    "Event",
+    "EventKind",
     "Experts",
     "Features",
     "FileStamp",
@@ -96,11 +110,15 @@ __all__ = [
     "FindingKind",
     "Findings",
     "Gradient",
+    "LaneKind",
     "LayerReport",
+    "Level",
     "Memory",
     "ModelInfo",
+    "ModelSettings",
     "Network",
     "Notice",
+    "NoticeGroup",
     "Observation",
     "Part",
     "PartName",
@@ -108,18 +126,24 @@ __all__ = [
     "Past",
     "PastBlock",
     "PeelReport",
+    "PeelSettings",
     "Peeled",
     "Plan",
+    "Precision",
     "Probe",
     "ProbeInfo",
+    "ProbeSettings",
     "Progress",
     "Projection",
     "Publication",
     "Readiness",
+    "Request",
     "Rule",
     "RuleKind",
     "RuleState",
+    "RunFigures",
     "Samples",
+    "SeenDevice",
     "Severity",
     "Sketches",
     "Skipped",

@@ -91,3 +91,17 @@ class Publication:
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NoticeGroup:
+    """All notices of one checkpoint, or of one moment, that one sink is to get; `id` is the same when it comes again.
+
+    `text` is for people, one line a notice; `at` is in Unix seconds.
+    """
+
+    id: str
+    run: str
+    at: float
+    notices: tuple[Notice, ...]
+    text: str

@@ -2,17 +2,20 @@
 
     @pytest.mark.parametrize("check", CHECKS)
     def test_conforms(check, tmp_path):
-        check(lambda: PLUGIN.connect({...}, checkpoint_dir=..., state_dir=tmp_path), read_metrics)
+        check(lambda: PLUGIN.connect(PLUGIN.settings(...), checkpoint_dir=..., state_dir=tmp_path), read_metrics)
 
 Each check wants a fresh place: a run or a file that holds no peel metrics yet.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 
 from peel_agent.records import Publication
-from peel_agent.spi import Tracker
+from peel_agent.spi import Checking, Tracker
 
 Connect = Callable[[], Tracker]
 """Opens the tracker, each time with the same options and folders."""
@@ -77,11 +80,74 @@ def reconnection_continues(connect: Connect, read_metrics: ReadMetrics) -> None:
     _expect_steps(read_metrics, 100, 200)
 
 
+def a_check_changes_no_result(connect: Connect, read_metrics: ReadMetrics) -> None:
+    """A tracker that can check (`spi.Checking`) finds the place well, in words, and leaves what was published.
+
+    A connection that has published nothing is asked: that is what `peel-agent doctor` has.
+    """
+    tracker = connect()
+    tracker.publish(example_publication(100))
+    tracker.close()
+    other = connect()
+    if isinstance(other, Checking):
+        checks = other.check(lambda: datetime.now(UTC).timestamp())
+        _expect(bool(checks), "check() tells of at least one thing", checks)
+        for check in checks:
+            _expect(bool(check.what.strip() and check.words.strip()), "a check says what it is of, in words", check)
+            _expect(check.ok is True, "a place that has just been written to is found well", check)
+    other.close()
+    _expect_steps(read_metrics, 100)
+
+
+def two_lanes_meet(connect: Connect, read_metrics: ReadMetrics) -> None:
+    """Metrics and files, sent from two threads with a connection each, are in one place, each metric once."""
+    numbers, files = connect(), connect()
+    faults: list[Exception] = []
+    begin = threading.Barrier(2)
+
+    def send(tracker: Tracker, sent: Sequence[Publication]) -> None:
+        begin.wait()
+        try:
+            for one in sent:
+                tracker.publish(one)
+        except Exception as error:  # whatever it is, the check fails with it
+            faults.append(error)
+
+    whole = [example_publication(step) for step in (100, 200)]
+    threads = [
+        threading.Thread(target=send, args=(numbers, [dataclasses.replace(one, files={}) for one in whole])),
+        threading.Thread(target=send, args=(files, [dataclasses.replace(one, metrics={}, tags={}) for one in whole])),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _expect(not faults, "both connections can write at once", faults)
+    _expect(numbers.where() == files.where(), f"both are at {numbers.where()}", files.where())
+    _expect_steps(read_metrics, 100, 200)
+    numbers.close()
+    files.close()
+
+
+def files_alone_bring_no_metrics(connect: Connect, read_metrics: ReadMetrics) -> None:
+    """A publication of files alone, after its libraries were loaded, leaves the metrics that are there."""
+    tracker = connect()
+    tracker.prepare()
+    tracker.publish(example_publication(100))
+    tracker.publish(dataclasses.replace(example_publication(200), metrics={}, tags={}))
+    tracker.close()
+    _expect_steps(read_metrics, 100)
+    _expect(not read_metrics(200), "files alone have no metrics", read_metrics(200))
+
+
 CHECKS: tuple[Callable[[Connect, ReadMetrics], None], ...] = (
     publication_lands,
     repetition_changes_nothing,
     steps_stay_apart,
     reconnection_continues,
+    a_check_changes_no_result,
+    two_lanes_meet,
+    files_alone_bring_no_metrics,
 )
 
 

@@ -1,17 +1,21 @@
 """watch: what a trainer writes -> CheckpointRef, once a checkpoint is whole and at rest. Imports no torch."""
 
+from peel_agent.watch.earlier import Earlier
 from peel_agent.watch.events import Hints
 from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror
+from peel_agent.watch.nearby import nearby
 from peel_agent.watch.pins import Pins, copied
 from peel_agent.watch.queue import Queue
 from peel_agent.watch.scan import Sighting, scan
-from peel_agent.watch.settle import Observed, Settling, checkpoint_ref, fingerprint
+from peel_agent.watch.settle import GIVE_UP_SECONDS, Observed, Settling, checkpoint_ref, fingerprint
 from peel_agent.watch.source import Bucket, Folder, Source
 from peel_agent.watch.store import Store, is_url
 
 __all__ = [
+    "GIVE_UP_SECONDS",
     "Bucket",
+    "Earlier",
     "Folder",
     "Hints",
     "Mirror",
@@ -27,5 +31,6 @@ __all__ = [
     "fetch",
     "fingerprint",
     "is_url",
+    "nearby",
     "scan",
 ]

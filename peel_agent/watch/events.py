@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import re
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,9 +22,7 @@ from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
 from peel_agent.errors import ConfigurationError
-
-SILENT = frozenset({"nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "beegfs", "ceph", "9p", "virtiofs", "fuse"})
-"""File systems on which other machines write unseen by inotify; so do all of type `fuse.*`."""
+from peel_agent.mounts import MOUNTINFO, SILENT, kind_of
 
 # Not opened and not closed_no_write: our own reads would raise them.
 _TELLING: list[type[FileSystemEvent]] = [
@@ -46,7 +43,7 @@ class Hints(FileSystemEventHandler):
     ConfigurationError when the root does not exist.
     """
 
-    def __init__(self, root: Path | None, mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
+    def __init__(self, root: Path | None, mountinfo: Path = MOUNTINFO) -> None:
         if root is not None and not root.exists():
             raise ConfigurationError(
                 f"the watched path {root} does not exist",
@@ -64,8 +61,8 @@ class Hints(FileSystemEventHandler):
         if self._root is None:
             self.status = "timed scans only: an object store reports no events"
             return self
-        kind = file_system_of(self._root, _text(self._mountinfo))
-        if kind in SILENT or kind.startswith("fuse."):
+        kind = kind_of(self._root, self._mountinfo)
+        if kind in SILENT:
             self.status = f"timed scans only: {kind} reports no events"
             return self
         self._watched = _identity(self._root)
@@ -135,32 +132,3 @@ def _observe(root: Path, handler: FileSystemEventHandler) -> BaseObserver:
         observer.stop()
         raise
     return observer
-
-
-def file_system_of(path: Path, mountinfo: str) -> str:
-    """The type of the file system that holds an absolute path, from the text of /proc/self/mountinfo; "" if unknown.
-
-    The longest mount point above the path counts; of two at the same place, the later, which hides the earlier.
-    """
-    best, kind = -1, ""
-    for line in mountinfo.splitlines():
-        before, _, after = line.partition(" - ")
-        fields = before.split(" ")
-        if len(fields) < 5 or not after:
-            continue
-        point = Path(_unescape(fields[4]))
-        if path.is_relative_to(point) and len(point.parts) >= best:
-            best, kind = len(point.parts), after.split(" ")[0]
-    return kind
-
-
-def _unescape(mount_point: str) -> str:
-    """Undoes the kernel's octal escapes of blanks and backslashes."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount_point)
-
-
-def _text(mountinfo: Path) -> str:
-    try:
-        return mountinfo.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return ""  # not Linux: events are worth trying

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from peel_agent.errors import CheckpointError, NoRoom, TornCheckpoint
 from peel_agent.spi import Format
 from peel_agent.watch.fetch import check_space, check_unchanged, companions_of, download
 from peel_agent.watch.pins import COMPANIONS
+from peel_agent.watch.settle import waits_for
 from peel_agent.watch.store import RemoteObject, Store, torn
 from peel_agent.watch.units import ROOT, Division, Unit, identity
 
@@ -55,11 +58,21 @@ class Mirror:
 
     A checkpoint is copied when its listing (names, sizes, versions, times) has not changed for the time to settle, and
     is dropped when the caller is done with it. What was dropped is not fetched again before it is overwritten, and
-    whole objects survive an outage and a restart.
+    whole objects survive an outage and a restart. One in a folder that lacks an object of `markers` is not copied; it
+    is refused when it has not changed for `marker_seconds`.
     """
 
-    def __init__(self, store: Store, folder: Path, formats: Sequence[Format]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        folder: Path,
+        formats: Sequence[Format],
+        markers: Sequence[str] = (),
+        marker_seconds: float = math.inf,
+    ) -> None:
         self._store = store
+        self._markers = tuple(markers)
+        self._marker_seconds = marker_seconds
         folder = folder.resolve()
         self._folder = folder
         self._objects = folder / "objects"
@@ -94,7 +107,7 @@ class Mirror:
         companions = companions_of(listing)
         self._forget(units, companions)
         self._accompany(companions, stopping)
-        waiting, refused, due = self._sort(units, now, settle_seconds)
+        waiting, refused, due = self._sort(units, now, settle_seconds, {remote.name for remote in listing})
         due = self._newest(units, due) if newest_only else due
         while due:
             unit = due.pop(0)
@@ -138,9 +151,11 @@ class Mirror:
         return ([unit for unit in later if unit.number is not None] or later)[-1:]
 
     def _sort(
-        self, units: Sequence[Unit], now: float, settle_seconds: float
+        self, units: Sequence[Unit], now: float, settle_seconds: float, names: AbstractSet[str]
     ) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[Unit]]:
-        waiting, refused, due = [], [], []
+        waiting: list[tuple[str, str]] = []
+        refused: list[tuple[str, str]] = []
+        due: list[Unit] = []
         before, self._rests = self._rests, {}
         for unit in units:
             signature, since = before.get(unit.name, (unit.signature, min(now, unit.newest_ns / 1e9)))
@@ -150,6 +165,9 @@ class Mirror:
                 continue
             if unit.fault is not None:
                 refused.append((self.url(unit.name), unit.fault))
+            elif lacking := self._lacking(unit, names):
+                is_over = now - since >= self._marker_seconds
+                (refused if is_over else waiting).append((self.url(unit.name), waits_for(lacking)))
             elif now - since < settle_seconds:
                 waiting.append((self.url(unit.name), f"it changed less than {settle_seconds:g} s ago"))
             elif now - since < PARTLY_SECONDS and (old := self._left_over(unit)):
@@ -157,6 +175,11 @@ class Mirror:
             else:
                 due.append(unit)
         return waiting, refused, due
+
+    def _lacking(self, unit: Unit, names: AbstractSet[str]) -> tuple[str, ...]:
+        """The markers that are not in the unit's folder; a single object needs none."""
+        inside = "" if unit.name == ROOT else f"{unit.name}/"
+        return () if unit.name in names else tuple(name for name in self._markers if inside + name not in names)
 
     def _has(self, unit: Unit) -> bool:
         return _same(self._held.get(unit.name), unit) or _same(self._done.get(unit.name), unit)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peel_agent.errors import TornCheckpoint
+from peel_agent.mounts import same_mount
 from peel_agent.records import CheckpointRef, FileStamp, plain, restored
 
 FOLDER = "_peel_agent_pins"
@@ -39,11 +40,11 @@ def spare_bytes(total: int) -> int:
 class Pins:
     """A folder of pins for one watched root, with one owner.
 
-    `state_dir` is used when it is on the root's file system, or else a folder of the root itself.
+    `state_dir` is used when its files may be links to the root's, or else a folder of the root itself.
     """
 
     def __init__(self, root: Path, state_dir: Path) -> None:
-        if not root.exists() or state_dir.stat().st_dev == root.stat().st_dev:
+        if not root.exists() or same_mount(state_dir, root):
             self.folder = state_dir / "pins"
         else:
             self.folder = root / FOLDER / hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
@@ -80,8 +81,10 @@ class Pins:
         for note in sorted(self.folder.glob("*.json")) if self._usable else ():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 ref = restored(CheckpointRef, json.loads(note.read_text(encoding="utf-8")))
-                if ref.held is not None and ref.held.is_relative_to(self.folder) and ref.held.exists():
-                    refs.append(ref)
+                # The folder itself may have been moved.
+                held = None if ref.held is None else self.folder / ref.held.parent.name / ref.held.name
+                if held is not None and held.is_relative_to(self.folder) and held.exists():
+                    refs.append(dataclasses.replace(ref, held=held))
         return tuple(refs)
 
     def newest(self, ref: CheckpointRef) -> CheckpointRef:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 from peel_agent.records import CheckpointRef, FileStamp, Readiness
 from peel_agent.watch.queue import oldest_first
 from peel_agent.watch.scan import Sighting
+
+GIVE_UP_SECONDS = 600.0
+"""So long a checkpoint that is not whole is waited for when nothing of it changes."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,15 @@ class Settling:
     A checkpoint is ready when it is complete and its stamps have not changed for `settle_seconds`; unreadable when it
     is damaged, or incomplete and unchanged for `give_up_seconds`. Nothing is final: it is offered again by every
     `observe`, a rewritten one settles anew under a new fingerprint, and an unreadable one that becomes whole is ready.
+    One that lacks a marker file waits for it; unchanged for `marker_seconds`, it is unreadable.
     """
 
-    def __init__(self, settle_seconds: float, give_up_seconds: float = 600.0) -> None:
+    def __init__(
+        self, settle_seconds: float, give_up_seconds: float = GIVE_UP_SECONDS, marker_seconds: float = math.inf
+    ) -> None:
         self._settle_seconds = settle_seconds
         self._give_up_seconds = give_up_seconds
+        self._marker_seconds = marker_seconds
         self._rests: dict[Path, _Rest] = {}
         self._started = False
 
@@ -55,33 +63,50 @@ class Settling:
         """
         before, self._rests = self._rests, {}
         first, self._started = not self._started, True
-        ready, waiting, unreadable = [], [], []
+        ready: list[CheckpointRef] = []
+        waiting: list[tuple[str, str]] = []
+        unreadable: list[tuple[str, str]] = []
         for sighting in sightings:
             path, readiness, label = sighting.path, sighting.readiness, str(sighting.path)
             since = _unchanged_since(before.get(path), readiness, now, trusted=first)
-            age = now - since
-            offered = readiness.state == "complete" and age >= self._settle_seconds
+            offered = _is_whole(sighting) and now - since >= self._settle_seconds
             self._rests[path] = _Rest(sighting, since, offered)
-            if readiness.state == "damaged":
-                unreadable.append((label, readiness.reason))
-            elif readiness.state == "incomplete" and age >= self._give_up_seconds:
-                unreadable.append((label, f"{readiness.reason}, and nothing changed for {self._give_up_seconds:g} s"))
-            elif readiness.state == "incomplete":
-                waiting.append((label, readiness.reason))
-            elif not offered:
-                waiting.append((label, f"whole, but it changed less than {self._settle_seconds:g} s ago"))
-            else:
+            if offered:
                 ready.append(_ref(sighting))
+                continue
+            reason, is_over = self._why_not(sighting, now - since)
+            (unreadable if is_over else waiting).append((label, reason))
         return Observed(
             tuple(sorted(ready, key=oldest_first)), tuple(waiting), tuple(unreadable), self._vanished(before)
         )
+
+    def _why_not(self, sighting: Sighting, age: float) -> tuple[str, bool]:
+        """Why one that has been the same for `age` seconds is not ready, and whether it is waited for no more."""
+        readiness, limit = sighting.readiness, self._give_up_seconds
+        if readiness.state == "damaged":
+            return readiness.reason, True
+        if _is_whole(sighting):
+            return f"whole, but it changed less than {self._settle_seconds:g} s ago", False
+        reason = readiness.reason
+        if readiness.state == "complete":
+            reason, limit = waits_for(sighting.lacking), self._marker_seconds
+        return (f"{reason}, and nothing changed for {limit:g} s", True) if age >= limit else (reason, False)
 
     def _vanished(self, before: Mapping[Path, _Rest]) -> tuple[CheckpointRef, ...]:
         """Those that were whole, never offered, and are now at no path."""
         there = {fingerprint(rest.sighting.readiness.files) for rest in self._rests.values()}
         gone = (rest for path, rest in before.items() if path not in self._rests and not rest.offered)
-        refs = (_ref(rest.sighting) for rest in gone if rest.sighting.readiness.state == "complete")
+        refs = (_ref(rest.sighting) for rest in gone if _is_whole(rest.sighting))
         return tuple(ref for ref in refs if ref.fingerprint not in there)
+
+
+def waits_for(lacking: Sequence[str]) -> str:
+    """What is said of a checkpoint that lacks marker files, such as `waits for STABLE`."""
+    return f"waits for {', '.join(lacking)}"
+
+
+def _is_whole(sighting: Sighting) -> bool:
+    return sighting.readiness.state == "complete" and not sighting.lacking
 
 
 def _ref(sighting: Sighting) -> CheckpointRef:

@@ -31,18 +31,19 @@ class Source(Protocol):
 
 
 class Folder:
-    """A folder that trainers write to; `settling` says when what is in it is at rest."""
+    """A folder that trainers write to; `settling` says when what is in it is at rest, `markers` what each must have."""
 
-    def __init__(self, root: Path, formats: Sequence[Format], settling: Settling) -> None:
+    def __init__(self, root: Path, formats: Sequence[Format], settling: Settling, markers: Sequence[str] = ()) -> None:
         self.root = root
         self.label = str(root)
         self._formats = formats
         self._settling = settling
+        self._markers = tuple(markers)
 
     def look(self, now: float) -> Observed:
         if not self.root.exists():  # an unmounted file system says nothing of what is on it
             return Observed((), ((self.label, "it is not there now"),), ())
-        return self._settling.observe(scan(self.root, self._formats), now)
+        return self._settling.observe(scan(self.root, self._formats, self._markers), now)
 
     def done(self, ref: CheckpointRef) -> None:
         """The trainer's own files stay."""
@@ -62,7 +63,7 @@ class Bucket:
     def __post_init__(self) -> None:
         self.root = self.mirror.root
         self.label = self.mirror.url(ROOT)
-        self._settling = Settling(0.0, 0.0)  # it settled before it was copied
+        self._settling = Settling(0.0, 0.0)  # it settled, and had its markers, before it was copied
         self._away = False
 
     def look(self, now: float) -> Observed:

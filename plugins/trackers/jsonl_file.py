@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
-from hashlib import sha256
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from peel_agent.errors import TrackerUnavailable
-from peel_agent.records import Publication
-from peel_agent.spi import TrackerPlugin
+from peel_agent.errors import DestinationUnavailable
+from peel_agent.records import Check, Publication
+from peel_agent.spi import TrackerPlugin, setting
+
+from ..durable_lines import DurableLines  # noqa: TID252 -- shared by two kinds
+
+
+@dataclass(frozen=True)
+class JsonlSettings:
+    """`[tracker.jsonl]`: the file, by default `publications.jsonl` in the run's own state folder."""
+
+    path: Path | None = setting(None)
 
 
 class JsonlTracker:
-    """One JSON object a line and publication: `step`, `timestamp_ms`, `metrics`, `tags`, `files`.
-
-    A publication whose line is already there is not appended again. A last line that a crash left without its newline
-    was never acknowledged to the sender, who will send it again: it is cut off.
-    """
+    """One JSON object a line and publication: `step`, `timestamp_ms`, `metrics`, `tags`, `files`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._written: set[bytes] | None = None
+        self._lines = DurableLines(path)
+
+    def prepare(self) -> None:
+        """It needs none."""
 
     def publish(self, publication: Publication) -> None:
-        line = _line(publication)
-        digest = sha256(line).digest()
         try:
-            written = self._whole_lines() if self._written is None else self._written
-            self._written = None  # unknown until this append is known to be whole
-            if digest not in written:
-                self._append(line)
-                written.add(digest)
-            self._written = written
+            self._lines.append(_line(publication))
         except OSError as error:
-            raise TrackerUnavailable(
+            raise DestinationUnavailable(
                 f"publications cannot be written to {self._path}: {error.strerror or error}",
                 remedy="make the file writable and its disk have room, or set [tracker.jsonl] path; it is tried again",
             ) from error
@@ -43,39 +44,44 @@ class JsonlTracker:
     def where(self) -> str:
         return f"publications in {self._path}"
 
+    def check(self, now: Callable[[], float]) -> tuple[Check, ...]:  # noqa: ARG002 -- the protocol's
+        try:
+            _try_to_write(self._path)
+        except OSError as error:
+            return (
+                Check(
+                    "file",
+                    False,
+                    f"publications cannot be written to {self._path}: {error.strerror or error}",
+                    "make the file and its folder writable, or set [tracker.jsonl] path",
+                ),
+            )
+        return (Check("file", True, f"{self._path} can be written to"),)
+
     def close(self) -> None:
-        self._written = None
-
-    def _whole_lines(self) -> set[bytes]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        digests, end = set(), 0
-        with self._path.open("a+b") as file:
-            file.seek(0)
-            for line in file:
-                if line.endswith(b"\n"):
-                    digests.add(sha256(line).digest())
-                    end += len(line)
-            file.truncate(end)
-        _sync_directory(self._path.parent)  # a file just created is as durable as its directory
-        return digests
-
-    def _append(self, line: bytes) -> None:
-        with self._path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        self._lines.close()
 
 
 class JsonlPlugin:
     name = "jsonl"
-    options = frozenset({"path"})
+    settings = JsonlSettings
 
-    def connect(self, options: Mapping[str, str], *, checkpoint_dir: str, state_dir: Path) -> JsonlTracker:  # noqa: ARG002 -- the protocol's; one file serves one state folder
-        """A tracker that appends to `path`, by default `publications.jsonl` in the state folder."""
-        return JsonlTracker(Path(options.get("path", state_dir / "publications.jsonl")).expanduser())
+    def connect(self, settings: JsonlSettings, *, checkpoint_dir: str, state_dir: Path) -> JsonlTracker:  # noqa: ARG002 -- the protocol's; one file serves one run
+        return JsonlTracker(settings.path or state_dir / "publications.jsonl")
 
 
 PLUGIN: TrackerPlugin = JsonlPlugin()
+
+
+def _try_to_write(path: Path) -> None:
+    """Raises OSError where the file could not be appended to, or made; leaves nothing behind."""
+    if path.exists():
+        with path.open("ab"):
+            return
+    folder = next(above for above in path.absolute().parents if above.exists())
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x")
+        file.flush()
 
 
 def _line(publication: Publication) -> bytes:
@@ -87,11 +93,3 @@ def _line(publication: Publication) -> bytes:
         "files": dict(publication.files),
     }
     return json.dumps(form, sort_keys=True, allow_nan=False).encode() + b"\n"
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

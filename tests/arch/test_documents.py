@@ -7,7 +7,6 @@ import dataclasses
 import re
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +14,12 @@ import tomli
 
 import peel_agent
 from peel_agent import registry
-from peel_agent.cli import _parser
+from peel_agent.cli.main import _parser
 from peel_agent.config import Settings, load_settings
+from peel_agent.config.sections import DEFAULT_RULES
+from peel_agent.doctor import configuration_text
 from peel_agent.publish import publication
-from peel_agent.records import RuleState, Verdict
+from peel_agent.records import CHECKPOINTS, Rule, RuleState, Verdict
 from peel_agent.spi import KINDS
 from tests import zoo
 from tests.rooms.test_publish_form import FULL
@@ -92,27 +93,40 @@ def test_python_example_runs(
     assert [line.split()[0] for line in printed] == [f"model.layers.{index}" for index in range(zoo.BLOCKS)]
 
 
-def uncommented(text: str) -> dict[str, Any]:
-    """The example with its optional keys and tables switched on."""
-    lines = [re.sub(r"^# (?=\w+ = |\[)", "", line) for line in text.splitlines()]
-    return tomli.loads("\n".join(lines))
+def uncommented(text: str) -> str:
+    """The example with its keys and tables switched on."""
+    return "\n".join(re.sub(r"^# (?=\w+ = |\[)", "", line) for line in text.splitlines())
 
 
-def test_the_example_has_every_key_with_its_default() -> None:
-    """deploy/examples/peel.toml is valid, names every key that there is, and states the true defaults."""
-    assert load_settings(EXAMPLE, {}) == dataclasses.replace(
-        Settings(), tracker=dataclasses.replace(Settings().tracker, options={"mlflow": {}})
-    )
-    shown = uncommented(EXAMPLE.read_text())
-    for section in dataclasses.fields(Settings):
-        if section.name == "rules":
-            keys, known = set(shown["rule"][0]), {field.name for field in dataclasses.fields(Settings().rules[0])}
-        else:
-            fields = {field.name for field in dataclasses.fields(getattr(Settings(), section.name))}
-            keys, known = set(shown[section.name]), fields - {"options"}
-        assert known <= keys, section.name
-    for tracker in ("mlflow", "jsonl"):
-        assert set(shown["tracker"][tracker]) == registry.tracker(tracker).options
+def test_the_example_has_every_key_with_its_default(tmp_path: Path) -> None:
+    """deploy/examples/peel.toml is what `peel-agent init` writes of nothing: every key, with its true default."""
+    assert EXAMPLE.read_text() == configuration_text()
+    assert load_settings(EXAMPLE, {}) == Settings()
+    (tmp_path / "peel.toml").write_text(uncommented(EXAMPLE.read_text()))
+    settings, shown = load_settings(tmp_path / "peel.toml", {}), tomli.loads((tmp_path / "peel.toml").read_text())
+    for section in (one for one in dataclasses.fields(Settings) if one.name not in ("rules", "sinks", "runs")):
+        default, switched_on = getattr(Settings(), section.name), getattr(settings, section.name)
+        for key in {one.name for one in dataclasses.fields(default)} - {"options", "flags"}:
+            assert key in shown[section.name], f"{section.name}.{key}"
+            if getattr(default, key) not in (None, (), {}, ""):
+                assert getattr(switched_on, key) == getattr(default, key), f"{section.name}.{key}"
+    assert set(shown["rule"][0]) == {field.name for field in dataclasses.fields(Rule)}
+    assert [rule["kind"] for rule in shown["rule"][: len(DEFAULT_RULES)]] == [rule.kind for rule in DEFAULT_RULES]
+    assert {rule["kind"] for rule in shown["rule"]} == set(CHECKPOINTS)
+    assert [run.name for run in settings.runs] == [shown["run"][0]["name"]]
+
+
+def test_the_example_has_every_key_of_the_plug_ins() -> None:
+    """Each tracker and each sink of this distribution is in the example with all of its keys."""
+    shown = tomli.loads(uncommented(EXAMPLE.read_text()))
+    sinks = {sink["use"]: set(sink) for sink in shown["sink"]}
+    for point in (one for one in entry_points(group="peel_agent.trackers") if one.value.startswith("peel_plugins")):
+        own = {field.name for field in dataclasses.fields(registry.tracker(point.name).settings)}
+        assert set(shown["tracker"][point.name]) == own, point.name
+    for point in (one for one in entry_points(group="peel_agent.sinks") if one.value.startswith("peel_plugins")):
+        own = {field.name for field in dataclasses.fields(registry.sink(point.name).settings)}
+        assert own <= sinks.get(point.name, set()), point.name
+        assert point.name in sinks
 
 
 def test_every_plug_in_is_in_the_readme() -> None:
@@ -129,7 +143,7 @@ def test_every_plug_in_is_in_the_readme() -> None:
 def test_every_metric_and_tag_is_in_the_readme() -> None:
     """What a publication holds is named in the README."""
     verdict = Verdict((RuleState("layer_below", "model.layers.0", "inactive", 0, None),), ())
-    sent = publication(FULL, verdict, committed_at=1.0, alerts_log="x\n", max_series=400)
+    sent = publication(FULL, verdict, committed_at=1.0, max_series=400)
     text = README.replace("`", "")
     for key in [*sent.metrics, *sent.tags, *sent.files]:
         generic = re.sub(r"L\d{3}(?=$|/)", "L003", re.sub(r"step-\d+", "step-000000800", key))

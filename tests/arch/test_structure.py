@@ -17,13 +17,13 @@ LOOSE = ("README.md", "Makefile", "pyproject.toml")
 @pytest.mark.parametrize(
     "statement",
     [
-        "import peel_agent.cli, peel_agent.daemon",
+        "import peel_agent.cli, peel_agent.agent, peel_agent.watcher",
         "from peel_agent import registry; registry.formats(); registry.tracker('mlflow'); registry.family('gpt2')",
         "from peel_agent.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_the_parent_starts_without_torch(statement: str) -> None:
-    """The daemon, `--help` and every plug-in the parent loads import neither torch nor transformers nor mlflow."""
+    """The agent, `--help` and every plug-in the parent loads import neither torch nor transformers nor mlflow."""
     check = "import sys; print(sorted({'torch', 'transformers', 'mlflow'} & set(sys.modules)))"
     finished = subprocess.run(
         [sys.executable, "-c", f"{statement}\n{check}"], check=True, capture_output=True, text=True

@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peel_agent.before import open_before
-from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
 from peel_agent.peel import peel
 from peel_agent.peel.bounds.chains import chain_ends, hidden_states_of
 from peel_agent.peel.bounds.maps import PAPER_26_BLOCKS
@@ -33,7 +32,7 @@ from peel_agent.peel.numerics.least_squares import Gram
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.sweep.forward import sweep
 from peel_agent.pipeline import locate, scan
-from peel_agent.records import Before, Plan, Probe
+from peel_agent.records import Before, ModelSettings, PeelSettings, Plan, Probe, ProbeSettings
 from tests.bench.naive import naive_chain
 from tests.bench.shapes import SEQUENCE, Shape, earning, forward_seconds, idle, synchronise, trace_at
 

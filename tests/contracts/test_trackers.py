@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 from peel_plugins.trackers import jsonl_file, mlflow_run
+from peel_plugins.trackers.jsonl_file import JsonlSettings
+from peel_plugins.trackers.mlflow_run import MlflowSettings
 
-from peel_agent.errors import TrackerError, TrackerUnavailable
+from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable
 from peel_agent.records import Publication
 from peel_agent.spi import Tracker
 from peel_agent.testing.trackers import CHECKS, Connect, ReadMetrics, example_publication, foreign_values_stay
@@ -45,7 +47,7 @@ class Run:
 
     def connect(self, **options: str) -> Tracker:
         return mlflow_run.PLUGIN.connect(
-            {"tracking_uri": self.uri, "experiment": self.name, **options},
+            MlflowSettings(**{"tracking_uri": self.uri, "experiment": self.name, **options}),
             checkpoint_dir=str(self.checkpoints),
             state_dir=self.folder / "state",
         )
@@ -105,7 +107,9 @@ def jsonl_place(run: None, folder: Path) -> tuple[Connect, ReadMetrics]:
                 found.setdefault(key, []).append(value)
         return found
 
-    return lambda: jsonl_file.PLUGIN.connect({}, checkpoint_dir=str(folder), state_dir=folder / "state"), read
+    return lambda: jsonl_file.PLUGIN.connect(
+        JsonlSettings(), checkpoint_dir=str(folder), state_dir=folder / "state"
+    ), read
 
 
 def created_run(run: Run, folder: Path) -> tuple[Connect, ReadMetrics]:
@@ -136,6 +140,9 @@ def test_the_kit_refuses_a_tracker_that_repeats() -> None:
     kept: list[Publication] = []
 
     class Repeating:
+        def prepare(self) -> None:
+            pass
+
         def publish(self, publication: Publication) -> None:
             kept.append(publication)
 
@@ -162,7 +169,7 @@ def test_the_kit_refuses_a_tracker_that_repeats() -> None:
 class TestJsonl:
     def connect(self, folder: Path) -> Tracker:
         return jsonl_file.PLUGIN.connect(
-            {"path": str(folder / "new" / "p.jsonl")}, checkpoint_dir=str(folder), state_dir=folder
+            JsonlSettings(folder / "new" / "p.jsonl"), checkpoint_dir=str(folder), state_dir=folder
         )
 
     def test_a_line_holds_the_whole_publication(self, tmp_path: Path) -> None:
@@ -195,7 +202,7 @@ class TestJsonl:
 
         with monkeypatch.context() as fault:
             fault.setattr(os, "fsync", full)
-            with pytest.raises(TrackerUnavailable, match="No space left on device"):
+            with pytest.raises(DestinationUnavailable, match="No space left on device"):
                 tracker.publish(example_publication(200))
         tracker.publish(example_publication(200))
         steps = [json.loads(line)["step"] for line in (tmp_path / "new" / "p.jsonl").read_text().splitlines()]
@@ -203,8 +210,8 @@ class TestJsonl:
 
     def test_a_path_that_cannot_be_written_is_named(self, tmp_path: Path) -> None:
         """A folder in the file's place is an error that names it and can be tried again."""
-        tracker = jsonl_file.PLUGIN.connect({"path": str(tmp_path)}, checkpoint_dir=str(tmp_path), state_dir=tmp_path)
-        with pytest.raises(TrackerUnavailable, match="Is a directory") as caught:
+        tracker = jsonl_file.PLUGIN.connect(JsonlSettings(tmp_path), checkpoint_dir=str(tmp_path), state_dir=tmp_path)
+        with pytest.raises(DestinationUnavailable, match="Is a directory") as caught:
             tracker.publish(example_publication(100))
         assert str(tmp_path) in str(caught.value)
 
@@ -245,6 +252,19 @@ class TestMlflowWrites:
         assert (tags["peel.committed_ms"], tags["peel.alert.layer_below"]) == ("1700000000200", "firing at 200")
         assert run.text(run_id, "peel/alerts.jsonl") == "[200]\n"
         assert run.text(run_id, "peel/checkpoints/step-000000100.json") == '{"step": 100}'
+
+    def test_files_that_were_held_back_arrive_after_later_numbers(self, run: Run) -> None:
+        """While the artifact store was away the metrics went on: the log of alerts of then is no late one."""
+        numbers, files = run.connect(), run.connect()
+        for step in (100, 200):
+            numbers.publish(dataclasses.replace(example_publication(step), files={}))
+        files.publish(dataclasses.replace(example_publication(100), metrics={}, tags={}))
+        (run_id,) = run.ids()
+        assert run.text(run_id, "peel/alerts.jsonl") == "[100]\n"
+        files.publish(dataclasses.replace(example_publication(200), metrics={}, tags={}))
+        files.publish(dataclasses.replace(example_publication(100), metrics={}, tags={}))
+        assert run.text(run_id, "peel/alerts.jsonl") == "[200]\n"
+        assert run.client.get_run(run_id).data.tags["peel.alert.layer_below"] == "firing at 200"
 
     def test_a_training_that_went_back_still_speaks(self, run: Run) -> None:
         """After a roll-back a lower step is the newer checkpoint: its tags and alerts count."""
@@ -288,7 +308,7 @@ class TestMlflowWrites:
         tracker = run.connect()
         with monkeypatch.context() as fault:
             fault.setattr(type(run.client), "log_text", broken)
-            with pytest.raises(TrackerUnavailable, match="connection reset"):
+            with pytest.raises(DestinationUnavailable, match="connection reset"):
                 tracker.publish(example_publication(100))
         tracker.publish(example_publication(100))
         (run_id,) = run.ids()
@@ -370,10 +390,9 @@ class TestMlflowFindsTheRun:
 
 
 class TestMlflowRefusals:
-    def refused(self, tracker: Tracker) -> TrackerError:
-        with pytest.raises(TrackerError) as caught:
+    def refused(self, tracker: Tracker) -> DestinationDenied:
+        with pytest.raises(DestinationDenied) as caught:
             tracker.publish(example_publication(100))
-        assert not caught.value.retryable
         return caught.value
 
     def test_a_deleted_run(self, run: Run) -> None:
@@ -414,13 +433,17 @@ class TestMlflowRefusals:
     @pytest.mark.parametrize("uri", ["nonsense://x", "postgresql+nosuchdriver://user:hunter2@127.0.0.1/db"])
     def test_a_store_that_this_mlflow_cannot_open(self, tmp_path: Path, uri: str) -> None:
         """An unknown scheme or a driver that is not installed will not work later either."""
-        tracker = mlflow_run.PLUGIN.connect({"tracking_uri": uri}, checkpoint_dir=str(tmp_path), state_dir=tmp_path)
+        tracker = mlflow_run.PLUGIN.connect(
+            MlflowSettings(tracking_uri=uri), checkpoint_dir=str(tmp_path), state_dir=tmp_path
+        )
         assert "hunter2" not in str(self.refused(tracker))
 
 
 def connect_to(uri: str, folder: Path, **options: str) -> Tracker:
     return mlflow_run.PLUGIN.connect(
-        {"tracking_uri": uri, **options}, checkpoint_dir=str(folder / "checkpoints"), state_dir=folder / "state"
+        MlflowSettings(tracking_uri=uri, **options),
+        checkpoint_dir=str(folder / "checkpoints"),
+        state_dir=folder / "state",
     )
 
 
@@ -429,7 +452,9 @@ def test_a_server_away_then_back(tmp_path: Path) -> None:
     port = servers.free_port()
     tracker = connect_to(f"http://127.0.0.1:{port}", tmp_path)
     for _ in range(2):
-        with pytest.raises(TrackerUnavailable, match=f"MLflow at http://127.0.0.1:{port} cannot be reached") as caught:
+        with pytest.raises(
+            DestinationUnavailable, match=f"MLflow at http://127.0.0.1:{port} cannot be reached"
+        ) as caught:
             tracker.publish(example_publication(100))
         assert caught.value.retryable
         assert "tracking_uri" in caught.value.remedy
@@ -473,11 +498,11 @@ def failing_server() -> Iterator[tuple[str, type[_Failing]]]:
 def test_an_overloaded_server_is_given_up_at_once(
     failing_server: tuple[str, type[_Failing]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 with `Retry-After: 3600` ends as TrackerUnavailable after one retry, and nobody sleeps for an hour."""
+    """503 with `Retry-After: 3600` ends as DestinationUnavailable after one retry, and nobody sleeps for an hour."""
     address, handler = failing_server
     naps: list[float] = []
     monkeypatch.setattr(time, "sleep", naps.append)
-    with pytest.raises(TrackerUnavailable):
+    with pytest.raises(DestinationUnavailable):
         connect_to(f"http://{address}", tmp_path).publish(example_publication(100))
     assert handler.requests == 2
     assert sum(naps) < 10
@@ -488,7 +513,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: py
     assert mlflow_run.REQUEST_TIMEOUT_SECONDS * (1 + mlflow_run.REQUEST_RETRIES) <= 30
     monkeypatch.setattr(mlflow_run, "REQUEST_TIMEOUT_SECONDS", 1)
     with servers.silent_server(patience=240) as (port, connections):
-        with pytest.raises(TrackerUnavailable, match="timed out"):
+        with pytest.raises(DestinationUnavailable, match="timed out"):
             connect_to(f"http://127.0.0.1:{port}", tmp_path).publish(example_publication(100))
         assert len(connections) == 2
 
@@ -503,11 +528,11 @@ def test_no_secret_leaves_in_a_message(
     handler.status = status or 200
     address = address if status else f"127.0.0.1:{servers.free_port()}"
     tracker = connect_to(f"http://{user}@{address}/", tmp_path)
-    with pytest.raises(TrackerError) as caught:
+    with pytest.raises(DeliveryError) as caught:
         tracker.publish(example_publication(100))
     shown = "".join(traceback.format_exception(caught.value)) + tracker.where()
     assert address in shown
-    assert caught.value.retryable == (status in (None, 500))
+    assert type(caught.value) is (DestinationUnavailable if status in (None, 500) else DestinationDenied)
     assert "ter2" not in shown
     assert "trainer" not in shown
 
@@ -516,7 +541,7 @@ def test_no_secret_leaves_in_a_message(
 def test_no_secret_leaves_of_a_malformed_uri(password: str, tmp_path: Path) -> None:
     """A password that should have been percent-encoded is cut out all the same."""
     tracker = connect_to(f"http://trainer:{password}@127.0.0.1:{servers.free_port()}", tmp_path)
-    with pytest.raises(TrackerError) as caught:
+    with pytest.raises(DeliveryError) as caught:
         tracker.publish(example_publication(100))
     shown = "".join(traceback.format_exception(caught.value)) + tracker.where()
     assert "http://127.0.0.1" in shown
@@ -536,9 +561,9 @@ ALONE = """
 import sys
 from pathlib import Path
 from peel_agent.testing.trackers import example_publication
-from peel_plugins.trackers.mlflow_run import PLUGIN
+from peel_plugins.trackers.mlflow_run import PLUGIN, MlflowSettings
 
-tracker = PLUGIN.connect({}, checkpoint_dir="checkpoints", state_dir=Path("state"))
+tracker = PLUGIN.connect(MlflowSettings(), checkpoint_dir="checkpoints", state_dir=Path("state"))
 print(tracker.where())
 assert "mlflow" not in sys.modules, "connecting imported mlflow"
 tracker.publish(example_publication(100))

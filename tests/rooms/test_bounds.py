@@ -221,3 +221,12 @@ def test_exchanging_parts_changes_numbers_within_their_intervals(tmp_path: Path)
 
     one, other = bound(1), bound(2)
     assert max(one.low, other.low) < min(one.high, other.high)
+
+
+def test_a_heads_fit_says_that_it_is_alive(pair: tuple[Any, Any]) -> None:
+    """It is told apart from a stall: something is told after each step, not once a map."""
+    told: list[tuple[str, int, int]] = []
+    _, trace = pair
+    peel(trace, bounds_only("ends"), itertools.count().__next__, progress=lambda *own: told.append(own))
+    steps = [own for own in told if own[0] == "bounds, maps"]
+    assert len(steps) > 3 * (steps[-1][2] + 1)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from peel_agent.config import default_state_dir, load_settings, worker_environment
+from peel_agent.config import (
+    EngineSettings,
+    HealthSettings,
+    LogSettings,
+    Settings,
+    SinkSettings,
+    load_settings,
+    see_only,
+    service_manager,
+    visible_gpus,
+    worker_environment,
+)
 from peel_agent.errors import ConfigurationError
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "STATE_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def toml(folder: Path, text: str) -> Path:
@@ -36,6 +48,9 @@ def test_defaults() -> None:
     assert [rule.name for rule in settings.rules] == [rule.kind for rule in settings.rules]
     assert all(rule.for_checkpoints is rule.clear_checkpoints is None for rule in settings.rules)
     assert (settings.peel.maps, settings.peel.effort) == ("ends", "standard")
+    assert settings == Settings()
+    assert (settings.runs, settings.sinks) == ((), ())
+    assert (settings.health.listen, settings.log, settings.engine.use) == (None, LogSettings("text", "info"), "local")
 
 
 def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,14 +63,15 @@ def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_tracker_tables_and_rules(tmp_path: Path) -> None:
-    """[tracker.NAME] tables reach their plug-in as text, [[rule]] entries become rules."""
+    """[tracker.NAME] tables are kept as they stand for their plug-in, [[rule]] entries become rules."""
     file = toml(
         tmp_path,
         '[tracker]\nuse = ["mlflow", "jsonl"]\n[tracker.mlflow]\nexperiment = "e"\n[tracker.jsonl]\npath = "p"\n'
         '[[rule]]\nname = "mine"\nkind = "layer_below"\nfor_checkpoints = 3\n[peel]\nmaps = [[1, 4], [2, 4]]\n',
     )
-    settings = load_settings(file, {"tracker.mlflow.run_id": "r"})
-    assert settings.tracker.options == {"mlflow": {"experiment": "e", "run_id": "r"}, "jsonl": {"path": "p"}}
+    settings = load_settings(file, {"tracker.*.run_id": "r", "tracker.*.tracking_uri": None})
+    assert settings.tracker.options == {"mlflow": {"experiment": "e"}, "jsonl": {"path": "p"}}
+    assert settings.tracker.flags == {"run_id": "r"}
     assert [(rule.name, rule.for_checkpoints) for rule in settings.rules] == [("mine", 3)]
     assert settings.peel.maps == ((1, 4), (2, 4))
 
@@ -80,13 +96,103 @@ def test_a_rule_without_numbers_has_its_kinds(tmp_path: Path, kind: str, checkpo
     assert (second.raised_after, second.cleared_after) == (3, 4)
 
 
-def test_mlflow_run_id_from_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLFLOW_RUN_ID, which trainings set, names the run unless the configuration does."""
-    monkeypatch.setenv("MLFLOW_RUN_ID", "from-environment")
-    assert load_settings(None, {}).tracker.options["mlflow"]["run_id"] == "from-environment"
-    flags = {"tracker.mlflow.run_id": "from-flag"}
-    assert load_settings(None, flags).tracker.options["mlflow"]["run_id"] == "from-flag"
-    assert "mlflow" not in load_settings(None, {"tracker.use": ["jsonl"]}).tracker.options
+# ---------------------------------------------------------------- runs
+
+
+def test_a_path_at_the_top_level_is_one_run(tmp_path: Path) -> None:
+    """Its name is the folder's, and everything else that of the top level; without a path there is none."""
+    text = '[watch]\npath = "/data/my run/"\npoll_seconds = 3\n[peel]\neffort = "quick"\n[tracker]\nuse = ["jsonl"]\n'
+    settings = load_settings(toml(tmp_path, text), {})
+    (run,) = settings.runs
+    assert (run.name, run.watch, run.peel, run.tracker) == ("my run", settings.watch, settings.peel, settings.tracker)
+    assert run.rules == settings.rules
+    assert load_settings(None, {"watch.path": "s3://bucket/run"}).runs[0].name == "run"
+    assert load_settings(None, {}).runs == ()
+
+
+RUNS = """
+[watch]
+poll_seconds = 3
+ready_markers = ["done"]
+[peel]
+effort = "quick"
+[tracker]
+use = ["jsonl"]
+max_series = 50
+[tracker.jsonl]
+path = "shared"
+[[rule]]
+name = "general"
+kind = "layer_below"
+
+[[run]]
+name = "own"
+[run.watch]
+path = "/a"
+poll_seconds = 5
+[run.peel]
+maps = "direct"
+[run.tracker.jsonl]
+path = "own"
+[[run.rule]]
+name = "mine"
+kind = "layer_changed"
+
+[[run]]
+[run.watch]
+path = "/b/plain"
+"""
+
+
+def test_runs_have_what_is_theirs_over_what_is_common(tmp_path: Path) -> None:
+    """A [[run]] is laid over the top level key by key; rules, a list, as a whole; what it leaves out is common."""
+    own, plain = load_settings(toml(tmp_path, RUNS), {}).runs
+    assert (own.name, plain.name) == ("own", "plain")
+    assert [(run.watch.path, run.watch.poll_seconds, run.watch.ready_markers) for run in (own, plain)] == [
+        ("/a", 5.0, ("done",)),
+        ("/b/plain", 3.0, ("done",)),
+    ]
+    assert [(run.peel.effort, run.peel.maps) for run in (own, plain)] == [("quick", "direct"), ("quick", "ends")]
+    assert [run.tracker.options["jsonl"]["path"] for run in (own, plain)] == ["own", "shared"]
+    assert [run.tracker.max_series for run in (own, plain)] == [50, 50]
+    assert [[rule.name for rule in run.rules] for run in (own, plain)] == [["mine"], ["general"]]
+
+
+def test_flags_and_the_environment_are_common_to_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change the top level; a run that says otherwise keeps its own."""
+    monkeypatch.setenv("PEEL__WATCH__POLL_SECONDS", "7")
+    runs = load_settings(toml(tmp_path, RUNS), {"peel.effort": "full"}).runs
+    assert [run.watch.poll_seconds for run in runs] == [5.0, 7.0]
+    assert [run.peel.effort for run in runs] == ["full", "full"]
+
+
+# ---------------------------------------------------------------- sinks, health, log, engine
+
+
+def test_sinks_keep_their_own_keys(tmp_path: Path) -> None:
+    """`use` names the plug-in, `name` tells two of one kind apart, everything else is the plug-in's."""
+    text = '[[sink]]\nuse = "stderr"\n[[sink]]\nuse = "jsonl"\nname = "mine"\npath = "p"\nevery = 3\n'
+    assert load_settings(toml(tmp_path, text), {}).sinks == (
+        SinkSettings("stderr", "stderr", {}),
+        SinkSettings("jsonl", "mine", {"path": "p", "every": 3}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        ('[health]\nlisten = "0.0.0.0:9000"', "health", HealthSettings("0.0.0.0:9000")),
+        ('[health]\nlisten = ""', "health", HealthSettings("")),
+        ('[log]\nformat = "json"\nlevel = "error"', "log", LogSettings("json", "error")),
+        ('[engine]\nuse = "ray"', "engine", EngineSettings("ray")),
+    ],
+)
+def test_sections_of_the_agent(tmp_path: Path, text: str, name: str, expected: object) -> None:
+    """What concerns the agent as a whole is read as it is written."""
+    assert getattr(load_settings(toml(tmp_path, text), {}), name) == expected
+
+
+# ---------------------------------------------------------------- what is wrong
 
 
 @pytest.mark.parametrize(
@@ -94,8 +200,18 @@ def test_mlflow_run_id_from_the_training(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("[watch]\nsetle_seconds = 1", r"unknown key `watch.setle_seconds`(.|\n)*did you mean `settle_seconds`"),
         ("[wacth]\npath = 'x'", r"unknown key `wacth`(.|\n)*did you mean `watch`"),
-        ("[health]\nlisten = ''", "`health` is not available in this version"),
-        ("[engine]\nuse = 'ray'", "`engine` is not available in this version"),
+        ("[health]\nlisten_on = ''", r"unknown key `health.listen_on`(.|\n)*did you mean `listen`"),
+        ("[log]\nformat = 'xml'", r"`log.format` is `xml`(.|\n)*text, json"),
+        ("[log]\nlevel = 'debug'", r"`log.level` is `debug`(.|\n)*info, warning, error"),
+        ("[[sink]]\nname = 'x'", r"a \[\[sink\]\] does not say what it is(.|\n)*use ="),
+        ("[sink]\nuse = 'stderr'", r"write each sink as \[\[sink\]\]"),
+        ("[[sink]]\nuse = 'stderr'\n" * 2, r"two sinks are called `stderr`(.|\n)*a name of its own"),
+        ("[run]\nname = 'x'", r"write each run as \[\[run\]\]"),
+        ("[[run]]\nname = 'x'", r"\[\[run\]\] x names no directory(.|\n)*\[run.watch\] path"),
+        ("[[run]]\n[run.device]\nnice = 3", r"unknown key `run.device`"),
+        ("[[run]]\nnam = 'x'", r"unknown key `run.nam`(.|\n)*did you mean `name`"),
+        ("[[run]]\n[run.watch]\npath = '/a/x'\n[[run]]\n[run.watch]\npath = '/b/x'", "two runs are called `x`"),
+        ("[[run]]\n[run.watch]\npath = 'x'\npoll_seconds = -1", "`watch.poll_seconds` is -1"),
         ("[watch]\nbacklog = 'every:0'", "latest, all, or every:N"),
         ("[device]\nmemory_fraction = 1.5", "above 0, at most 1"),
         ("[watch]\npoll_seconds = 'soon'", "`watch.poll_seconds` is 'soon'"),
@@ -120,8 +236,6 @@ def test_mlflow_run_id_from_the_training(monkeypatch: pytest.MonkeyPatch) -> Non
         ("[probe]\nfit_tokens = inf", "`probe.fit_tokens` is inf"),
         ("[watch]\npoll_seconds = nan", "`watch.poll_seconds` is nan"),
         ("[device]\nselect = 'cuda'", "`device.select` is 'cuda'"),
-        ("[tracker.mlflow]\ntracking_uri = '${NO_SUCH_VARIABLE}'", "NO_SUCH_VARIABLE, which is not set"),
-        ("[tracker.mlflow]\ntracking_uri = 'file:/no/such/file'", "names a file that cannot be read"),
     ],
 )
 def test_wrong_configuration(tmp_path: Path, text: str, words: str) -> None:
@@ -138,45 +252,32 @@ def test_missing_file(tmp_path: Path) -> None:
         load_settings(tmp_path / "nowhere.toml", {})
 
 
-def test_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A secret comes from the environment or a file."""
-    monkeypatch.setenv("MY_URI", "http://u:secret@host")
-    (tmp_path / "uri").write_text("http://v:hidden@host\n")
-    for text, value in (("${MY_URI}", "http://u:secret@host"), (f"file:{tmp_path}/uri", "http://v:hidden@host")):
-        settings = load_settings(None, {"tracker.mlflow.tracking_uri": text})
-        assert settings.tracker.options["mlflow"]["tracking_uri"] == value
+# ---------------------------------------------------------------- the environment
 
 
-@pytest.mark.parametrize(
-    ("device", "visible", "inside"),
-    [("auto", "", "cpu"), ("cpu", "", "cpu"), ("cuda:2", "2", "cuda:0"), ("GPU-1b2c", "GPU-1b2c", "cuda:0")],
-)
-def test_worker_sees_one_device(device: str, visible: str, inside: str) -> None:
-    """The child sees the named GPU and no other; on the CPU, none."""
-    environment, name = worker_environment(device)
-    assert (environment["CUDA_VISIBLE_DEVICES"], name) == (visible, inside)
-
-
-def test_a_gpu_is_counted_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cuda:1` is the second of the GPUs this process may see, never one that it was not given."""
+def test_a_worker_sees_the_devices_of_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child's environment is ours but for the GPUs, whatever this process may see; ours stays."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    assert worker_environment("cuda:1")[0]["CUDA_VISIBLE_DEVICES"] == "5"
-    with pytest.raises(ConfigurationError, match="leaves 2 GPUs here"):
-        worker_environment("cuda:2")
+    monkeypatch.setenv("OF_THE_USER", "kept")
+    for visible in ("", "GPU-1b2c", "MIG-3d"):
+        environment = worker_environment(visible)
+        assert environment == {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+    assert visible_gpus() == "4,5"
+    see_only("GPU-1b2c")
+    assert visible_gpus() == "GPU-1b2c"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() is None
+
+
+def test_what_systemd_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it wants to be told, and how often; nothing where nobody asks."""
+    assert service_manager() == (None, None)
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/notify")
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    assert service_manager() == ("/run/notify", "30000000")
 
 
 def test_tracker_options_from_the_environment_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """An experiment called 1.10 is not 1.1."""
     monkeypatch.setenv("PEEL__TRACKER__MLFLOW__EXPERIMENT", "1.10")
     assert load_settings(None, {}).tracker.options["mlflow"]["experiment"] == "1.10"
-
-
-def test_state_folders_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each watched path and each destination has a state of its own: no run inherits another one's alerts or bounds."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    first, second = (load_settings(None, {"tracker.mlflow.run_id": run}).tracker for run in ("r1", "r2"))
-    folders: set[Any] = {
-        default_state_dir(path, tracker) for path in ("/a/checkpoints", "/b/checkpoints") for tracker in (first, second)
-    }
-    assert len(folders) == 4
-    assert all(folder.is_relative_to(tmp_path) for folder in folders)

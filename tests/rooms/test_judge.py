@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peel_agent.diagnose import diagnose
-from peel_agent.judge import judge
+from peel_agent.judge import judge, withdraw
 from peel_agent.records import (
     CHECKPOINTS,
     Change,
@@ -454,3 +454,81 @@ def test_a_run_in_trouble_clears_nothing(kind: RuleKind) -> None:
 def test_a_surer_finding_hides_and_clears_nothing(kind: RuleKind, surer: FindingKind) -> None:
     """A layer has one finding: another one that is told instead says nothing of what it hides."""
     assert set(spoken(kind, measured(found(surer, BLOCK))).values()) == {"neither"}
+
+
+# ---------------------------------------------------------------- alerts that no checkpoint ends
+
+FIRING = RuleState("layer_below", BLOCK, "firing", 1, 100)
+PART = RuleState("layer_below", f"{BLOCK}/mlp", "firing", 0, 200)
+PENDING = RuleState("layer_below", "model.layers.2", "pending", 1, 300)
+OTHER = RuleState("other", BLOCK, "firing", 0, None)
+
+
+def test_a_rule_that_is_gone_is_withdrawn() -> None:
+    """Every alert of it that fired is resolved with the reason; its states go, those of other rules stay."""
+    verdict = withdraw(
+        (FIRING, PENDING, OTHER, PART), {"layer_below": "its rule was removed"}, {"layer_below": "critical"}, 500
+    )
+    assert verdict.states == (OTHER,)
+    assert [(one.rule, one.subject, one.state, one.severity, one.step, one.since_step) for one in verdict.notices] == [
+        ("layer_below", BLOCK, "resolved", "critical", 500, 100),
+        ("layer_below", f"{BLOCK}/mlp", "resolved", "critical", 500, 200),
+    ]
+    assert verdict.notices[0].text == f"{BLOCK}: its rule was removed (resolved; it had fired since step 100)"
+    assert verdict.notices[0].causes == ()
+
+
+def test_each_rule_is_withdrawn_for_its_own_reason() -> None:
+    """With its own severity, or `warning` where nobody knows it any more."""
+    reasons = {"layer_below": "one", "other": "two", "never": "three"}
+    verdict = withdraw((FIRING, OTHER), reasons, {"other": "info"}, None)
+    assert verdict.states == ()
+    assert [(one.text.split(" (")[0], one.severity) for one in verdict.notices] == [
+        (f"{BLOCK}: one", "warning"),
+        (f"{BLOCK}: two", "info"),
+    ]
+
+
+@pytest.mark.parametrize("reasons", [{}, {"never": "why"}])
+def test_what_is_not_withdrawn_stays(reasons: dict[str, str]) -> None:
+    """Without a reason nothing is told and nothing changes."""
+    assert withdraw((FIRING, PENDING, OTHER), reasons, {}, 500) == Verdict((FIRING, PENDING, OTHER), ())
+
+
+def test_a_withdrawn_alert_is_resolved_under_the_id_that_clearing_it_has() -> None:
+    """However an alert ends, it ends once: sinks know it by its id."""
+    *_, cleared = judge_history("bbaa", rule())[0]
+    (withdrawn,) = withdraw((FIRING,), {"layer_below": "why"}, {}, 500).notices
+    assert withdrawn.id == cleared.id
+    without_step = [withdraw((OTHER,), {"other": why}, {}, None).notices[0].id for why in ("one", "two")]
+    assert len(set(without_step)) == 2
+
+
+@pytest.mark.parametrize("subject", [BLOCK, f"{BLOCK}/mlp"])
+def test_a_block_that_is_gone_resolves_its_alert(subject: str) -> None:
+    """A model that was cut shorter has no block that could clear it: the alert is resolved once, with that reason."""
+    fired = RuleState("layer_below", subject, "firing", 0, 100)
+    verdict = judge(report(300, layer(1, "a"), layer(2, "u")), [rule()], (fired, PENDING))
+    (notice,) = verdict.notices
+    assert (notice.subject, notice.state, notice.severity, notice.step) == (subject, "resolved", "critical", 300)
+    assert notice.text == f"{subject}: the model has no such block any more (resolved; it had fired since step 100)"
+    assert {state.subject for state in verdict.states} == {"model.layers.1", "model.layers.2"}
+    assert judge(report(400, layer(1, "a"), layer(2, "a")), [rule()], verdict.states).notices == ()
+
+
+def test_a_block_that_is_gone_unseen_is_forgotten() -> None:
+    """What was pending or inactive of it is dropped without a word."""
+    inactive = RuleState("layer_below", BLOCK, "inactive", 0, None)
+    verdict = judge(report(300, layer(1, "a")), [rule()], (PENDING, inactive))
+    assert verdict.notices == ()
+    assert [state.subject for state in verdict.states] == ["model.layers.1"]
+
+
+@pytest.mark.parametrize("subject", [BLOCK, f"{BLOCK}/mlp"])
+def test_a_report_without_blocks_says_nothing_of_them(subject: str) -> None:
+    """Where no block was measured none is gone, and a part that was not measured is not gone with its block there."""
+    fired = RuleState("layer_below", subject, "firing", 1, 100)
+    assert judge(report(300), [rule()], (fired,)) == Verdict((fired,), ())
+    there = judge(report(300, layer(3, "u")), [rule()], (fired,))
+    assert there.notices == ()
+    assert fired in there.states

@@ -35,7 +35,7 @@ def test_a_bar_is_redrawn_and_cleared() -> None:
 
 
 def test_a_peel_tells_every_stage_to_its_end(tmp_path: Path) -> None:
-    """Each stage begins at 0 and ends complete."""
+    """Each stage begins at 0 and ends complete; between them it may be told again that it goes on."""
     told: dict[str, list[int]] = {}
     totals: dict[str, int] = {}
 
@@ -48,4 +48,4 @@ def test_a_peel_tells_every_stage_to_its_end(tmp_path: Path) -> None:
     peel(trace, plan, itertools.count().__next__, progress=listen)
     assert {"blocks", "bounds, maps"} <= set(told)
     for stage, done in told.items():
-        assert done == list(range(totals[stage] + 1)), stage
+        assert [number for number, _ in itertools.groupby(done)] == list(range(totals[stage] + 1)), stage

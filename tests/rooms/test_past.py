@@ -25,7 +25,6 @@ import peel_agent
 from peel_agent import registry
 from peel_agent.capture import PastBlocks, open_trace
 from peel_agent.capture.trace import BlockwiseTrace
-from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
 from peel_agent.errors import CheckpointError, NotEarlier, OtherArchitecture, TornCheckpoint
 from peel_agent.load import open_snapshot
 from peel_agent.peel import Comparison, peel
@@ -39,10 +38,13 @@ from peel_agent.records import (
     Estimate,
     Findings,
     LayerReport,
+    ModelSettings,
     Peeled,
     PeelReport,
+    PeelSettings,
     Plan,
     Probe,
+    ProbeSettings,
     Sketches,
     Snapshot,
     WeightSet,

@@ -39,7 +39,7 @@ SUMMARIES = {
 
 
 def published(report: PeelReport, verdict: Verdict = SILENT, **options: object) -> Publication:
-    return publication(report, verdict, **{"committed_at": 1.5, "alerts_log": "", "max_series": 400, **options})
+    return publication(report, verdict, **{"committed_at": 1.5, "max_series": 400, **options})
 
 
 def layer(index: int, margin: float | None, headroom: float | None = None, status: str = "above") -> LayerReport:
@@ -124,14 +124,9 @@ def test_step_and_timestamp_come_from_the_checkpoint() -> None:
     assert set(unnumbered.files) == {f"peel/checkpoints/{FULL.checkpoint.fingerprint}.json"}
 
 
-def test_files_hold_the_report_and_the_alerts() -> None:
-    """The report is filed under its step, the alerts log as it is, and no log means no file."""
-    line = report_line(FULL)
-    assert published(FULL).files == {"peel/checkpoints/step-000000800.json": line}
-    assert published(FULL, alerts_log="{}\n").files == {
-        "peel/checkpoints/step-000000800.json": line,
-        "peel/alerts.jsonl": "{}\n",
-    }
+def test_the_file_holds_the_report() -> None:
+    """The report is filed under its step; the log of alerts is made when it is delivered, and is not in it."""
+    assert published(FULL).files == {"peel/checkpoints/step-000000800.json": report_line(FULL)}
 
 
 def test_a_deep_model_keeps_to_max_series() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from peel_agent import registry
 from peel_agent.errors import PluginError, UnknownFamily
+from peel_agent.spi import KINDS
 
 
 @pytest.fixture
@@ -17,8 +19,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     real = registry.entry_points
 
     def with_broken(*, group: str) -> Any:
-        kind = group.removeprefix("peel_agent.")
-        return [*real(group=group), EntryPoint("broken", "no_such_module:PLUGIN", group)] if kind != "sinks" else []
+        return [*real(group=group), EntryPoint("broken", "no_such_module:PLUGIN", group)]
 
     monkeypatch.setattr(registry, "entry_points", with_broken)
 
@@ -37,16 +38,34 @@ def test_what_is_broken_can_be_told(broken: None) -> None:
     assert "ModuleNotFoundError" in problem
 
 
-def test_named_and_broken_is_an_error(broken: None) -> None:
-    """The message names plug-in, place and cause."""
-    with pytest.raises(PluginError, match=r"`broken` of kind formats \(no_such_module:PLUGIN\).*ModuleNotFoundError"):
-        registry.formats("broken")
+BY_NAME: dict[str, tuple[Callable[[str], Any], str]] = {
+    "formats": (lambda name: registry.formats(name)[0], "safetensors"),
+    "trackers": (registry.tracker, "mlflow"),
+    "sinks": (registry.sink, "stderr"),
+    "engines": (registry.engine, "local"),
+}
 
 
-def test_unknown_names(broken: None) -> None:
-    """A name that is not installed gets the nearest one, an architecture that is not covered the list."""
-    with pytest.raises(PluginError, match=r"(.|\n)*did you mean `mlflow`"):
-        registry.tracker("mlfow")
+def test_every_kind_can_be_asked_for() -> None:
+    """What is asked for by name, and families, which are asked for by architecture, are all there is."""
+    assert {*BY_NAME, "families"} == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", BY_NAME)
+def test_by_name(broken: None, kind: str) -> None:
+    """A name that is installed is that plug-in; a broken one is an error that names plug-in, place and cause."""
+    ask, name = BY_NAME[kind]
+    assert ask(name).name == name
+    words = rf"`broken` of kind {kind} \(no_such_module:PLUGIN\).*ModuleNotFoundError"
+    with pytest.raises(PluginError, match=words) as caught:
+        ask("broken")
+    assert caught.value.exit_code == 2
+    with pytest.raises(PluginError, match=rf"no plug-in `{name}x` of kind {kind}(.|\n)*did you mean `{name}`"):
+        ask(f"{name}x")
+
+
+def test_unknown_architectures(broken: None) -> None:
+    """An architecture that is not covered gets the list of those that are."""
     with pytest.raises(
         UnknownFamily,
         match=r"`mamba`(.|\n)*gpt2, gpt_neox, llama, mistral, mixtral, mlp, olmo2, olmoe, opt, phi3, qwen2, qwen2_moe",
@@ -55,8 +74,15 @@ def test_unknown_names(broken: None) -> None:
 
 
 def test_listing(broken: None) -> None:
-    """Every plug-in is listed with where it comes from, the broken one with the reason."""
+    """Every plug-in of every kind is listed with where it comes from, the broken ones with the reason."""
     listings = {(one.kind, one.name): one for one in registry.listings()}
     assert listings["trackers", "jsonl"].problem is None
     assert "peel-agent" in listings["trackers", "jsonl"].source
-    assert "no_such_module" in str(listings["formats", "broken"].problem)
+    for kind in KINDS:
+        assert "no_such_module" in str(listings[kind, "broken"].problem)
+    assert {key for key, one in listings.items() if one.problem is None} >= {
+        ("trackers", "mlflow"),
+        ("sinks", "stderr"),
+        ("sinks", "jsonl"),
+        ("engines", "local"),
+    }

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peel_agent import registry
+from peel_agent.config import RunSettings, WatchSettings
 from peel_agent.records import FileStamp, Readiness
-from peel_agent.watch import Settling, Sighting, fingerprint, scan
+from peel_agent.sources import source_of
+from peel_agent.watch import Folder, Observed, Settling, Sighting, fingerprint, scan
+from tests import s3, servers
 from tests.rooms.test_watch_scan import checkpoint_files, safetensors_bytes, write_checkpoint
 
 State = Literal["complete", "incomplete", "damaged"]
@@ -246,3 +250,138 @@ def test_a_slow_writer(tmp_path: Path, name: str, pause: float) -> None:
         if ready := settling.observe(scan(tmp_path, formats), now + seconds).ready:
             break
     assert (seconds, ready[0].path) == (10, folder)
+
+
+# ---------------------------------------------------------------- marker files
+
+
+class Place(Protocol):
+    """A watched place that a test writes to; `look` goes on by half an hour each time."""
+
+    def write(self, name: str, content: bytes) -> None: ...
+
+    def look(self) -> Observed: ...
+
+
+class Directory:
+    def __init__(self, root: Path, markers: tuple[str, ...], *, once: bool = False) -> None:
+        watch = WatchSettings(path=str(root), ready_markers=markers)
+        self._root, self._now = root, time.time()
+        self._source = source_of(RunSettings("run", watch), root, "all", once=once, say=print, stopping=lambda: False)
+
+    def write(self, name: str, content: bytes) -> None:
+        (self._root / name).parent.mkdir(parents=True, exist_ok=True)
+        (self._root / name).write_bytes(content)
+
+    def look(self) -> Observed:
+        self._now += 1800
+        return self._source.look(self._now)
+
+
+class ObjectStore:
+    def __init__(self, bucket: s3.Bucket, folder: Path, markers: tuple[str, ...], *, once: bool = False) -> None:
+        self._bucket, self._prefix, self._now = bucket, folder.name, time.time() + 7200
+        watch = WatchSettings(path=f"s3://{bucket.name}/{folder.name}", ready_markers=markers)
+        self._source = source_of(
+            RunSettings("run", watch), folder, "latest", once=once, say=print, stopping=lambda: False
+        )
+
+    def write(self, name: str, content: bytes) -> None:
+        self._bucket.put(f"{self._prefix}/{name}", content)
+
+    def look(self) -> Observed:
+        self._now += 1800
+        self._source.look(self._now)  # what changed is seen, and settles
+        self._now += 1800
+        return self._source.look(self._now)
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Bucket]:
+    with s3.s3_server(tmp_path_factory.mktemp("moto"), servers.free_port()) as url:
+        made = s3.Bucket(url, "runs")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in s3.environment(url).items():
+                patch.setenv(name, value)
+            yield made
+        made.close()
+
+
+@pytest.fixture(params=[Directory, ObjectStore])
+def kind(request: pytest.FixtureRequest) -> Any:
+    """How a place of this kind is made: of a folder, markers, and whether it is a single look (`--once`)."""
+    if request.param is ObjectStore:
+        bucket = request.getfixturevalue("bucket")
+        return lambda folder, markers, **more: ObjectStore(bucket, folder, markers, **more)
+    return Directory
+
+
+def put_checkpoint(place: Place, step: int, *more: str) -> None:
+    for name, content in (*checkpoint_files(step).items(), *((marker, b"") for marker in more)):
+        place.write(f"checkpoint-{step}/{name}", content)
+
+
+def names(observed: Observed) -> list[str]:
+    return [ref.path.name for ref in observed.ready]
+
+
+class TestMarkers:
+    def test_it_waits_for_all_of_them(self, kind: Any, tmp_path: Path) -> None:
+        """A whole checkpoint waits, for however long, until every marker is in its folder; it says for which."""
+        place = kind(tmp_path, ("STABLE", "EVALUATED"))
+        put_checkpoint(place, 5)
+        for _ in range(3):
+            observed = place.look()
+            assert (observed.ready, observed.unreadable) == ((), ())
+            assert [reason for _, reason in observed.waiting] == ["waits for STABLE, EVALUATED"]
+        place.write("checkpoint-5/STABLE", b"")
+        observed = place.look()
+        assert (observed.ready, [reason for _, reason in observed.waiting]) == ((), ["waits for EVALUATED"])
+        place.write("checkpoint-5/EVALUATED", b"")
+        assert names(place.look()) == ["checkpoint-5"]
+
+    def test_one_without_it_holds_up_no_other(self, kind: Any, tmp_path: Path) -> None:
+        """The newest lacks its marker: the one before, which has it, is ready."""
+        place = kind(tmp_path, ("STABLE",))
+        put_checkpoint(place, 5, "STABLE")
+        put_checkpoint(place, 10)
+        observed = place.look()
+        assert names(observed) == ["checkpoint-5"]
+        assert [(path[-13:], reason) for path, reason in observed.waiting] == [("checkpoint-10", "waits for STABLE")]
+
+    def test_a_single_look_does_not_wait(self, kind: Any, tmp_path: Path) -> None:
+        """With --once nobody waits for a marker that may never come: such a one is unreadable, with the reason."""
+        place = kind(tmp_path, ("STABLE",), once=True)
+        put_checkpoint(place, 5)
+        observed = place.look()
+        assert (observed.ready, observed.waiting) == ((), ())
+        assert ["waits for STABLE" in reason for _, reason in observed.unreadable] == [True]
+
+    def test_without_markers_none_is_asked_for(self, kind: Any, tmp_path: Path) -> None:
+        """The default asks for no file."""
+        place = kind(tmp_path, ())
+        put_checkpoint(place, 5)
+        assert names(place.look()) == ["checkpoint-5"]
+
+    def test_a_marker_ends_the_waiting_at_once(self, tmp_path: Path) -> None:
+        """A checkpoint that has been at rest is ready as soon as its marker is there: it does not settle again."""
+        write_checkpoint(tmp_path / "checkpoint-5", 5)
+        folder, now = Folder(tmp_path, registry.formats(), Settling(10), ("STABLE",)), time.time() + 60
+        assert folder.look(now).ready == ()
+        (tmp_path / "checkpoint-5" / "STABLE").touch()
+        assert names(folder.look(now + 0.1)) == ["checkpoint-5"]
+
+    def test_one_that_goes_without_its_marker_was_never_whole(self, tmp_path: Path) -> None:
+        """It is not counted among those that were lost."""
+        path = write_checkpoint(tmp_path / "checkpoint-5", 5)
+        folder, now = Folder(tmp_path, registry.formats(), Settling(10), ("STABLE",)), time.time()
+        assert folder.look(now).vanished == ()
+        path.rename(tmp_path / ".aside")
+        assert folder.look(now + 1).vanished == ()
+
+    def test_a_single_file_has_no_folder_for_them(self, tmp_path: Path) -> None:
+        """One file that is a checkpoint needs no marker."""
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "step-5.safetensors").write_bytes(safetensors_bytes())
+        folder = Folder(tmp_path, registry.formats(), Settling(10), ("STABLE",))
+        assert names(folder.look(time.time() + 60)) == ["step-5.safetensors"]

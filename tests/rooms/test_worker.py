@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -9,12 +11,23 @@ from pathlib import Path
 
 import psutil
 import pytest
+from peel_plugins.engines import local
+from peel_plugins.engines.local import LocalEngine, command
 
-from peel_agent import worker
-from peel_agent.config import ModelSettings, PeelSettings, ProbeSettings
-from peel_agent.errors import WorkerError
-from peel_agent.records import CheckpointRef
-from peel_agent.worker import STALL_SECONDS, Request, ask, cgroup_limits, command
+from peel_agent.errors import CheckpointError, GaveWay, PeelError, WorkerError
+from peel_agent.records import (
+    CheckpointRef,
+    DeviceLease,
+    ModelSettings,
+    Peeled,
+    PeelSettings,
+    ProbeSettings,
+    Request,
+    plain,
+    restored,
+)
+from peel_agent.worker import OOM_SCORE, be_ended_first, cgroup_limits
+from tests.rooms.test_publish_form import FULL
 from tests.waiting import wait_for
 
 REQUEST = Request(
@@ -22,7 +35,7 @@ REQUEST = Request(
     probe=ProbeSettings(),
     peel=PeelSettings(),
     model=ModelSettings(factory="own_model:factory"),
-    device="cpu",
+    lease=DeviceLease("cpu", "", "cpu", "the only one"),
     nice=0,
     memory_fraction=0.25,
     copy_to=Path("/held"),
@@ -37,7 +50,7 @@ def python(program: str, text: str = "", cwd: Path | None = None) -> subprocess.
 
 def test_a_request_comes_back_as_it_was() -> None:
     """What the parent asks for survives the pipe to the worker."""
-    assert Request.from_json(REQUEST.to_json()) == REQUEST
+    assert restored(Request, json.loads(json.dumps(plain(REQUEST)))) == REQUEST
 
 
 @pytest.mark.parametrize(("fraction", "fits"), [(1.0, True), (0.02, False)])
@@ -81,7 +94,7 @@ def answered(measure: str, stall: int) -> subprocess.CompletedProcess[str]:
         "    raise CheckpointError('done', remedy='')\n"
         "pipeline.measure = measure\n"
         "raise SystemExit(worker.main())\n",
-        Request.from_json(REQUEST.to_json().replace('"/held"', "null")).to_json(),
+        json.dumps(plain(dataclasses.replace(REQUEST, copy_to=None))),
     )
 
 
@@ -103,18 +116,110 @@ def test_progress_sets_the_time_anew() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-def test_the_parent_says_that_it_stood_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker ended by its alarm is told in words, not as a signal's name."""
-    script = tmp_path / "worker"
-    script.write_text("#!/bin/sh\nkill -ALRM $$\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(worker.sys, "executable", str(script))
-    with pytest.raises(WorkerError, match=f"no progress in {STALL_SECONDS} s"):
-        ask(REQUEST, {}, started=lambda _: None)
+def test_the_kernel_ends_a_worker_before_the_training() -> None:
+    """Where the machine's memory runs out, it is the worker that is ended; one that stands higher stays there."""
+    ran = python(
+        "from pathlib import Path\n"
+        "from peel_agent.worker import be_ended_first\n"
+        "score = Path('/proc/self/oom_score_adj')\n"
+        "be_ended_first(); print(int(score.read_text()))\n"
+        "score.write_text('900'); be_ended_first(); print(int(score.read_text()))\n"
+    )
+    assert ran.stdout.split() == [str(OOM_SCORE), "900"], ran.stderr
+    assert be_ended_first.__doc__
+
+
+class Children:
+    """The local engine with children that do what a shell script says, instead of workers."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.script, self.started = folder / "worker", folder / "started"
+        monkeypatch.setattr(local, "command", lambda: [str(self.script)])
+        self.engine = LocalEngine(lambda visible: {"PATH": "/bin:/usr/bin", "CUDA_VISIBLE_DEVICES": visible})
+
+    def does(self, script: str) -> None:
+        self.script.write_text(f"#!/bin/sh\necho x >> {self.started}\n{script}\n")
+        self.script.chmod(0o755)
+
+    def starts(self) -> int:
+        return len(self.started.read_text().splitlines()) if self.started.exists() else 0
+
+    def error(self, script: str) -> PeelError:
+        """What becomes of a request."""
+        self.does(script)
+        error = self.engine.submit(REQUEST).exception(240)
+        assert isinstance(error, PeelError)
+        return error
+
+
+@pytest.fixture
+def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Children:
+    return Children(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "words"),
+    [
+        ("kill -ALRM $$", WorkerError, "no progress for too long"),
+        ("kill -KILL $$", WorkerError, "signal SIGKILL"),
+        ("exit 7", WorkerError, "exit status 7"),
+        ("exit 0", WorkerError, "IndexError"),
+        ("echo no answer", WorkerError, "JSONDecodeError"),
+        ("""echo '{"error": {"kind": "CheckpointError", "what": "NaN", "remedy": "r"}}'""", CheckpointError, "NaN"),
+        ("""echo '{"error": {"kind": "OfAPlugIn", "what": "odd", "remedy": "r"}}'""", CheckpointError, "odd"),
+    ],
+)
+def test_what_became_of_a_worker(children: Children, script: str, kind: type[PeelError], words: str) -> None:
+    """Its death is told in words, its error is raised as what it was, and anything else is a death too."""
+    error = children.error(f"cat > /dev/null\n{script}")
+    assert type(error) is kind
+    assert words in error.what
+
+
+def test_an_answer_of_a_worker(children: Children, tmp_path: Path) -> None:
+    """It sees the device that was leased and gets the request; what it answers comes back, whatever it prints first."""
+    peeled = Peeled(FULL, None)
+    request, seen, answer = (tmp_path / name for name in ("request", "seen", "answer"))
+    children.does(f"cat > {request}; echo [$CUDA_VISIBLE_DEVICES] > {seen}; echo a warning; cat {answer}")
+    answer.write_text(json.dumps({"peeled": plain(peeled)}))
+    gpu = dataclasses.replace(REQUEST, lease=DeviceLease("cuda:0", "GPU-7", "GPU 7", "idle"))
+    assert children.engine.submit(gpu).result(240) == peeled
+    assert restored(Request, json.loads(request.read_text())) == gpu
+    assert seen.read_text() == "[GPU-7]\n"
+    assert children.engine.memory_bytes() is None
+
+
+def test_a_worker_gives_way(children: Children) -> None:
+    """It ends soon, whether it runs or is about to be started; what comes after it is not meant."""
+    children.does("exec sleep 600")
+    running = children.engine.submit(REQUEST)
+    wait_for(lambda: children.starts() == 1)
+    assert (children.engine.memory_bytes() or 0) > 0
+    children.engine.give_way("another", "not meant")
+    children.engine.give_way(REQUEST.ref.fingerprint, "somebody is on the GPU")
+    starting = children.engine.submit(
+        dataclasses.replace(REQUEST, ref=dataclasses.replace(REQUEST.ref, fingerprint="g"))
+    )
+    children.engine.give_way("g", "its run was ended")
+    for answer, why in ((running, "somebody is on the GPU"), (starting, "its run was ended")):
+        error = answer.exception(240)
+        assert isinstance(error, GaveWay)
+        assert error.what == why
+    assert "exit status 7" in children.error("exit 7").what
+
+
+def test_an_engine_that_is_closed(children: Children) -> None:
+    """Its workers end, and the checkpoint is not blamed; nor is one that is asked for afterwards."""
+    children.does("exec sleep 600")
+    running = children.engine.submit(REQUEST)
+    wait_for(lambda: children.starts() == 1)
+    children.engine.close(240)
+    assert isinstance(running.exception(240), GaveWay)
+    assert isinstance(children.engine.submit(REQUEST).exception(240), GaveWay)
 
 
 def test_nothing_is_imported_from_the_working_directory(tmp_path: Path) -> None:
-    """A torch.py or numpy.py in a checkpoint's folder is not run when the daemon's working directory is that folder."""
+    """A torch.py or numpy.py in a checkpoint's folder is not run when the agent's working directory is that folder."""
     for name in ("torch", "numpy", "transformers", "json"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nraise SystemExit(7)\n")
     ran = subprocess.run(
@@ -130,10 +235,10 @@ def test_nothing_is_imported_from_the_working_directory(tmp_path: Path) -> None:
 
 
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
-    """When the daemon is killed its worker does not go on beside the next one's."""
+    """When the agent is killed its worker does not go on beside the next one's."""
     program = (
         "import subprocess, sys, time\n"
-        "from peel_agent.worker import command\n"
+        "from peel_plugins.engines.local import command\n"
         "child = subprocess.Popen(command(), stdin=subprocess.PIPE)\n"  # it waits for its request
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"

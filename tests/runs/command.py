@@ -26,3 +26,13 @@ def environment_of(home: Path, **more: str) -> dict[str, str]:
     """This process's environment with a state folder of its own and no tracker but the one given."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PEEL__"))}
     return own | {"XDG_STATE_HOME": str(home), "MLFLOW_DISABLE_TELEMETRY": "true"} | more
+
+
+def reports_of(state: Path) -> tuple[Path, ...]:
+    """The report files in an agent's state folder, of all its runs, by name."""
+    return tuple(sorted(state.glob("runs/*/reports/*.json"), key=lambda path: path.name))
+
+
+def published(state: Path) -> list[str]:
+    """What the tracker `jsonl` was sent, one line a publication, of all runs of an agent."""
+    return [line for log in sorted(state.glob("runs/*/publications.jsonl")) for line in log.read_text().splitlines()]

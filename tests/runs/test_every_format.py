@@ -14,9 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from peel_agent import registry, watch
-from peel_agent.config import PeelSettings, ProbeSettings
 from peel_agent.pipeline import locate, scan
 from peel_agent.publish import report_json
+from peel_agent.records import PeelSettings, ProbeSettings
 from tests import zoo
 from tests.runs import producers
 

@@ -88,7 +88,7 @@ def test_watch_once_and_scan(server: str, bucket: s3.Bucket, saved: Path, tmp_pa
 
 
 def test_watching_while_it_is_uploaded(server: str, bucket: s3.Bucket, saved: Path, tmp_path: Path) -> None:
-    """The daemon waits for the last object of a checkpoint, and goes on with the next."""
+    """The agent waits for the last object of a checkpoint, and goes on with the next."""
     bucket.put("run/config.json", (saved / "checkpoint-5" / "config.json").read_bytes())
     state, out, err = tmp_path / "state", tmp_path / "out", tmp_path / "err"
     command = [
@@ -99,7 +99,7 @@ def test_watching_while_it_is_uploaded(server: str, bucket: s3.Bucket, saved: Pa
         PEEL__WATCH__BACKLOG="all", PEEL__TRACKER__USE='["jsonl"]',
     )  # fmt: skip
     with out.open("w") as stdout, err.open("w") as stderr:
-        daemon = subprocess.Popen(
+        agent = subprocess.Popen(
             [sys.executable, "-m", "peel_agent", *map(str, command)], stdout=stdout, stderr=stderr, env=environment
         )
         try:
@@ -110,10 +110,10 @@ def test_watching_while_it_is_uploaded(server: str, bucket: s3.Bucket, saved: Pa
                     bucket.put(f"run/checkpoint-{step}/{file.name}", file.read_bytes())
                 assert f'"step": {step},' not in out.read_text()
                 bucket.put(f"run/checkpoint-{step}/{files[-1].name}", files[-1].read_bytes())
-                wait_for(lambda step=step: f'"step": {step},' in out.read_text() or daemon.poll() is not None)
+                wait_for(lambda step=step: f'"step": {step},' in out.read_text() or agent.poll() is not None)
         finally:
-            daemon.send_signal(signal.SIGTERM)
-            assert daemon.wait(240) == 0, err.read_text()
+            agent.send_signal(signal.SIGTERM)
+            assert agent.wait(240) == 0, err.read_text()
     reports = [json.loads(line) for line in out.read_text().splitlines()]
     assert [report["checkpoint"]["step"] for report in reports] == [5, 10], err.read_text()
 

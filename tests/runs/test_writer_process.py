@@ -1,4 +1,4 @@
-"""A trainer that writes slowly, rotates and is killed, with the daemon beside it: real processes on one directory."""
+"""A trainer that writes slowly, rotates and is killed, with the agent beside it: real processes on one directory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from peel_agent.config import PeelSettings, ProbeSettings
 from peel_agent.pipeline import scan
+from peel_agent.records import PeelSettings, ProbeSettings
 from tests import zoo
 from tests.runs.command import environment_of
 from tests.waiting import wait_for
@@ -43,7 +43,7 @@ KEEP = 1
 def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> None:
     """Every checkpoint that was finished has one report with the loss of its own weights, though only one is kept.
 
-    Those whose writer was killed have none. The daemon's worker may run with other numbers of threads than this
+    Those whose writer was killed have none. The agent's worker may run with other numbers of threads than this
     process, and sums in another order differ in their last digits.
     """
     run, probe = tmp_path / "run", tmp_path / "probe.npy"
@@ -67,7 +67,7 @@ def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> N
     watch = ["watch", run, "-c", tmp_path / "peel.toml", "--probe", probe, "--json"]
     command = [sys.executable, "-m", "peel_agent", *map(str, watch)]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        daemon = subprocess.Popen(command, stdout=out, stderr=err, env=environment_of(tmp_path))
+        agent = subprocess.Popen(command, stdout=out, stderr=err, env=environment_of(tmp_path))
         try:
             wait_for(lambda: "watching" in (tmp_path / "err").read_text())
             dice, finished = random.Random(7), []
@@ -87,8 +87,8 @@ def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> N
             wait_for(lambda: len((tmp_path / "out").read_text().splitlines()) >= len(finished))
             time.sleep(2)  # a second report of one, or a first of another, would come now
         finally:
-            daemon.send_signal(signal.SIGTERM)
-            assert daemon.wait(240) == 0, (tmp_path / "err").read_text()
+            agent.send_signal(signal.SIGTERM)
+            assert agent.wait(240) == 0, (tmp_path / "err").read_text()
     reports = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert [report["checkpoint"]["step"] for report in reports] == finished
     assert {report["checkpoint"]["step"]: report["loss"]["value"] for report in reports} == {
@@ -99,6 +99,6 @@ def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> N
 
 
 def _seen(home: Path, step: int) -> bool:
-    """The daemon holds the checkpoint or has published it: the next one may be written, and this one rotated."""
-    held = any((home / "peel-agent").glob(f"*/pins/*/checkpoint-{step}"))
+    """The agent holds the checkpoint or has published it: the next one may be written, and this one rotated."""
+    held = any((home / "peel-agent").glob(f"*/runs/*/pins/*/checkpoint-{step}"))
     return held or f'"step": {step},' in (home / "out").read_text()

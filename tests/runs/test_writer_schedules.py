@@ -24,19 +24,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from peel_agent import registry
-from peel_agent.config import Settings, TrackerSettings
+from peel_agent.config import DeviceSettings, RunSettings, TrackerSettings, WatchSettings
 from peel_agent.errors import PeelError
+from peel_agent.journal import Journal
 from peel_agent.ledger import Ledger
 from peel_agent.pipeline import check_unchanged
-from peel_agent.records import Peeled
-from peel_agent.rounds import Rounds
+from peel_agent.records import DeviceLease, Peeled, Request
+from peel_agent.run import Run
 from peel_agent.watch import Folder, Settling, copied
-from peel_agent.worker import Request
+from peel_agent.work import Services
 from tests.rooms.test_publish_form import FULL
 
 SETTLE = 10.0
 START = 1_700_000_000.0
-SETTINGS = Settings(tracker=TrackerSettings(use=("jsonl",)))
+SETTINGS = RunSettings("run", WatchSettings(), tracker=TrackerSettings(use=("jsonl",)))
+CPU = DeviceLease("cpu", "", "cpu", "the only one")
 FORMATS = registry.formats()
 IN_PLACE = "ckpt.pt"
 KINDS = ("trainer", "sharded", "pretrained", "staged", "again", "in place")
@@ -108,7 +110,10 @@ class Schedule(RuleBasedStateMachine):
     def start(self) -> None:
         self.ledger = Ledger(self.home / "state")
         source = Folder(self.root, FORMATS, Settling(SETTLE))
-        self.rounds = Rounds(source, "all", SETTINGS, self.ledger, self.submit, lambda _: None, self.emit)
+        journal = Journal(lambda _: None, lambda: self.now)
+        services = Services(journal, lambda _: CPU, self.submit, lambda _: None, emit=self.emit)
+        own = self.ledger.run("run", "run", str(self.root))
+        self.run = Run(SETTINGS, DeviceSettings(), source, "all", own, services)
 
     def emit(self, line: str) -> None:
         self.published.append(json.loads(line)["model"]["parameters"])
@@ -141,7 +146,7 @@ class Schedule(RuleBasedStateMachine):
     @rule()
     def look(self) -> None:
         """One round; what it sees whole for the second time after settle_seconds is owed."""
-        self.rounds.make(self.now)
+        self.run.round(self.now)
         for name, (version, seen) in self.whole.items():
             first = self.now if seen is None else seen
             self.whole[name] = (version, first)
@@ -323,7 +328,7 @@ class Schedule(RuleBasedStateMachine):
             assert self.owed <= set(self.published), f"missed {self.owed - set(self.published)}"
             self.each_is_scored_once()
         finally:
-            self.rounds.close()
+            self.run.close()
             self.ledger.close()
             shutil.rmtree(self.home)
 

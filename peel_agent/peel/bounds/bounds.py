@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -119,15 +120,19 @@ def _suite_losses(
     needed = chained(labelled, depth, solver)
     ends = chain_ends(trace, needed, hidden, solver, stopwatch)
     ids, by_map = score_ids(trace.probe), dict[TargetMap, Losses]()
-    stopwatch.progress("bounds, maps", 0, len(ends) + 1)
+
+    def tell(done: int) -> None:
+        stopwatch.progress("bounds, maps", done, len(ends) + 1)
+
+    tell(0)
     for done, (own, streams) in enumerate({(): hidden[depth], **ends}.items(), 1):
         if by_map and not stopwatch.affords(stopwatch.last("solve")):
             break
         with stopwatch("solve"):
-            head = fit_head(trace, streams)
+            head = fit_head(trace, streams, partial(tell, done - 1))
         with stopwatch("score"):
             by_map[own] = sequence_losses(trace, streams.score, ids, head)
-        stopwatch.progress("bounds, maps", done, len(ends) + 1)
+        tell(done)
     construction = {label: own if own in needed and label != HEAD else () for label, own in labelled.items()}
     return {label: by_map[own] for label, own in construction.items() if own in by_map}
 

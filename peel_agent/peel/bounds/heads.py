@@ -21,12 +21,13 @@ MAX_EPOCHS = 8
 SHUFFLE_SEED = 0
 
 
-def fit_head(trace: Trace, ends: Streams) -> Projection:
+def fit_head(trace: Trace, ends: Streams, alive: Callable[[], None] = lambda: None) -> Projection:
     """The trained head refitted to the last streams `ends` of a construction; blocks and final norm stay as they are.
 
     AdamW at the paper's 5e-4 from the trained head; one in a weight set is fitted by its latents, as it was trained.
     After each epoch the loss on `select` is measured; the first epoch that does not lower it ends the fit. Returns the
-    head with the least loss on `select`: at worst the trained one.
+    head with the least loss on `select`: at worst the trained one. `alive` is called after each step: an epoch over a
+    large vocabulary takes long.
     """
     probe = trace.probe
     features, targets = _positions(trace, ends.fit, probe.fit)
@@ -44,6 +45,7 @@ def fit_head(trace: Trace, ends: Streams) -> Projection:
             features=features,
             targets=targets,
             generator=generator,
+            alive=alive,
         )
         head = replace(trace.head, weight=quantise(weight.detach().T, own).T.clone())
         loss = float(position_losses(select_features, select_targets, head).mean())
@@ -66,6 +68,7 @@ def _run_epoch(
     features: Tensor,
     targets: Tensor,
     generator: np.random.Generator,
+    alive: Callable[[], None],
 ) -> None:
     order = torch.from_numpy(generator.permutation(len(targets))).to(targets.device)
     for batch in order.split(BATCH_POSITIONS):
@@ -73,3 +76,4 @@ def _run_epoch(
         loss = functional.cross_entropy(logits(features[batch], head()), targets[batch])
         loss.backward()
         optimiser.step()
+        alive()

@@ -51,7 +51,8 @@ def watch(run: Run, out: Path) -> None:
     if shares_prefix:
         shutil.copytree(prefix, arena / "state")
     _run_agent(run, out, arena, range(SAVE_EVERY, STEPS + 1, SAVE_EVERY))
-    shutil.copytree(arena / "state" / "reports", folder / "tmp-reports", dirs_exist_ok=True)
+    (reports,) = (arena / "state").glob("runs/*/reports")
+    shutil.copytree(reports, folder / "tmp-reports", dirs_exist_ok=True)
     (folder / "tmp-reports").rename(folder / "reports")
     print(f"{run}: watched", flush=True)
 

@@ -1,0 +1,83 @@
+"""The command line: parsing, output and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from peel_agent.cli.operate import add_deliveries, add_status
+from peel_agent.cli.options import say
+from peel_agent.cli.scan import add_scan, add_witness
+from peel_agent.cli.setup import add_doctor, add_init
+from peel_agent.cli.watch import add_watch
+from peel_agent.config import load_settings
+from peel_agent.errors import PeelError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is the contract's."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except PeelError as error:
+        say(f"peel-agent: {error}")
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="peel-agent",
+        description="Peels the checkpoints of a transformer training: which block earns less than a cheap stand-in, "
+        "and is the run still worse than something cheap built from its own layers?",
+    )
+    parser.add_argument("--version", action="version", version=f"peel-agent {version('peel-agent')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_watch(commands.add_parser("watch", help="the sidecar: peel every checkpoint that a run writes"))
+    add_scan(commands.add_parser("scan", help="peel checkpoints once, without a tracker"))
+    add_witness(commands.add_parser("witness", help="write a better block's weights, and prove them"))
+    add_status(commands.add_parser("status", help="what the sidecar is doing, and whether all is well"))
+    add_deliveries(commands.add_parser("deliveries", help="what could not be sent, and sending it again"))
+    add_doctor(commands.add_parser("doctor", help="look at everything that a run needs, before it is needed"))
+    add_init(commands.add_parser("init", help="write a commented configuration from what is found"))
+    _add_demo(commands.add_parser("demo", help="a real small training with a block held back, and the sidecar on it"))
+    plugins = commands.add_parser("plugins", help="every plug-in by kind, and whether it can be used")
+    plugins.set_defaults(run=_plugins)
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="where everything is kept (default: a new folder in /tmp)"
+    )
+    parser.add_argument("--healthy", action="store_true", help="hold no block back")
+    parser.add_argument("--bits", metavar="SET", help="train low-bit: ternary, sign, int4-channel, ...")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from peel_agent.demo import run_demo
+
+    if options.bits is not None:
+        load_settings(None, {"model.precision": {"*": options.bits}})  # a set that there is none of is told at once
+    return run_demo(options.keep, healthy=options.healthy, bits=options.bits)
+
+
+def _plugins(_options: argparse.Namespace) -> int:
+    from peel_agent.registry import listings
+    from peel_agent.spi import KINDS
+
+    found = listings()
+    for kind in KINDS:
+        print(kind)
+        own = [listing for listing in found if listing.kind == kind]
+        for listing in own:
+            state = "usable" if listing.problem is None else f"not usable: {listing.problem}"
+            print(f"  {listing.name:<14} {listing.source:<60} {state}")
+        if not own:
+            print("  (none installed)")
+    return 0

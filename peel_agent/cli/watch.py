@@ -1,0 +1,98 @@
+"""`peel-agent watch`: the sidecar."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from peel_agent.cli.options import add_common, check_probe, common_flags, say
+from peel_agent.config import Settings, load_settings
+from peel_agent.errors import ConfigurationError
+from peel_agent.watch import is_url
+
+
+def add_watch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="the directory that the training writes checkpoints to, or its s3:// URL (default: what the file names)",
+    )
+    add_common(parser)
+    parser.add_argument(
+        "--run-id", metavar="ID", help="the tracker's run to write into (default: found, else a new one)"
+    )
+    parser.add_argument("--tracking-uri", metavar="URI", help="the tracking server")
+    parser.add_argument("--state", metavar="DIR", help="where findings are kept (default: beneath ~/.local/state)")
+    parser.add_argument("--log-format", choices=("text", "json"), help="the log's lines, on stderr (default: text)")
+    parser.add_argument("--once", action="store_true", help="peel everything complete that is there now, then exit")
+    parser.add_argument("--json", action="store_true", help="each report as one line of JSON on stdout")
+    parser.set_defaults(run=_watch)
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings of a sidecar, with every place absolute. Raises ConfigurationError and ProbeError."""
+    flags = common_flags(options) | {
+        "watch.path": options.path,
+        "tracker.*.run_id": options.run_id,
+        "tracker.*.tracking_uri": options.tracking_uri,
+        "state.path": options.state,
+        "log.format": options.log_format,
+    }
+    settings = load_settings(options.config, flags)
+    settings = _with_absolute_places(settings)
+    for run in settings.runs:
+        check_probe(run.probe)
+    if len(settings.runs) == 1:  # one of several may be away, or be written to later
+        _check_place(str(settings.runs[0].watch.path))
+    return settings
+
+
+def _with_absolute_places(settings: Settings) -> Settings:
+    runs = tuple(
+        dataclasses.replace(run, watch=dataclasses.replace(run.watch, path=_absolute(str(run.watch.path))))
+        for run in settings.runs
+    )
+    return dataclasses.replace(settings, runs=runs)
+
+
+def _absolute(place: str) -> str:
+    """The absolute path of the directory, or the URL of the folder in an object store."""
+    return place if is_url(place) else str(Path(place).expanduser().resolve())
+
+
+def _check_place(place: str) -> None:
+    if not is_url(place) and not Path(place).is_dir():
+        raise ConfigurationError(
+            f"{place} is no directory", remedy="give the directory that the training writes its checkpoints to"
+        )
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from peel_agent.agent import Agent
+    from peel_agent.ledger import Ledger
+    from peel_agent.state import state_dir_of
+
+    settings = settings_of(options)
+    if not settings.runs:
+        raise ConfigurationError(
+            "there is no directory to watch", remedy="give it: peel-agent watch PATH, or [watch] path in peel.toml"
+        )
+    ledger = Ledger(state_dir_of(settings, options.config))
+    emit = (lambda line: print(line, flush=True)) if options.json else None
+    try:
+        agent = Agent(settings, ledger, say=say, emit=emit, reload=lambda: settings_of(options))
+        return agent.run(once=options.once)
+    finally:
+        ledger.close()
+
+
+def state_folder(options: argparse.Namespace) -> Path:
+    """The state folder of the sidecar that was started with the same file and flags."""
+    from peel_agent.state import state_dir_of
+
+    if options.state is not None:
+        return Path(options.state).expanduser()
+    flags = {"watch.path": options.path, "tracker.*.run_id": options.run_id}
+    return state_dir_of(_with_absolute_places(load_settings(options.config, flags)), options.config)

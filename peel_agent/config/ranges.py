@@ -1,0 +1,60 @@
+"""Values of the right type that nothing could work with."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from peel_agent.config.sections import RunSettings, Settings
+from peel_agent.errors import ConfigurationError
+from peel_agent.records import Rule
+
+
+def check_ranges(settings: Settings) -> None:
+    """Raises ConfigurationError for a value of the right type that nothing could work with."""
+    if not 0 < settings.device.memory_fraction <= 1:
+        raise ConfigurationError(
+            f"`device.memory_fraction` is {settings.device.memory_fraction:g}", remedy="it must be above 0, at most 1"
+        )
+    both: tuple[Settings | RunSettings, ...] = (settings, *settings.runs)
+    for own in both:
+        _check_least(own)
+        _check_rules(own.rules)
+    _check_names("run", [run.name for run in settings.runs])
+    _check_names("sink", [sink.name for sink in settings.sinks])
+
+
+def _check_least(own: Settings | RunSettings) -> None:
+    probe, watch = own.probe, own.watch
+    least: dict[str, tuple[float, float]] = {
+        "watch.settle_seconds": (watch.settle_seconds, 0),
+        "watch.poll_seconds": (watch.poll_seconds, 0),
+        "probe.fit_tokens": (probe.fit_tokens, 1),
+        "probe.select_tokens": (probe.select_tokens, 1),
+        "probe.confirm_tokens": (probe.confirm_tokens, 1),
+        "tracker.max_series": (own.tracker.max_series, 10),
+    }
+    for rule in own.rules:
+        least[f"rule.{rule.name}.for_checkpoints"] = (rule.raised_after, 1)
+        least[f"rule.{rule.name}.clear_checkpoints"] = (rule.cleared_after, 1)
+    if own.peel.time_budget_seconds is not None:
+        least["peel.time_budget_seconds"] = (own.peel.time_budget_seconds, 0)
+    for dotted, (value, bound) in least.items():
+        if not bound <= value < float("inf"):
+            raise ConfigurationError(f"`{dotted}` is {value:g}", remedy=f"it must be {bound:g} or more")
+
+
+def _check_rules(rules: Sequence[Rule]) -> None:
+    for rule in rules:
+        if not re.fullmatch(r"[\w.-]{1,100}", rule.name):
+            raise ConfigurationError(
+                f"a rule is called `{rule.name}`", remedy="letters, digits, `_`, `-` and `.` make a rule's name"
+            )
+    _check_names("rule", [rule.name for rule in rules])
+
+
+def _check_names(what: str, names: Iterable[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ConfigurationError(f"two {what}s are called `{min(twice)}`", remedy=f"give each {what} a name of its own")

@@ -1,0 +1,123 @@
+"""One lane of deliveries: what is owed, in order, with patience, and past what will never be taken."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from peel_agent.destinations import Address
+from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable, printable
+from peel_agent.ledger import Lane, Outbox, Owed
+from peel_agent.records import NoticeGroup, Publication, restored
+from peel_agent.spi import Sink, Tracker
+
+AWAY_SECONDS = (5.0, 300.0)
+"""The first and the longest pause before a destination that cannot be reached is tried again."""
+
+DENIED_SECONDS = (60.0, 900.0)
+"""And before one that refuses us."""
+
+LONGEST_PAUSE = 1.3 * max(*AWAY_SECONDS, *DENIED_SECONDS)
+"""A next try that is further off was set by another clock."""
+
+ALERTS_FILE = "peel/alerts.jsonl"
+
+Frozen = TypeVar("Frozen", NoticeGroup, Publication)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one look at a lane: `wait` seconds until the next is worth while, None when nothing is owed.
+
+    `trouble` says in words what is wrong; `passed` that it is over; `buried` what was given up.
+    """
+
+    wait: float | None = 0.0
+    sent: bool = False
+    trouble: str | None = None
+    passed: bool = False
+    buried: str | None = None
+
+
+class Carrier:
+    """Serves one lane. `now` gives Unix seconds."""
+
+    def __init__(self, lane: Lane, address: Address, outbox: Outbox, now: Callable[[], float]) -> None:
+        self.lane = lane
+        self._outbox = outbox
+        self._now = now
+        self._tracker: Tracker | None = address.tracker() if address.kind == "tracker" else None
+        self._sink: Sink | None = address.sink() if address.kind == "sink" else None
+
+    def prepare(self) -> None:
+        """Loads what the destination needs, before anything is owed."""
+        if self._tracker is not None:
+            self._tracker.prepare()
+
+    def where(self) -> str:
+        """Where it goes, for people."""
+        end = self._tracker if self._tracker is not None else self._sink
+        assert end is not None
+        return end.where()
+
+    def step(self, *, at_once: bool = False) -> Outcome:
+        """Sends what is first in line, if it is its time, or `at_once`. Raises sqlite3.Error."""
+        owed = self._outbox.head(self.lane)
+        if owed is None:
+            return Outcome(wait=None)
+        pause = owed.next_try - self._now()
+        if 0 < pause <= LONGEST_PAUSE and not at_once:
+            return Outcome(wait=pause)
+        try:
+            self._send(owed)
+        except (DestinationDenied, DestinationUnavailable) as error:
+            return self._postpone(owed, error)
+        except DeliveryError as error:
+            self._outbox.bury(owed, error.what)
+            return Outcome(buried=f"{self._name()}: {error.what}; it was given up: peel-agent deliveries list")
+        except Exception as error:  # a plug-in's library may raise anything; it must not end the lane
+            return self._postpone(owed, error)
+        self._outbox.sent(owed)
+        return Outcome(sent=True, passed=owed.attempts > 0)
+
+    def _send(self, owed: Owed) -> None:
+        if self._sink is not None:
+            self._sink.deliver(_thawed(NoticeGroup, owed.body))
+            return
+        body = dict(owed.body)
+        until = body.pop("alerts_until", None)
+        if until is not None:
+            alerts = self._outbox.alerts_log(self.lane.run, until)
+            body["files"] = {**body.get("files", {}), ALERTS_FILE: alerts}
+        assert self._tracker is not None
+        self._tracker.publish(_thawed(Publication, body))
+
+    def _postpone(self, owed: Owed, error: Exception) -> Outcome:
+        """Exponential back-off with jitter."""
+        first, longest = DENIED_SECONDS if isinstance(error, DestinationDenied) else AWAY_SECONDS
+        pause = min(first * 2.0 ** min(owed.attempts, 20), longest) * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+        what = error.what if isinstance(error, DeliveryError) else printable(f"{type(error).__name__}: {error}")
+        self._outbox.postpone(owed, self._now() + pause, what)
+        remedy = f" -> {error.remedy}" if isinstance(error, DeliveryError) else ""
+        return Outcome(wait=pause, trouble=f"{self._name()}: {what}{remedy}")
+
+    def _name(self) -> str:
+        return f"{self.lane.kind} for {self.lane.destination}"
+
+    def close(self) -> None:
+        end = self._tracker if self._tracker is not None else self._sink
+        if end is not None:
+            end.close()
+
+
+def _thawed(kind: type[Frozen], body: Mapping[str, Any]) -> Frozen:
+    """The record that was owed; DeliveryError for one that this version cannot read, which time does not mend."""
+    try:
+        return restored(kind, body)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DeliveryError(
+            f"it is no {kind.__name__} that this version of peel-agent can read: {error}",
+            remedy="use the version that wrote it, then peel-agent deliveries resend",
+        ) from error

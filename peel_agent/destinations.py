@@ -1,0 +1,96 @@
+"""Trackers and sinks of the settings, as addresses that a courier can connect; and which run of a tracker is pinned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peel_agent import registry
+from peel_agent.config import RunSettings, Settings, TrackerSettings, plugin_settings
+from peel_agent.errors import ConfigurationError
+from peel_agent.records import plain, restored
+from peel_agent.spi import Sink, Tracker
+
+
+@dataclass(frozen=True)
+class Address:
+    """One destination of one run: the plug-in's name, and the JSON form of its own settings."""
+
+    kind: Literal["tracker", "sink"]
+    name: str
+    plugin: str
+    settings: Mapping[str, Any]
+    run: str
+    checkpoint_dir: str
+    state_dir: Path
+
+    def tracker(self) -> Tracker:
+        """A connection of its own to this tracker."""
+        plugin = registry.tracker(self.plugin)
+        own = restored(plugin.settings, self.settings)
+        return plugin.connect(own, checkpoint_dir=self.checkpoint_dir, state_dir=self.state_dir)
+
+    def sink(self) -> Sink:
+        """A connection of its own to this sink."""
+        plugin = registry.sink(self.plugin)
+        return plugin.connect(restored(plugin.settings, self.settings), state_dir=self.state_dir)
+
+
+def tracker_settings(tracking: TrackerSettings, *, alone: bool) -> dict[str, Any]:
+    """Each tracker in use with its own settings; raises ConfigurationError for a table or a key that nothing reads.
+
+    What pins a tracker's run is taken from the environment only for a run that is `alone`: it cannot pin several.
+    """
+    unused = set(tracking.options) - set(tracking.use)
+    if unused:
+        raise ConfigurationError(
+            f"[tracker.{min(unused)}] is configured, and not in use",
+            remedy=f'add "{min(unused)}" to [tracker] use, or take the table out',
+        )
+    settings: dict[str, Any] = {}
+    unread = set(tracking.flags)
+    for name in tracking.use:
+        plugin = registry.tracker(name)
+        own = {field.name: field for field in dataclasses.fields(plugin.settings)}
+        environment = {
+            key: field.metadata["environment"]
+            for key, field in own.items()
+            if field.metadata.get("environment") and (alone or not field.metadata.get("pins_run"))
+        }
+        flags = {key: value for key, value in tracking.flags.items() if key in own}
+        unread -= set(flags)
+        table = {**tracking.options.get(name, {}), **flags}
+        settings[name] = plugin_settings(plugin.settings, f"tracker.{name}", table, from_environment=environment)
+    if unread:
+        flag = min(unread)
+        raise ConfigurationError(
+            f"--{flag.replace('_', '-')} is given, and no tracker in use has it",
+            remedy="leave it out, or add the tracker that it is for to [tracker] use",
+        )
+    return settings
+
+
+def pinned_run(settings: Mapping[str, Any]) -> str:
+    """What the user pinned of the trackers' own runs; another text is another run."""
+    pins = {
+        f"{name}.{field.name}": getattr(own, field.name)
+        for name, own in sorted(settings.items())
+        for field in dataclasses.fields(own)
+        if field.metadata.get("pins_run") and getattr(own, field.name)
+    }
+    return ", ".join(f"{key}={value}" for key, value in pins.items())
+
+
+def addresses(run: RunSettings, settings: Settings, *, key: str, folder: Path, state_dir: Path) -> tuple[Address, ...]:
+    """Where this run's numbers, files and notices go. Raises ConfigurationError."""
+    place = str(run.watch.path)
+    trackers = tracker_settings(run.tracker, alone=len(settings.runs) == 1)
+    to_trackers = (Address("tracker", name, name, plain(own), key, place, folder) for name, own in trackers.items())
+    to_sinks = []
+    for sink in settings.sinks:
+        own = plugin_settings(registry.sink(sink.use).settings, f"sink.{sink.name}", sink.options, from_environment={})
+        to_sinks.append(Address("sink", sink.name, sink.use, plain(own), key, place, state_dir))
+    return (*to_trackers, *to_sinks)

@@ -1,0 +1,201 @@
+"""The agent's end of the courier: started when something is owed, listened to, and replaced when it dies."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from peel_agent.courier import Orders
+from peel_agent.deliver import LONGEST_PAUSE
+from peel_agent.destinations import Address
+from peel_agent.journal import Journal
+from peel_agent.ledger import Ledger
+from peel_agent.records import plain
+
+STOP_SECONDS = 5.0
+"""How long a courier may end what it is sending when the agent ends."""
+
+RESTART_SECONDS = 10.0
+"""A courier that died is not started again sooner."""
+
+DUE_SECONDS = 1.0
+
+
+class Dispatch:
+    """Sends what the ledger owes to these addresses through a courier. `now` gives Unix seconds.
+
+    Used by the agent's loop, and `owed` and `busy` by its runs.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        environment: Mapping[str, str],
+        journal: Journal,
+        now: Callable[[], float],
+        names: Callable[[str], str],
+    ) -> None:
+        self._ledger = ledger
+        self._environment = environment
+        self._journal = journal
+        self._now = now
+        self._names = names
+        self._addresses: tuple[Address, ...] = ()
+        self._child: subprocess.Popen[str] | None = None
+        self._lock = threading.RLock()
+        self._busy: set[str] = set()
+        self._started_at: float | None = None
+        self._drained: list[Any] | None = None
+        self._has_drained = threading.Event()
+
+    def address(self, addresses: Sequence[Address]) -> None:
+        """The destinations from now on."""
+        with self._lock:
+            if tuple(addresses) != self._addresses:
+                self._addresses = tuple(addresses)
+                self._end()
+
+    def busy(self, run: str, *, is_busy: bool) -> None:
+        """While a run peels, a courier stands by: what it loads takes longer than what is sent may wait."""
+        with self._lock:
+            before = bool(self._busy)
+            (self._busy.add if is_busy else self._busy.discard)(run)
+            if self._busy and self._child is None:
+                self._start()
+            elif before != bool(self._busy):
+                self._say("stay" if self._busy else "rest")
+
+    def owed(self) -> None:
+        """Something is owed now."""
+        with self._lock:
+            if not self._say("wake"):
+                self._start()
+
+    def tick(self) -> None:
+        """Starts a courier when something is due and none is there."""
+        with self._lock:
+            if self._child is not None and self._child.poll() is not None:
+                self._bury()
+            if self._child is None and self._addresses and self._is_due():
+                self._start()
+
+    def drain(self, seconds: float) -> list[Any] | None:
+        """Everything is tried once, now; where it is afterwards, None when that took longer."""
+        with self._lock:
+            self._has_drained.clear()
+            if self._child is None:
+                if self._ledger.outbox.next_try() is None:
+                    return None
+                self._start()
+            self._say("drain")
+        return self._drained if self._has_drained.wait(seconds) else None
+
+    def close(self) -> None:
+        """Lets the courier end what it is sending."""
+        with self._lock:
+            self._end()
+            self._addresses = ()
+
+    def _is_due(self) -> bool:
+        mine = {(one.run, one.name) for one in self._addresses}
+        heads = [
+            self._ledger.outbox.head(lane)
+            for lane in self._ledger.outbox.lanes()
+            if (lane.run, lane.destination) in mine
+        ]
+        pauses = [head.next_try - self._now() for head in heads if head is not None]
+        return any(not DUE_SECONDS <= pause <= LONGEST_PAUSE for pause in pauses)
+
+    def _start(self) -> None:
+        if not self._addresses:
+            return
+        now = self._now()
+        if self._started_at is not None and 0 <= now - self._started_at < RESTART_SECONDS and not self._busy:
+            return
+        self._started_at = now
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "peel_agent.courier"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+        )
+        self._child = child
+        self._write(json.dumps(plain(Orders(self._ledger.state_dir, self._addresses))))
+        self._say("stay" if self._busy else "rest")
+        threading.Thread(target=self._listen, args=(child,), name="courier", daemon=True).start()
+
+    def _say(self, what: str) -> bool:
+        return self._write(json.dumps({"say": what}))
+
+    def _write(self, line: str) -> bool:
+        child = self._child
+        if child is None or child.poll() is not None or child.stdin is None:
+            return False
+        try:
+            child.stdin.write(line + "\n")
+            child.stdin.flush()
+        except (OSError, ValueError):  # it ended just now
+            return False
+        return True
+
+    def _listen(self, child: subprocess.Popen[str]) -> None:
+        assert child.stdout is not None
+        with child.stdout:
+            for line in child.stdout:
+                try:
+                    self._hear(json.loads(line))
+                except ValueError:  # a library wrote there
+                    self._journal.tell("delivery failed", f"the courier said: {line.strip()}")
+        self._has_drained.set()
+
+    def _hear(self, told: Mapping[str, Any]) -> None:
+        run = self._names(told["run"]) if told.get("run") else None
+        if "began" in told:
+            self._journal.begin(told["began"], told["words"], run=run)
+        elif "ended" in told:
+            self._journal.end(told["ended"], told["words"], run=run)
+        elif "buried" in told:
+            self._journal.tell("delivery dead", told["buried"], run=run, level="error")
+        elif "drained" in told:
+            self._drained = list(told["drained"])
+            self._has_drained.set()
+        elif "note" in told:
+            self._journal.tell("delivery failed", told["note"], level="warning")
+
+    def _bury(self) -> None:
+        child, self._child = self._child, None
+        assert child is not None
+        self._has_drained.set()
+        _hang_up(child)
+        status = child.wait()
+        if status != 0:
+            words = f"the courier ended with status {status}; what is owed is kept, and another one follows"
+            self._journal.tell("delivery failed", words, level="warning")
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        self._started_at = None
+        if child is None:
+            return
+        _hang_up(child)
+        try:
+            child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            try:
+                child.wait(1.0)
+            except subprocess.TimeoutExpired:
+                return
+
+
+def _hang_up(child: subprocess.Popen[str]) -> None:
+    """A courier ends with its stdin."""
+    if child.stdin is not None:
+        with suppress(OSError):
+            child.stdin.close()

@@ -1,0 +1,79 @@
+"""Whether trackers and sinks would take what is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from peel_agent import registry
+from peel_agent.config import RunSettings, SinkSettings, TrackerSettings, plugin_settings
+from peel_agent.destinations import pinned_run, tracker_settings
+from peel_agent.doctor.configuration import failed
+from peel_agent.errors import PeelError
+from peel_agent.identity import run_key
+from peel_agent.records import Check
+from peel_agent.spi import Checking, Sink, Tracker
+
+
+def check_trackers(
+    run: RunSettings, state_dir: Path | None, name: str, now: Callable[[], float], *, alone: bool
+) -> Iterator[Check]:
+    """Each tracker of a run by its own checks; `name` begins what they are called. A wrong one hides no other."""
+    settings: dict[str, Any] = {}
+    for used in run.tracker.use:
+        try:
+            settings |= tracker_settings(_only(run, used), alone=alone)
+        except PeelError as error:
+            yield failed(f"{name}tracker {used}", error)
+    try:
+        tracker_settings(run.tracker, alone=alone)  # a table or a flag that none of them reads
+    except PeelError as error:
+        if len(settings) == len(run.tracker.use):
+            yield failed(f"{name}trackers", error)
+    key = run_key(run.name, str(run.watch.path), pinned_run(settings))
+    folder = (state_dir or Path()) / "runs" / key
+    for used, own in settings.items():
+        what = f"{name}tracker {used}"
+        try:
+            plugin = registry.tracker(used)
+            tracker = plugin.connect(own, checkpoint_dir=str(run.watch.path), state_dir=folder)
+        except PeelError as error:
+            yield failed(what, error)
+            continue
+        yield from _checked(what, tracker, now)
+
+
+def _only(run: RunSettings, used: str) -> TrackerSettings:
+    """The tracker's part of the settings alone."""
+    options = {used: run.tracker.options[used]} if used in run.tracker.options else {}
+    known = {field.name for field in fields(registry.tracker(used).settings)}
+    flags = {key: value for key, value in run.tracker.flags.items() if key in known}
+    return replace(run.tracker, use=(used,), options=options, flags=flags)
+
+
+def check_sinks(sinks: Sequence[SinkSettings], state_dir: Path | None, now: Callable[[], float]) -> Iterator[Check]:
+    """Each sink: that it can be opened, and what it says of itself. No notice is sent."""
+    for sink in sinks:
+        what = f"sink {sink.name}"
+        try:
+            plugin = registry.sink(sink.use)
+            own = plugin_settings(plugin.settings, f"sink.{sink.name}", sink.options, from_environment={})
+            connected = plugin.connect(own, state_dir=state_dir or Path())
+        except PeelError as error:
+            yield failed(what, error)
+            continue
+        yield from _checked(what, connected, now)
+
+
+def _checked(what: str, connected: Tracker | Sink, now: Callable[[], float]) -> Iterator[Check]:
+    try:
+        if isinstance(connected, Checking):
+            for check in connected.check(now):
+                yield replace(check, what=f"{what}, {check.what}")
+        else:
+            words = f"{connected.where()}: nothing is sent in order to try it"
+            yield Check(what, None, words, "wait for the first thing that is sent, and look there")
+    finally:
+        connected.close()

@@ -1,0 +1,164 @@
+"""The commented configuration: every section, every key, and what was found."""
+
+from __future__ import annotations
+
+import json
+
+from peel_agent.doctor.found import Found
+from peel_agent.errors import ConfigurationError, printable
+
+HEAD = """\
+# The settings of peel-agent, all of them. Behind a `#` stands the default, or an example where there is none: take the
+# `#` away and change it. The environment overrides this file (PEEL__WATCH__POLL_SECONDS=5), flags override both.
+"""
+
+WATCH_PATH = '# path = "/runs/mine/checkpoints"'
+LENGTH = "# sequence_length = 1024"
+
+BODY = """
+# What is watched: the directory that one training writes its checkpoints to.
+[watch]
+# path = "/runs/mine/checkpoints"  # or s3://bucket/run, gs://bucket/run; or on the command line
+# format = "auto"          # or the name of one format plug-in, see `peel-agent plugins`
+# settle_seconds = 10      # a checkpoint is read once its files have not changed for so long
+# poll_seconds = 10        # a timed scan; file system events only make it come sooner
+# backlog = "latest"       # of several that wait; or "all" (the default with --once), or "every:N"
+# ready_markers = ["STABLE"]  # files that must all be in its folder before a checkpoint counts as whole; none
+
+# How the model is built: by transformers from config.json, or by a function of yours.
+[model]
+# factory = "auto"         # or "package.module:callable" for a model of your own, see the README
+# precision = { "model.layers.*_proj.weight" = "ternary" }  # weights that hold latents: sign, ternary, int4-g128, ...
+
+# What the model is measured on: held-out tokens of the TRAINING distribution, the same for every checkpoint.
+[probe]
+# path = "heldout.npy"     # token ids (.npy .bin .safetensors) or text (.txt .jsonl .parquet); needed, or --probe
+# tokenizer = "tokenizer.json"  # for text; by default the one beside the checkpoint
+# sequence_length = 1024   # by default the smaller of the model's context and 1024; 2-D ids keep theirs
+# fit_tokens = 65536       # references are solved on these,
+# select_tokens = 8192     # the best of several is chosen on these,
+# confirm_tokens = 16384   # and every published number is measured on these
+
+# How much is computed of each checkpoint.
+[peel]
+# effort = "standard"      # quick: margins of whole blocks; standard: and bounds; full: and headroom, redundancy
+# quantities = ["margin", "bounds", "headroom", "redundancy"]  # instead of what the effort says
+# maps = "ends"            # target maps of the bounds: direct, ends, paper, or lists such as [[1, 4], [2, 4]]
+# solver = "closed_form"   # or descent: the paper's six AdamW steps a block, from the trained one; descent_cold
+# time_budget_seconds = 600  # a checkpoint; what it does not suffice for is left out, and the report says what
+
+# What a worker may take, so that the training stays first.
+[device]
+# select = "auto"          # a GPU that nobody uses, else the CPU; or "cpu", "cuda:1", a GPU's uuid
+# memory_fraction = 0.5    # of the machine's memory (its cgroup's, in a container), or of the GPU's
+# nice = 19                # the worker's niceness
+
+# Where numbers are written.
+[tracker]
+# use = ["mlflow"]         # any of the tracker plug-ins: mlflow, jsonl
+# max_series = 400         # never more metric keys than this
+
+# The MLflow server, and the run of it.
+# [tracker.mlflow]
+# tracking_uri = "http://mlflow:5000"  # by default MLFLOW_TRACKING_URI; a secret: "${NAME}" or "file:/path"
+# run_id = "..."           # by default MLFLOW_RUN_ID, else the run tagged peel.checkpoint_dir, else a new run
+# experiment = "Default"
+# run_name = "..."         # of a new run; by default the directory's name
+
+# A local file instead of a server, with use = ["jsonl"].
+# [tracker.jsonl]
+# path = "publications.jsonl"  # by default in the run's own state folder
+
+# What survives a restart: one folder an agent.
+[state]
+# path = "/var/lib/peel-agent"  # by default $STATE_DIRECTORY (systemd's), or beneath ~/.local/state/peel-agent
+
+# The agent's own health: /healthz, /readyz and /metrics.
+[health]
+# listen = "127.0.0.1:9877"  # by default this, where it is free; "" turns it off
+
+# The log, on stderr.
+[log]
+# format = "text"          # or "json", one object a line
+# level = "info"           # or warning, error
+
+# What peels.
+[engine]
+# use = "local"            # a child process of the agent
+
+# Where notices go, beside the trackers: each [[sink]] is one place; all keys but use and name are the plug-in's own.
+# [[sink]]
+# use = "stderr"
+
+# [[sink]]
+# use = "jsonl"
+# name = "for_others"      # by default as `use`
+# path = "notices.jsonl"   # by default in the state folder
+
+# Alerts. Without any [[rule]] the first six are in force; a [[rule]] of your own replaces them all.
+# Each names a block or a part of one (model.layers.3/mlp) by what the peel found of it.
+# [[rule]]
+# name = "layer_below"     # a cheap stand-in is as good as the block, or as its attention or MLP
+# kind = "layer_below"
+# for_checkpoints = 2      # raise after so many in a row (by default 1 for events, 2 for states),
+# clear_checkpoints = 2    # clear after so many in a row
+# after_step = 0           # nothing is raised before this step; while most blocks are idle, no layer is accused anyway
+# severity = "warning"     # info, warning or critical
+
+# [[rule]]
+# name = "layer_changed"   # its weights moved unusually since the checkpoint before: an event, one checkpoint is enough
+# kind = "layer_changed"
+
+# [[rule]]
+# name = "layer_regressed"  # its weights of the checkpoint before would do better
+# kind = "layer_regressed"
+
+# [[rule]]
+# name = "layer_dropped"   # it earns far less than it did
+# kind = "layer_dropped"
+
+# [[rule]]
+# name = "layer_stalled"   # it has stopped learning while the others go on
+# kind = "layer_stalled"
+
+# [[rule]]
+# name = "layer_flooding"  # it drowns the stream, and every later block looks idle because of that
+# kind = "layer_flooding"
+
+# [[rule]]
+# name = "layer_improvable"  # a better layer of its kind is proven while the loss is flat; needs [peel] effort = "full"
+# kind = "layer_improvable"
+
+# Several runs: each [[run]] lays its own tables over the sections above (watch, model, probe, peel, tracker, rule).
+# [[run]]
+# name = "second"          # by default the last part of its path
+# [run.watch]
+# path = "/runs/second/checkpoints"
+"""
+
+
+def configuration_text(found: Found | None = None) -> str:
+    """The text of a peel.toml with every key, commented out; what was found of a place stands in it.
+
+    Raises ConfigurationError for a place whose name no TOML file can hold.
+    """
+    if found is None:
+        return HEAD + BODY
+    said = "".join(f"#   {printable(sentence)}\n" for sentence in found.sentences)
+    body = BODY.replace(WATCH_PATH, f"path = {_quoted(found.place)}", 1)
+    length = found.sequence_length
+    if length is not None:
+        body = body.replace(LENGTH, f"# sequence_length = {length}", 1)
+    return f"{HEAD}#\n# What `peel-agent init` found:\n{said}{body}"
+
+
+def _quoted(text: str) -> str:
+    """A basic string of TOML: as in JSON, which leaves DEL as it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"{text} cannot be written to a configuration: its name is not UTF-8",
+            remedy="give a link to it of another name, or name it on the command line",
+        ) from error
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,47 @@
+"""What a peel is asked to do: the sections of the configuration that travel to a worker with a request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from peel_agent.records.precision import WeightSet
+
+Factory: TypeAlias = str
+Precision: TypeAlias = Mapping[str, WeightSet]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """`[model]`: `factory` makes models of your own, `package.module:callable`; None (`auto`) is transformers.
+
+    `precision` says by glob which matrices hold the latents of a quantiser, and of which.
+    """
+
+    factory: Factory | None = None
+    precision: Precision = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """`[probe]`: held-out token ids or text from the training distribution."""
+
+    path: Path | None = None
+    tokenizer: Path | None = None
+    sequence_length: int | None = None
+    fit_tokens: int = 65_536
+    select_tokens: int = 8_192
+    confirm_tokens: int = 16_384
+
+
+@dataclass(frozen=True)
+class PeelSettings:
+    """`[peel]`: what to compute; what `time_budget_seconds` do not suffice for is left out and said."""
+
+    effort: str = "standard"
+    quantities: tuple[str, ...] | None = None
+    maps: str | tuple[tuple[int, ...], ...] = "ends"
+    solver: str = "closed_form"
+    time_budget_seconds: float | None = None

@@ -1,0 +1,400 @@
+"""One watched place: each look queues what is found, starts the next peel, and makes what was answered final.
+
+The clock, the devices and the loop itself are the agent's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peel_agent.config import DeviceSettings, RunSettings
+from peel_agent.errors import ConfigurationError, GaveWay, PeelError, TornCheckpoint, WorkerError, printable
+from peel_agent.judging import RULE_GONE, Judging
+from peel_agent.ledger import RunLedger
+from peel_agent.publish import headline
+from peel_agent.records import (
+    CheckpointRef,
+    DeviceLease,
+    EventKind,
+    Level,
+    Peeled,
+    Request,
+)
+from peel_agent.watch import Earlier, Observed, Pins, Queue, Source
+from peel_agent.work import (
+    AWAY_PAUSE_SECONDS,
+    DEATH_PAUSE_SECONDS,
+    DEATHS,
+    INTERRUPTIONS,
+    LONGEST_PAUSE,
+    Services,
+    Work,
+    before_of,
+    in_a_line,
+    lost_of,
+    name_of,
+    result_of,
+)
+
+
+@dataclass
+class Run:
+    """The rounds over one source, by a backlog's `policy`, which is not the settings' own with `once`.
+
+    `sinks` are the names of those that get notices; `ended` says why nothing of it is watched any more; no
+    peel begins when it `is_ending`. Used by one thread.
+    """
+
+    settings: RunSettings
+    device: DeviceSettings
+    source: Source
+    policy: str
+    ledger: RunLedger
+    services: Services
+    sinks: Sequence[str] = ()
+    once: bool = False
+    ended: str | None = None
+    work: Work | None = None
+    is_ending: bool = False
+    _refused: set[str] = field(default_factory=set)
+    _rewritten: set[Path] = field(default_factory=set)
+    _unreadable: set[tuple[str, str]] = field(default_factory=set)
+    _left: dict[str, CheckpointRef] = field(default_factory=dict)
+    """Found by an earlier agent, not held, and not seen again yet."""
+    _gone: list[CheckpointRef] = field(default_factory=list)
+    """Whole once, gone now, and not counted yet."""
+    _delayed: list[tuple[float, CheckpointRef]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._pins = Pins(self.source.root, self.ledger.folder)
+        self._queue = Queue(self._pins, self.policy)
+        self._earlier = Earlier(self._pins)
+        self._judging = Judging(
+            self.settings, self.ledger, lambda: self.sinks, self.services.journal, self.services.owed
+        )
+        if self.ended is not None:
+            self.withdraw_all(self.ended)
+            self.let_go()
+            return
+        self._take_up()
+        configured = {rule.name for rule in self.settings.rules}
+        self._judging.withdraw({state.rule for state in self.ledger.rule_states()} - configured, RULE_GONE)
+
+    # ---------------------------------------------------------------- a start, and an end
+
+    def _take_up(self) -> None:
+        """What an earlier agent left: an answer is judged, what was held waits on, the rest is looked for."""
+        last = self.ledger.last_observed()
+        held = {ref.fingerprint: ref for ref in self._pins.left()}
+        if last is not None:
+            self._earlier.ref = held.pop(last.fingerprint, None)
+        for job in self.ledger.jobs():
+            ref = held.pop(job.ref.fingerprint, None) or job.ref.released()
+            if job.state == "answered":
+                self.work = Work(ref, peeled=self.ledger.answer(ref))
+            elif job.interruptions >= INTERRUPTIONS:
+                self._give_up(ref, f"the agent ended {job.interruptions} times while it was peeled")
+            elif ref.held is not None or job.deaths:
+                self._delayed.append((job.not_before, ref))
+            else:
+                self._left[ref.fingerprint] = ref
+        for ref in held.values():  # of an agent of version 0.1, which kept no jobs
+            if self._is_due(ref):
+                self.ledger.await_turn(ref)
+                self._queue.put_back(ref)
+        self._pins.release_all(but=self._needed())
+
+    def withdraw_all(self, reason: str) -> None:
+        """Nothing of this run is watched any more: what fires is resolved."""
+        self._judging.withdraw({state.rule for state in self.ledger.rule_states()}, reason)
+
+    def let_go(self) -> None:
+        """No file is held for it any more."""
+        self._pins.release_all()
+
+    def close(self) -> None:
+        """Lets go of every file that the next start will not need; what is in work then waits, and is not blamed."""
+        if self.work is not None and self.work.answer is not None and self.work.peeled is None:
+            with suppress(sqlite3.Error):  # it counts as an interruption
+                self._leave(self.work.ref, self.work.answer)
+            if self.work.lease is not None:
+                lease = self.work.lease
+                self.work.answer.add_done_callback(lambda _: self.services.give_back(lease))
+        self._pins.release_all(but=self._needed())
+
+    def _leave(self, ref: CheckpointRef, answer: Future[Peeled]) -> None:
+        """The next start judges the answer that is there, or peels it."""
+        if answer.done() and not answer.cancelled() and answer.exception() is None:
+            self.ledger.answered(ref, answer.result())
+        else:
+            self.ledger.put_back(ref)
+
+    def _needed(self) -> tuple[CheckpointRef, ...]:
+        """Those whose files are held: they wait, are in work, or the next one is to be held against them."""
+        working = [] if self.work is None else [self.work.ref]
+        earlier = [] if self._earlier.ref is None else [self._earlier.ref]
+        return (*self._queue.held(), *(ref for _, ref in self._delayed), *working, *earlier)
+
+    # ---------------------------------------------------------------- a round
+
+    def round(self, now: float) -> Observed:
+        """One round at the time `now`, in Unix seconds. Raises ConfigurationError when nothing can be peeled so."""
+        self._conclude(now)
+        observed = self.source.look(now)
+        self._take(observed)
+        self._start(now)
+        return observed
+
+    def is_idle(self, observed: Observed) -> bool:
+        """Whether nothing of what was observed is left to wait for."""
+        busy = self.work is not None or self._queue or self._delayed or observed.waiting
+        return not busy and not any(map(self._is_due, observed.ready))
+
+    def _take(self, observed: Observed) -> None:
+        for ref in observed.ready:
+            self._find(ref)
+        if not self._is_away():
+            self._gone += (*observed.vanished, *self._queue.gone(), *lost_of(self._left, observed))
+        while self._gone:
+            is_missed = self._is_due(self._gone[0]) and not self._is_waiting(self._gone[0])
+            if is_missed:
+                self.ledger.miss(self._gone[0])
+            gone = self._gone.pop(0)
+            if is_missed:
+                self._tell_missed(gone)
+        self._mind_space()
+        for path, reason in observed.unreadable:
+            if (path, reason) not in self._unreadable:
+                self._unreadable.add((path, reason))
+                self._tell("unreadable", f"cannot read {printable(path)}: {reason}", level="warning")
+
+    def _tell_missed(self, ref: CheckpointRef) -> None:
+        self._tell("missed", f"{name_of(ref)} was removed before it could be peeled", ref, level="warning")
+
+    def _find(self, ref: CheckpointRef) -> None:
+        if not self._is_due(ref) or self._is_waiting(ref):
+            return
+        self.ledger.await_turn(ref)
+        self._left.pop(ref.fingerprint, None)
+        if self._queue.add(ref):
+            return
+        if ref.path.exists():
+            self.ledger.forget(ref, why="torn")
+            self._tell("torn", f"{name_of(ref)} changed before it could be held; the next look takes it", ref)
+        else:
+            self._gone.append(ref)
+
+    def _is_waiting(self, ref: CheckpointRef) -> bool:
+        return ref in self._queue or any(ref.fingerprint == own.fingerprint for _, own in self._delayed)
+
+    def _is_away(self) -> bool:
+        """A file system that is not mounted says nothing of what is on it."""
+        return not self.source.root.exists()
+
+    def _mind_space(self) -> None:
+        """The training needs what is left of a file system that is nearly full."""
+        if self._earlier.make_room():
+            words = "the last checkpoint is not kept for comparison; how far weights changed is estimated from sketches"
+            self._tell("space", f"the file system of {self._pins.folder} is nearly full: {words}", level="warning")
+        if full := self._queue.make_room():
+            words = f"the file system of {full} is nearly full: waiting checkpoints are not kept from rotation now"
+            self._tell("space", words, level="warning")
+
+    def _is_due(self, ref: CheckpointRef) -> bool:
+        """Neither in work, nor done, nor refused in this session."""
+        if self.work is not None and self.work.ref.fingerprint == ref.fingerprint:
+            return False
+        # What was refused in an earlier session may have had its cause elsewhere: a library, a factory, a config.json.
+        if ref.fingerprint in self._refused:
+            return False
+        done = ("peeled", "failed") if self.policy == "all" else ("peeled", "failed", "passed over")
+        return self.ledger.outcome(ref.fingerprint) not in done
+
+    # ---------------------------------------------------------------- a peel begins
+
+    def _start(self, now: float) -> None:
+        due = [entry for entry in self._delayed if not 0 < entry[0] - now <= LONGEST_PAUSE]
+        for entry in due:
+            self._delayed.remove(entry)
+            self._queue.put_back(entry[1])
+        if self.work is not None or not self._queue or self.is_ending:
+            return
+        lease = self.services.lease(self.ledger.run)
+        if lease is None:
+            return
+        ref, passed = self._queue.next()
+        left = list(passed)
+        try:
+            while left:
+                self.ledger.pass_over(left[0], f"backlog = {self.policy}")
+                self._end_passed(left.pop(0))
+            self.work = Work(ref, lease, self._submitted(self._request(ref, lease)))
+        except BaseException:
+            self.services.give_back(lease)
+            for waiting in (*(older.released() for older in left), ref):
+                self._queue.put_back(waiting)
+            raise
+        self._tell("peeling", f"peeling {name_of(ref)} on {lease.label}", ref)
+
+    def _submitted(self, request: Request) -> Future[Peeled]:
+        self.ledger.begin(request.ref)
+        try:
+            return self.services.submit(request)
+        except BaseException:
+            with suppress(sqlite3.Error):  # it counts as an interruption
+                self.ledger.put_back(request.ref)
+            raise
+
+    def _end_passed(self, ref: CheckpointRef) -> None:
+        self.source.done(ref)
+        words = f'passed over {name_of(ref)}: a newer one waits; [watch] backlog = "all" peels every one'
+        self._tell("passed over", words, ref)
+
+    def _request(self, ref: CheckpointRef, lease: DeviceLease) -> Request:
+        own = self.settings
+        is_observation = self._is_observation(ref)
+        return Request(
+            ref=ref,
+            probe=own.probe,
+            peel=own.peel,
+            model=own.model,
+            lease=lease,
+            nice=self.device.nice,
+            memory_fraction=self.device.memory_fraction,
+            copy_to=self._pins.folder if ref.path in self._rewritten else None,
+            earlier=self.ledger.bound_memory() if is_observation else None,
+            before=before_of(ref, self.ledger.last_observed(), self._earlier.newest(), is_observation=is_observation),
+            keep_sketches=is_observation,
+        )
+
+    def _is_observation(self, ref: CheckpointRef) -> bool:
+        """Whether alerts are judged by this checkpoint, and it enters the series.
+
+        A save without a step (a final export) has no place in the order of the run, and a checkpoint of an earlier step
+        that comes after a later one is history.
+        """
+        return ref.step is not None and not self.ledger.is_late(ref)
+
+    # ---------------------------------------------------------------- a peel ends
+
+    def _conclude(self, now: float) -> None:
+        """The work stays as it is until what came of it is on disk: a full disk costs a round, not an answer."""
+        work = self.work
+        if work is None:
+            return
+        if work.peeled is None:
+            assert work.answer is not None
+            if not work.answer.done():
+                return
+            peeled = result_of(work.answer)
+            if isinstance(peeled, PeelError):
+                self._return_device()
+                self._went_wrong(work.ref, peeled, now)
+                return
+            self.ledger.answered(work.ref, peeled)
+            self._return_device()
+            self.work = work = dataclasses.replace(work, lease=None, peeled=peeled)
+        assert work.peeled is not None
+        self._finish(work.ref, work.peeled)
+
+    def _return_device(self) -> None:
+        if self.work is not None and self.work.lease is not None:
+            self.services.give_back(self.work.lease)
+            self.work = dataclasses.replace(self.work, lease=None)
+
+    def _went_wrong(self, ref: CheckpointRef, error: PeelError, now: float) -> None:
+        if isinstance(error, TornCheckpoint):
+            self._torn(ref, error, now)
+        elif isinstance(error, GaveWay):
+            self.ledger.put_back(ref, why="gave_way")
+            self._wait_again(ref, now)
+            self._tell("gave way", f"stopped peeling {name_of(ref)}: {error.what}; it is peeled again later", ref)
+        elif isinstance(error, WorkerError):
+            self._died(ref, error, now)
+        elif isinstance(error, ConfigurationError) and not self.ledger.count("peeled"):
+            self.ledger.put_back(ref)
+            self._wait_again(ref, now)
+            raise error  # it is the user's, and no checkpoint would do
+        else:
+            self.ledger.refuse(ref, str(error))
+            self._refused.add(ref.fingerprint)
+            self._end_work()
+            self._tell("refused", f"cannot use {name_of(ref)}: {in_a_line(error)}", ref, level="warning")
+
+    def _wait_again(self, ref: CheckpointRef, not_before: float) -> None:
+        self.work = None
+        self._delayed.append((not_before, ref))  # held as it is: the trainer may have rotated it
+
+    def _torn(self, ref: CheckpointRef, error: TornCheckpoint, now: float) -> None:
+        """One rewritten in place is copied the next time: the trainer may rewrite it faster than it is peeled."""
+        if self._is_away():
+            self.ledger.put_back(ref)
+            self._wait_again(ref, now + AWAY_PAUSE_SECONDS)
+        elif not ref.path.exists():
+            self.ledger.miss(ref)
+            self._end_work()
+            self._tell_missed(ref)
+        else:
+            self._rewritten.add(ref.path)
+            self.ledger.forget(ref, why="torn")
+            self._end_work(comes_back=True)
+            self._tell(
+                "torn", f"{name_of(ref)}: {error.what}; it is read again when it is at rest", ref, level="warning"
+            )
+
+    def _died(self, ref: CheckpointRef, error: WorkerError, now: float) -> None:
+        counted = self.ledger.count_deaths(ref)
+        deaths = counted + 1
+        if deaths >= DEATHS:
+            if counted < DEATHS:
+                self.ledger.died(ref, now)
+            self._give_up(ref, f"{error.what}, {DEATHS} times -> {error.remedy}")
+            return
+        pause = 0.0 if self.once else DEATH_PAUSE_SECONDS[deaths - 1]
+        self.ledger.died(ref, now + pause)
+        again = "at once" if not pause else f"in {pause:.0f} s"
+        words = f"{name_of(ref)}: {in_a_line(error)}; try {deaths + 1} of {DEATHS} follows {again}"
+        self._wait_again(ref, now + pause)
+        self._tell("worker died", words, ref, level="warning")
+
+    def _give_up(self, ref: CheckpointRef, reason: str) -> None:
+        self.ledger.fail(ref, reason)
+        if self.work is not None and self.work.ref.fingerprint == ref.fingerprint:
+            self._end_work()
+        self._tell(
+            "failed", f"gave up {name_of(ref)}: {reason}; `peel-agent scan` peels it by hand", ref, level="error"
+        )
+
+    def _end_work(self, *, comes_back: bool = False) -> None:
+        """The files are let go of once what came of them is on disk."""
+        work, self.work = self.work, None
+        if work is None:
+            return
+        ref = work.ref
+        if not self._earlier.is_it(ref):
+            self._pins.release(ref)
+        if not comes_back:
+            self.source.done(ref)
+
+    def _finish(self, ref: CheckpointRef, peeled: Peeled) -> None:
+        """Judged, made final in the ledger, and told; what destinations get is owed by then."""
+        observed = self._is_observation(ref)
+        finished = self._judging.finish(ref, peeled, observed=observed)
+        if observed:
+            self._earlier.replace(ref)
+        self._end_work()  # from here on nothing that fails makes it judged again
+        self.services.owed()
+        self._tell("measured", headline(finished.report), ref)
+        self._judging.tell(finished.notices)
+        if self.services.emit is not None:
+            self.services.emit(finished.line)
+
+    def _tell(self, kind: EventKind, words: str, ref: CheckpointRef | None = None, *, level: Level = "info") -> None:
+        step = None if ref is None else ref.step
+        self.services.journal.tell(kind, words, run=self.settings.name, step=step, level=level)

@@ -1,0 +1,34 @@
+"""The watched place of a run: a folder of this machine, or one in an object store, through a mirror."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from peel_agent import registry
+from peel_agent.config import RunSettings
+from peel_agent.watch import GIVE_UP_SECONDS, Bucket, Folder, Mirror, Settling, Source, Store, is_url
+
+
+def source_of(
+    run: RunSettings,
+    folder: Path,
+    policy: str,
+    *,
+    once: bool,
+    say: Callable[[str], None],
+    stopping: Callable[[], bool],
+) -> Source:
+    """What the run looks at; a mirror is kept in the run's own state `folder`."""
+    watch, place = run.watch, str(run.watch.path)
+    formats = registry.formats(watch.format)
+    marker_seconds = watch.settle_seconds if once else math.inf
+    if not is_url(place):
+        give_up = watch.settle_seconds if once else GIVE_UP_SECONDS
+        settling = Settling(watch.settle_seconds, give_up, marker_seconds)
+        return Folder(Path(place), formats, settling, watch.ready_markers)
+    mirror_folder = folder / "mirror"
+    mirror_folder.mkdir(exist_ok=True)
+    mirror = Mirror(Store(place), mirror_folder, formats, watch.ready_markers, marker_seconds)
+    return Bucket(mirror, formats, watch.settle_seconds, policy == "latest", say, stopping)

@@ -1,0 +1,36 @@
+"""Where an agent of these settings keeps its state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peel_agent.config import Settings, default_state_dir, state_dir_of_0_1
+from peel_agent.destinations import pinned_run, tracker_settings
+from peel_agent.errors import ConfigurationError
+from peel_agent.ledger import FILE
+from peel_agent.records import plain
+
+
+def state_dir_of(settings: Settings, file: Path | None) -> Path:
+    """The folder that is named, or the agent's own: by its configuration file when that names several runs, else by its
+    one run. One that version 0.1 left under its own name is gone on with.
+    """
+    if settings.state.path is not None:
+        return settings.state.path
+    if file is not None and len(settings.runs) != 1:
+        return default_state_dir([str(file.absolute())], file.absolute().stem)
+    if not settings.runs:
+        raise ConfigurationError(
+            "nothing says whose state is meant",
+            remedy="name the state folder (--state), the file (-c) or the directory",
+        )
+    (run,) = settings.runs
+    place, trackers = str(run.watch.path), tracker_settings(run.tracker, alone=True)
+    own = default_state_dir([place, run.name, pinned_run(trackers)], run.name)
+    given = {
+        name: {key: str(value) for key, value in plain(one).items() if value is not None}
+        for name, one in trackers.items()
+    }
+    options = {name: one for name, one in given.items() if one}
+    earlier = state_dir_of_0_1(place, run.tracker.use, options)
+    return earlier if not (own / FILE).exists() and (earlier / FILE).exists() else own

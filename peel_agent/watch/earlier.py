@@ -1,0 +1,37 @@
+"""The checkpoint that was judged last: held until the next one is peeled, which is held against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peel_agent.records import CheckpointRef
+from peel_agent.watch.pins import Pins
+
+
+@dataclass
+class Earlier:
+    """`ref` is None before the first, and when its files are not held."""
+
+    pins: Pins
+    ref: CheckpointRef | None = None
+
+    def is_it(self, ref: CheckpointRef) -> bool:
+        return self.ref is not None and self.ref.fingerprint == ref.fingerprint
+
+    def newest(self) -> CheckpointRef | None:
+        """Where its files are: its copy, where one had to be made."""
+        return None if self.ref is None else self.pins.newest(self.ref)
+
+    def replace(self, ref: CheckpointRef) -> None:
+        """Holds on to this checkpoint, and lets go of the one before it."""
+        before, self.ref = self.ref, ref
+        if before is not None and before.fingerprint != ref.fingerprint:
+            self.pins.release(before)
+
+    def make_room(self) -> bool:
+        """Whether it had to be let go of, its file system being nearly full: the training needs what is left."""
+        if self.ref is None or self.ref.held is None or not self.pins.crowded():
+            return False
+        self.pins.release(self.ref)
+        self.ref = None
+        return True

@@ -1,0 +1,160 @@
+"""The engine of one machine: a child process for each request, which gives back all memory when it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import psutil
+
+from peel_agent import errors
+from peel_agent.errors import GaveWay, PeelError, WorkerError
+from peel_agent.records import Peeled, Request, plain, restored
+from peel_agent.spi import Engine, EnginePlugin
+
+KILL_SECONDS = 2.0
+"""A child in the middle of a system call on a dead mount cannot be killed: it is waited for no longer than this."""
+
+STALLED = -signal.SIGALRM
+
+
+def command() -> list[str]:
+    """How a worker is started. -P: the working directory may be a checkpoint's, with a torch.py in it."""
+    return [sys.executable, "-P", "-m", "peel_agent.worker"]
+
+
+class LocalEngine:
+    """Children of this process, each with the environment that `environment` gives for its lease."""
+
+    def __init__(self, environment: Callable[[str], Mapping[str, str]]) -> None:
+        self._environment = environment
+        self._children: dict[str, subprocess.Popen[str] | None] = {}
+        """By the checkpoint's fingerprint; None for one that is about to be started."""
+        self._gave_way: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def submit(self, request: Request) -> Future[Peeled]:
+        answer: Future[Peeled] = Future()
+        with self._lock:
+            self._children[request.ref.fingerprint] = None
+        threading.Thread(target=self._work, args=(request, answer), name="worker", daemon=True).start()
+        return answer
+
+    def give_way(self, fingerprint: str, why: str) -> None:
+        with self._lock:
+            if fingerprint in self._children:
+                self._gave_way[fingerprint] = why
+            child = self._children.get(fingerprint)
+            if child is not None:
+                child.kill()
+
+    def memory_bytes(self) -> int | None:
+        with self._lock:
+            children = [child for child in self._children.values() if child is not None]
+        sizes = []
+        for child in children:
+            try:
+                sizes.append(psutil.Process(child.pid).memory_info().rss)
+            except psutil.Error:
+                continue
+        return sum(sizes) if sizes else None
+
+    def close(self, seconds: float) -> None:
+        with self._lock:
+            self._closed = True
+            children = [child for child in self._children.values() if child is not None]
+        for child in children:
+            child.kill()
+        deadline = time.monotonic() + seconds
+        for child in children:
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                continue
+
+    def _work(self, request: Request, answer: Future[Peeled]) -> None:
+        try:
+            answer.set_result(self._ask(request))
+        except PeelError as error:
+            answer.set_exception(error)
+        except Exception as error:  # whatever it is, the agent is told, and goes on with the next checkpoint
+            answer.set_exception(WorkerError(f"{type(error).__name__}: {error}", remedy="please report it"))
+
+    def _ask(self, request: Request) -> Peeled:
+        fingerprint = request.ref.fingerprint
+        child = subprocess.Popen(  # noqa: S603 - our own interpreter
+            command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._environment(request.lease.visible),
+            start_new_session=True,  # the kernel shares processors out by session: see worker.give_way
+        )
+        with self._lock:
+            self._children[fingerprint] = child
+            if self._closed or fingerprint in self._gave_way:
+                child.kill()
+        try:
+            told, _ = child.communicate(json.dumps(plain(request)))
+        finally:
+            child.kill()
+            with self._lock:
+                gave_way = self._forget(fingerprint, child)
+        status = _status(child)
+        if status != 0 and gave_way is not None:
+            raise GaveWay(gave_way, remedy="nothing to do: it is peeled again later")
+        return _peeled(told, status)
+
+    def _forget(self, fingerprint: str, child: subprocess.Popen[str]) -> str | None:
+        """Why this child was ended by us, if it was; the checkpoint may be another child's by now."""
+        closed = "the agent ends" if self._closed else None
+        if self._children.get(fingerprint) is not child:
+            return closed
+        del self._children[fingerprint]
+        return self._gave_way.pop(fingerprint, closed)
+
+
+def _status(child: subprocess.Popen[str]) -> int:
+    try:
+        return child.wait(KILL_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise WorkerError(
+            f"the worker (process {child.pid}) cannot be ended: it hangs in the system",
+            remedy="look at the file system of the checkpoints: a mount that is dead keeps it",
+        ) from error
+
+
+def _peeled(told: str, status: int) -> Peeled:
+    """What a child that ended with this status told."""
+    if status != 0:
+        cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        if status == STALLED:
+            cause = "no progress for too long"
+        raise WorkerError(
+            f"the worker that peeled it ended with {cause}",
+            remedy="its output stands above; SIGKILL usually means that memory ran out",
+        )
+    answer: dict[str, Any] = json.loads(told.splitlines()[-1])
+    if "error" in answer:
+        error = answer["error"]
+        kind: type[PeelError] = getattr(errors, error["kind"], errors.CheckpointError)  # a plug-in may have its own
+        raise kind(error["what"], remedy=error["remedy"])
+    return restored(Peeled, answer["peeled"])
+
+
+class LocalPlugin:
+    name = "local"
+
+    def open(self, environment: Callable[[str], Mapping[str, str]]) -> Engine:
+        return LocalEngine(environment)
+
+
+PLUGIN: EnginePlugin = LocalPlugin()

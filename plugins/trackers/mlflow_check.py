@@ -1,0 +1,139 @@
+"""Whether an MLflow server, a run and its artifact store would take what is sent: asked by `peel-agent doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from peel_agent.errors import PeelError
+from peel_agent.records import Check
+
+if TYPE_CHECKING:
+    from .mlflow_run import MlflowTracker
+
+TIME_TAG = "peel.checked_ms"
+FILE = "peel/doctor.txt"
+"""What a check leaves in the run: nothing less tells whether it may be written to."""
+
+CLOCK_SECONDS = 30.0
+REFUSED_HOST = "Invalid Host header"
+"""What the server says, with 403, to a host and port that --allowed-hosts does not name."""
+
+Stage = Literal["run", "numbers", "files"]
+
+
+def checks(tracker: MlflowTracker, mlflow: Any, uri: str, now: Callable[[], float]) -> Iterator[Check]:
+    """The checks in order; the first that fails is the last, save that files may fail by themselves."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    failures = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError)
+    unmade = _unmade(uri)
+    if unmade is not None:
+        yield unmade
+        return
+    what = "server"
+    stage: Stage = "run"
+    try:
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        yield Check(what, True, f"{tracker.where()} answers")
+        yield from _clock(uri, now)
+        what = "run"
+        run_id = tracker.existing_run(client)
+        if not run_id:
+            yield _to_be_created(tracker)
+            return
+        yield (found := _found(client.get_run(run_id)))
+        if not found.ok:
+            return
+        stage = "numbers"
+        client.set_tag(run_id, TIME_TAG, str(int(1000 * now())))
+        yield Check("run is writable", True, f"tag {TIME_TAG} was written")
+        what, stage = "artifact store", "files"
+        client.log_text(run_id, "peel-agent doctor could write here.\n", FILE)
+        yield Check(what, True, f"{FILE} was written")
+    except failures as error:
+        yield _refused_host(uri, error) or _failed(what, tracker.failure(error, stage))
+    except PeelError as error:
+        yield _failed(what, error)
+
+
+def _failed(what: str, error: PeelError) -> Check:
+    return Check(what, False, error.what, error.remedy)
+
+
+def _unmade(uri: str) -> Check | None:
+    """A database of this machine that is not there is not made in order to try it: nobody may have meant that one."""
+    file = Path(uri.partition("?")[0].removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or file.exists():
+        return None
+    return Check(
+        "server",
+        None,
+        f"no server is used: MLflow would keep its runs in {file}, a file that is not there yet",
+        "name the server: [tracker.mlflow] tracking_uri, --tracking-uri or MLFLOW_TRACKING_URI",
+    )
+
+
+def _to_be_created(tracker: MlflowTracker) -> Check:
+    return Check(
+        "run",
+        None,
+        f"none is there yet: the first checkpoint makes one in the experiment {tracker.experiment!r}; "
+        "whether its artifacts can be written shows only then",
+        "to know now, name the training's run: [tracker.mlflow] run_id, or MLFLOW_RUN_ID",
+    )
+
+
+def _found(run: Any) -> Check:
+    name, run_id = run.info.run_name, run.info.run_id
+    if run.info.lifecycle_stage == "deleted":
+        return Check(
+            "run",
+            False,
+            f"{run_id} ({name}) is deleted",
+            f"restore it (`mlflow runs restore --run-id {run_id}`), or name another run_id",
+        )
+    return Check("run", True, f"{run_id} ({name}) is found")
+
+
+def _refused_host(uri: str, error: Exception) -> Check | None:
+    """The port counts too: a server that allows `mlflow` refuses `mlflow:5000` (mlflow#22095)."""
+    if REFUSED_HOST not in str(error):
+        return None
+    asked = urlsplit(uri).netloc.rpartition("@")[2]
+    return Check(
+        "server",
+        False,
+        f"the server answers, and refuses to be called {asked} (403, {REFUSED_HOST})",
+        f'start it with --allowed-hosts "{asked}" (host and port as in tracking_uri: the host alone does not allow the '
+        "port), or use a name in tracking_uri that it allows",
+    )
+
+
+def _clock(uri: str, now: Callable[[], float]) -> Iterator[Check]:
+    """The server's clock by its Date header; nothing for a store that is no server, or one that sends none."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    before = now()
+    answer = http_request(get_default_host_creds(uri), "/version", "GET", raise_on_status=False)
+    if "Date" not in answer.headers:
+        return
+    told = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+    ahead = told - min(max(told, before - 1.0), now())  # it is in whole seconds
+    if abs(ahead) > CLOCK_SECONDS:
+        which = "ahead of" if ahead > 0 else "behind"
+        yield Check(
+            "server's clock",
+            False,
+            f"it is {abs(ahead):.0f} s {which} this machine's",
+            "have both set by NTP: points and runs are shown in the wrong order",
+        )
+    else:
+        yield Check("server's clock", True, "it agrees with this machine's")

@@ -1,0 +1,27 @@
+"""`peel-agent` with an engine that answers at once: `python -m tests.runs.instant_agent watch ...`.
+
+All else is real: the loop, the ledger, the courier's process, the trackers. `PEELS` in the environment names the file
+where each peel is noted; `PAUSES` lists seconds in place of the pauses before a next try.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from peel_agent import registry
+from peel_agent.cli import main
+from tests.runs.stoppable import InstantEngine
+
+
+class _Plugin:
+    name = "instant"
+
+    def open(self, environment: object) -> InstantEngine:
+        return InstantEngine(Path(os.environ["PEELS"]))
+
+
+if __name__ == "__main__":
+    registry.engine = lambda _name: _Plugin()  # type: ignore[assignment, return-value]
+    sys.exit(main(sys.argv[1:]))
