@@ -72,7 +72,7 @@ class Run:
     _delayed: list[tuple[float, CheckpointRef]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._pins = Pins(self.source.root, self.ledger.folder)
+        self._pins = Pins(self.source.root, self.ledger.folder, self.ledger.folder.parent.parent)
         self._queue = Queue(self._pins, self.policy)
         self._earlier = Earlier(self._pins)
         self._judging = Judging(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peel_agent.config import Settings, default_state_dir, state_dir_of_0_1
+from peel_agent.config import Settings, default_state_dir, given_state_dir, state_dir_of_0_1
 from peel_agent.destinations import pinned_run, tracker_settings
 from peel_agent.errors import ConfigurationError
 from peel_agent.ledger import FILE
@@ -15,8 +15,9 @@ def state_dir_of(settings: Settings, file: Path | None) -> Path:
     """The folder that is named, or the agent's own: by its configuration file when that names several runs, else by its
     one run. One that version 0.1 left under its own name is gone on with.
     """
-    if settings.state.path is not None:
-        return settings.state.path
+    told = settings.state.path or given_state_dir()
+    if told is not None:
+        return told
     if file is not None and len(settings.runs) != 1:
         return default_state_dir([str(file.absolute())], file.absolute().stem)
     if not settings.runs:

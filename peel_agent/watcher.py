@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peel_agent import registry
 from peel_agent.errors import ConfigurationError, PeelError, printable
 from peel_agent.journal import Journal
 from peel_agent.run import Run
-from peel_agent.watch import Folder, Hints, Observed
+from peel_agent.watch import Folder, Hints, Observed, nearby
 
 LOOK_PAUSE_SECONDS = 0.5
 """A save in progress raises a hint for every write; looks keep at least this far apart."""
@@ -37,6 +38,7 @@ class Watcher:
     _stopping: threading.Event = field(default_factory=threading.Event)
     _hints: Hints | None = None
     _thread: threading.Thread | None = None
+    _has_looked_near: bool = False
     on_end: Callable[[], None] = lambda: None
     on_damage: Callable[[], None] = lambda: None
 
@@ -145,6 +147,7 @@ class Watcher:
             self.journal.begin(trouble, words, run=self.name)
         else:
             self._mind_place(observed)
+            self._say_what_is_near(observed)
             for passed in (trouble, f"run/{self.key}/fault"):
                 self.journal.end(passed, f"{self.run.source.label} is looked at again", run=self.name)
             return observed
@@ -159,6 +162,17 @@ class Watcher:
             self.journal.begin(trouble, f"{label}: {away}; nothing is lost, and it is looked for again", run=self.name)
         else:
             self.journal.end(trouble, f"{label} is there again", run=self.name)
+
+    def _say_what_is_near(self, observed: Observed) -> None:
+        """Once, where nothing was ever found: a folder too high, an adapter, a link that is not followed."""
+        source = self.run.source
+        if self._has_looked_near or not isinstance(source, Folder):
+            return
+        is_empty = not (observed.ready or observed.waiting or observed.unreadable)
+        self._has_looked_near = True
+        if is_empty and not self.run.ledger.count("peeled"):
+            for sentence in nearby(source.root, registry.formats(self.run.settings.watch.format)):
+                self.journal.tell("unreadable", sentence, run=self.name, level="warning")
 
     def _words_of_ledger(self, error: sqlite3.Error) -> str:
         folder: Path = self.run.ledger.folder

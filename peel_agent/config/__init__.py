@@ -2,6 +2,7 @@
 
 from peel_agent.config.environment import (
     default_state_dir,
+    given_state_dir,
     see_only,
     service_manager,
     state_dir_of_0_1,
@@ -34,6 +35,7 @@ __all__ = [
     "TrackerSettings",
     "WatchSettings",
     "default_state_dir",
+    "given_state_dir",
     "load_settings",
     "plugin_settings",
     "see_only",

@@ -14,14 +14,18 @@ def state_home() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "peel-agent"
 
 
+def given_state_dir() -> Path | None:
+    """What the service manager gives as state folder: systemd's $STATE_DIRECTORY, None without one."""
+    given = os.environ.get("STATE_DIRECTORY")
+    return Path(given.partition(":")[0]) if given else None
+
+
 def default_state_dir(identity: Sequence[str], name: str) -> Path:
-    """The state folder of an agent that was not given one: $STATE_DIRECTORY (systemd's), or one of its own.
+    """The state folder of an agent that was not given one.
 
     `identity` is what makes it the same agent at its next start: its configuration file, or its one run's place, name
     and pinned tracker run. Passwords, trackers and their addresses are no part of it: they may change.
     """
-    if given := os.environ.get("STATE_DIRECTORY"):
-        return Path(given.partition(":")[0])
     digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()[:8]
     return state_home() / f"{name}-{digest}"
 

@@ -40,16 +40,20 @@ def spare_bytes(total: int) -> int:
 class Pins:
     """A folder of pins for one watched root, with one owner.
 
-    `state_dir` is used when its files may be links to the root's, or else a folder of the root itself.
+    `state_dir` is used when its files may be links to the root's, or else a folder of the root itself. What was held
+    for the state folder `earlier` is taken over.
     """
 
-    def __init__(self, root: Path, state_dir: Path) -> None:
+    def __init__(self, root: Path, state_dir: Path, earlier: Path | None = None) -> None:
         if not root.exists() or same_mount(state_dir, root):
             self.folder = state_dir / "pins"
         else:
-            self.folder = root / FOLDER / hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
+            self.folder = _beside(root, state_dir)
         # Whoever may write to the root could make it a link to anywhere.
         self._usable = not self.folder.parent.is_symlink() and not self.folder.is_symlink()
+        if earlier is not None and self._usable and self.folder.parent.name == FOLDER and not self.folder.exists():
+            with contextlib.suppress(OSError):  # there is mostly none
+                _beside(root, earlier).rename(self.folder)
 
     def pin(self, ref: CheckpointRef) -> CheckpointRef:
         """The same checkpoint held by reflinks or hard links; left in place where the file system has neither.
@@ -121,6 +125,11 @@ class Pins:
         except OSError:
             return False
         return usage.free < spare_bytes(usage.total)
+
+
+def _beside(root: Path, state_dir: Path) -> Path:
+    """The folder of pins of a state folder inside a watched root."""
+    return root / FOLDER / hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
 
 
 def copied(ref: CheckpointRef, folder: Path) -> CheckpointRef:

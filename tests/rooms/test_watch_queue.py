@@ -135,6 +135,20 @@ class TestPins:
         finally:
             shutil.rmtree(homes[0].parents[1])
 
+    def test_what_an_earlier_state_folder_held(self, root: Path, tmp_path: Path) -> None:
+        """Pins in the root that version 0.1 made for the whole state folder are taken over by the run."""
+        state = Path("/dev/shm") / tmp_path.name / "state"
+        (state / "runs" / "key").mkdir(parents=True)
+        try:
+            ref = Pins(root, state).pin(checkpoint(root, 5))
+            assert ref.held is not None
+            (left,) = Pins(root, state / "runs" / "key", state).left()
+            assert left.fingerprint == ref.fingerprint
+            assert is_whole(left)
+            assert not ref.held.exists()
+        finally:
+            shutil.rmtree(state.parent)
+
     def test_a_link_in_place_of_the_folder(self, root: Path, tmp_path: Path) -> None:
         """Nothing is written or removed through a link of the folder's name: then nothing is held."""
         other, victim = Path("/dev/shm") / tmp_path.name, tmp_path / "victim"

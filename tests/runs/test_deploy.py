@@ -136,7 +136,7 @@ def command_lines() -> dict[str, list[str]]:
         "unit",
         "image",
         "compose",
-        pytest.param("health", marks=pytest.mark.xfail(strict=True, reason="`peel-agent status` is still to come")),
+        "health",
     ],
 )
 def test_every_command_exists(where: str, tmp_path: Path) -> None:

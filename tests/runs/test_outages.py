@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import servers
+from tests.rooms.test_watch_scan import write_checkpoint
 from tests.runs.faulty_proxy import Fault, Proxy, answering, cut_after_write, faulty_proxy, slow
 from tests.runs.sidecar import Sidecar
 from tests.servers import free_port, mlflow_client, mlflow_server
@@ -242,7 +246,6 @@ def runs(folder: Path, *names: str) -> str:
 
 def test_two_runs_of_which_one_breaks_and_a_third_that_is_added(tmp_path: Path) -> None:
     """The other never notices. SIGHUP adds a third; a configuration that cannot be read is refused."""
-    from tests.rooms.test_watch_scan import write_checkpoint
 
     def outcomes() -> dict[str, int]:
         rows = sidecar.read("SELECT run, count(*) FROM checkpoints WHERE outcome = 'peeled' GROUP BY run")
@@ -287,3 +290,50 @@ def test_commands_beside_it(tmp_path: Path) -> None:
     after = sidecar.command("status")
     assert after.returncode == 1
     assert "no agent is running" in after.stdout
+
+
+def test_what_systemd_hears(tmp_path: Path) -> None:
+    """READY when it watches, WATCHDOG while its loop goes round, RELOADING and READY again, STOPPING at its end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(120)
+        more = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}
+        sidecar = Sidecar(tmp_path, '[tracker]\nuse = ["jsonl"]\n', **more)
+
+        def hear(word: str) -> None:
+            while word not in manager.recv(4096).decode().split("\n"):
+                pass
+
+        with sidecar.running():
+            hear("READY=1")
+            hear("WATCHDOG=1")
+            assert sidecar.process is not None
+            sidecar.process.send_signal(signal.SIGHUP)
+            hear("RELOADING=1")
+            hear("READY=1")
+            hear("WATCHDOG=1")
+            sidecar.process.send_signal(signal.SIGTERM)
+            hear("STOPPING=1")
+            assert sidecar.process.wait(20) == 0
+            sidecar.process = None
+
+
+def test_status_finds_the_state_that_systemd_gives(tmp_path: Path) -> None:
+    """`peel-agent status` without arguments, as a health check of an image runs it."""
+    sidecar = Sidecar(tmp_path, '[tracker]\nuse = ["jsonl"]\n')
+    ask = [sys.executable, "-m", "peel_agent", "status"]
+    environment = sidecar.environment | {"STATE_DIRECTORY": str(sidecar.state)}
+    with sidecar.running():
+        wait_for(lambda: subprocess.run(ask, env=environment, capture_output=True, check=False).returncode == 0)
+    assert subprocess.run(ask, env=environment, capture_output=True, check=False).returncode == 1
+
+
+def test_a_folder_too_high(tmp_path: Path) -> None:
+    """Where nothing is found, what lies one level below is said, once."""
+    sidecar = Sidecar(tmp_path, '[tracker]\nuse = ["jsonl"]\n')
+    write_checkpoint(sidecar.root / "run-a" / "checkpoint-100", 100)
+    with sidecar.running():
+        sidecar.wait_for_words("run-a")
+        assert sidecar.said().count("run-a") == 1
+        sidecar.write(100)
+        sidecar.wait_for_steps(100)
