@@ -7,15 +7,12 @@ thread of its own; the loop here only tends: whatever goes wrong in one place, t
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +23,7 @@ from peel_agent.destinations import Address, addresses, pinned_run, tracker_sett
 from peel_agent.devices import Devices
 from peel_agent.dispatch import Dispatch
 from peel_agent.errors import ConfigurationError, PeelError, printable
-from peel_agent.figures import HEARTBEAT, Figures
+from peel_agent.figures import Figures, write_heartbeat
 from peel_agent.health import HealthServer, Notifier
 from peel_agent.identity import run_key
 from peel_agent.journal import Journal
@@ -222,16 +219,11 @@ class Agent:
             owed=self._dispatch.owed,
             emit=self._emit,
         )
-        source = source_of(
-            run, ledger.folder, policy, once=once, say=self._say_of(run.name), stopping=lambda: self._stopping
-        )
+        source = source_of(run, ledger.folder, policy, once=once, stopping=lambda: self._stopping)
         made = Run(run, settings.device, source, policy, ledger, services, sinks=_names(settings), once=once)
         watcher = Watcher(key, made, self.journal, on_end=self._turn, on_damage=self._mend_ledger)
         self._watchers[key] = watcher
         watcher.start()
-
-    def _say_of(self, run: str) -> Callable[[str], None]:
-        return lambda words: self.journal.tell("space", words, run=run)
 
     def _submit(self, key: str, request: Request) -> Future[Peeled]:
         self._dispatch.busy(key, is_busy=True)
@@ -272,19 +264,22 @@ class Agent:
         self.journal.tell("ended", f"{watcher.run.source.label} is not watched any more", run=watcher.name)
 
     def _end_forgotten(self, settings: Settings, keys: tuple[str, ...]) -> None:
-        """Runs that were taken out of the configuration while no agent was there."""
+        """Runs that were taken out of the configuration while no agent was there, or still owe something."""
+        for key, name, place in self._ledger.owing(keys):
+            self._addresses[key] = self._addresses_of_gone(key, name, place, settings)
         for key, name, place in self._ledger.others(keys):
             ledger = self._ledger.run(key, name, place)
-            gone = RunSettings(
-                name=name, watch=dataclasses.replace(settings.watch, path=place), tracker=settings.tracker
-            )
-            source = source_of(gone, ledger.folder, "latest", once=True, say=lambda _: None, stopping=lambda: True)
+            gone = _gone(name, place, settings)
+            source = source_of(gone, ledger.folder, "latest", once=True, stopping=lambda: True)
             services = Services(self.journal, lambda _: None, self._engine.submit, lambda _: None)
             Run(gone, settings.device, source, "latest", ledger, services, sinks=_names(settings), ended=NOT_WATCHED)
-            self._addresses[key] = addresses(
-                gone, settings, key=key, folder=ledger.folder, state_dir=self._ledger.state_dir
-            )
+            self._addresses[key] = self._addresses_of_gone(key, name, place, settings)
             self._ledger.end(ledger)
+
+    def _addresses_of_gone(self, key: str, name: str, place: str, settings: Settings) -> tuple[Address, ...]:
+        folder = self._ledger.state_dir / "runs" / key
+        gone = _gone(name, place, settings)
+        return addresses(gone, settings, key=key, folder=folder, state_dir=self._ledger.state_dir)
 
     def _name_of(self, key: str) -> str:
         watcher = self._watchers.get(key)
@@ -365,16 +360,7 @@ class Agent:
 
     def _beat(self) -> None:
         """For `peel-agent status`, beside us: that we live, and what is wrong."""
-        form = {
-            "pid": os.getpid(),
-            "version": version("peel-agent"),
-            "at": time.time(),
-            "troubles": list(self.journal.troubles),
-            "device": self._leases.words,
-        }
-        part = self._ledger.state_dir / (HEARTBEAT + ".part")
-        part.write_text(json.dumps(form), encoding="utf-8")
-        part.replace(self._ledger.state_dir / HEARTBEAT)
+        write_heartbeat(self._ledger.state_dir, time.time(), self.journal.troubles, self._leases.words)
 
     # ---------------------------------------------------------------- its end
 
@@ -393,6 +379,11 @@ class Agent:
         self._dispatch.close()
         with suppress(Exception):  # a full disk: the last copy stays
             self._ledger.tend(time.time(), every=0.0)
+
+
+def _gone(name: str, place: str, settings: Settings) -> RunSettings:
+    """What is left of a run's settings: its place, and the trackers of the top level."""
+    return RunSettings(name=name, watch=dataclasses.replace(settings.watch, path=place), tracker=settings.tracker)
 
 
 def _names(settings: Settings) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -138,6 +140,14 @@ class Standing:
     def form(self) -> dict[str, Any]:
         """As JSON values."""
         return {"ready": self.is_ready, **plain(self)}
+
+
+def write_heartbeat(state_dir: Path, now: float, troubles: Sequence[str], device: str) -> None:
+    """Leaves for `status` that this agent lives, what is wrong, and which device it has. Raises OSError."""
+    form = {"pid": os.getpid(), "at": now, "troubles": list(troubles), "device": device}
+    part = state_dir / (HEARTBEAT + ".part")
+    part.write_text(json.dumps(form), encoding="utf-8")
+    part.replace(state_dir / HEARTBEAT)
 
 
 def standing_of(state_dir: Path, now: float) -> Standing:

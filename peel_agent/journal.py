@@ -51,9 +51,9 @@ class Journal:
         with self._lock:
             if not self._is_news(event):
                 return
+            self._keep(event)
             if level in self._written:
                 self._write(_json(event) if self._as_json else _text(event))
-            self._keep(event)
 
     def _is_news(self, event: Event) -> bool:
         same = (event.kind, event.run, event.words)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from peel_agent.config import RunSettings
 from peel_agent.diagnose import lineage
+from peel_agent.errors import CheckpointError
 from peel_agent.journal import Journal
 from peel_agent.judge import withdraw
 from peel_agent.ledger import RunLedger
@@ -44,16 +45,24 @@ class Judging:
         self._owed = owed
 
     def finish(self, ref: CheckpointRef, peeled: Peeled, *, observed: bool) -> Finished:
-        """Judged and made final in the ledger; what destinations get is owed by then. Raises sqlite3.Error, OSError."""
-        report, verdict, sent = conclude(
-            peeled.report,
-            ref,
-            observed=observed,
-            history=lineage(map(report_from_json, self._ledger.history()), ref.step),
-            rules=self._settings.rules,
-            states=self._ledger.rule_states(),
-            max_series=self._settings.tracker.max_series,
-        )
+        """Judged and made final in the ledger; what destinations get is owed by then.
+
+        Raises CheckpointError for numbers that cannot be judged, sqlite3.Error and OSError.
+        """
+        history, states = self._ledger.history(), self._ledger.rule_states()
+        try:
+            report, verdict, sent = conclude(
+                peeled.report,
+                ref,
+                observed=observed,
+                history=lineage(map(report_from_json, history), ref.step),
+                rules=self._settings.rules,
+                states=states,
+                max_series=self._settings.tracker.max_series,
+            )
+        except Exception as error:  # it is pure: what fails once fails for ever, and must not hold up the next
+            what = f"its numbers cannot be judged: {type(error).__name__}: {error}"
+            raise CheckpointError(what, remedy="please report it") from error
         line = report_line(report)
         self._ledger.record(
             ref,

@@ -14,18 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peel_agent.config import DeviceSettings, RunSettings
-from peel_agent.errors import ConfigurationError, GaveWay, PeelError, TornCheckpoint, WorkerError, printable
+from peel_agent.errors import (
+    CheckpointError,
+    ConfigurationError,
+    GaveWay,
+    PeelError,
+    TornCheckpoint,
+    WorkerError,
+    printable,
+)
 from peel_agent.judging import RULE_GONE, Judging
 from peel_agent.ledger import RunLedger
 from peel_agent.publish import headline
-from peel_agent.records import (
-    CheckpointRef,
-    DeviceLease,
-    EventKind,
-    Level,
-    Peeled,
-    Request,
-)
+from peel_agent.records import CheckpointRef, DeviceLease, EventKind, Level, Peeled, Request
 from peel_agent.watch import Earlier, Observed, Pins, Queue, Source
 from peel_agent.work import (
     AWAY_PAUSE_SECONDS,
@@ -86,8 +87,6 @@ class Run:
         configured = {rule.name for rule in self.settings.rules}
         self._judging.withdraw({state.rule for state in self.ledger.rule_states()} - configured, RULE_GONE)
 
-    # ---------------------------------------------------------------- a start, and an end
-
     def _take_up(self) -> None:
         """What an earlier agent left: an answer is judged, what was held waits on, the rest is looked for."""
         last = self.ledger.last_observed()
@@ -140,8 +139,6 @@ class Run:
         working = [] if self.work is None else [self.work.ref]
         earlier = [] if self._earlier.ref is None else [self._earlier.ref]
         return (*self._queue.held(), *(ref for _, ref in self._delayed), *working, *earlier)
-
-    # ---------------------------------------------------------------- a round
 
     def round(self, now: float) -> Observed:
         """One round at the time `now`, in Unix seconds. Raises ConfigurationError when nothing can be peeled so."""
@@ -281,8 +278,6 @@ class Run:
         """
         return ref.step is not None and not self.ledger.is_late(ref)
 
-    # ---------------------------------------------------------------- a peel ends
-
     def _conclude(self, now: float) -> None:
         """The work stays as it is until what came of it is on disk: a full disk costs a round, not an answer."""
         work = self.work
@@ -301,7 +296,7 @@ class Run:
             self._return_device()
             self.work = work = dataclasses.replace(work, lease=None, peeled=peeled)
         assert work.peeled is not None
-        self._finish(work.ref, work.peeled)
+        self._finish(work.ref, work.peeled, now)
 
     def _return_device(self) -> None:
         if self.work is not None and self.work.lease is not None:
@@ -382,10 +377,14 @@ class Run:
         if not comes_back:
             self.source.done(ref)
 
-    def _finish(self, ref: CheckpointRef, peeled: Peeled) -> None:
+    def _finish(self, ref: CheckpointRef, peeled: Peeled, now: float) -> None:
         """Judged, made final in the ledger, and told; what destinations get is owed by then."""
         observed = self._is_observation(ref)
-        finished = self._judging.finish(ref, peeled, observed=observed)
+        try:
+            finished = self._judging.finish(ref, peeled, observed=observed)
+        except CheckpointError as error:
+            self._went_wrong(ref, error, now)
+            return
         if observed:
             self._earlier.replace(ref)
         self._end_work()  # from here on nothing that fails makes it judged again

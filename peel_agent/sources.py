@@ -17,7 +17,6 @@ def source_of(
     policy: str,
     *,
     once: bool,
-    say: Callable[[str], None],
     stopping: Callable[[], bool],
 ) -> Source:
     """What the run looks at; a mirror is kept in the run's own state `folder`."""
@@ -31,4 +30,4 @@ def source_of(
     mirror_folder = folder / "mirror"
     mirror_folder.mkdir(exist_ok=True)
     mirror = Mirror(Store(place), mirror_folder, formats, watch.ready_markers, marker_seconds)
-    return Bucket(mirror, formats, watch.settle_seconds, policy == "latest", say, stopping)
+    return Bucket(mirror, formats, watch.settle_seconds, policy == "latest", stopping)

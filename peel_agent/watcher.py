@@ -146,22 +146,20 @@ class Watcher:
             words = f"the last look failed: {type(error).__name__}: {printable(str(error))}; it is tried again"
             self.journal.begin(trouble, words, run=self.name)
         else:
-            self._mind_place(observed)
+            self._mind_place()
             self._say_what_is_near(observed)
             for passed in (trouble, f"run/{self.key}/fault"):
                 self.journal.end(passed, f"{self.run.source.label} is looked at again", run=self.name)
             return observed
         return None
 
-    def _mind_place(self, observed: Observed) -> None:
+    def _mind_place(self) -> None:
         """A place that is away, and one that is there again."""
-        label = self.run.source.label
-        away = dict(observed.waiting).get(label)
-        trouble = f"run/{self.key}/place"
-        if away is not None and isinstance(self.run.source, Folder):
-            self.journal.begin(trouble, f"{label}: {away}; nothing is lost, and it is looked for again", run=self.name)
+        source, trouble = self.run.source, f"run/{self.key}/place"
+        if source.away is not None:
+            self.journal.begin(trouble, f"{source.away}; nothing is lost, and it is looked for again", run=self.name)
         else:
-            self.journal.end(trouble, f"{label} is there again", run=self.name)
+            self.journal.end(trouble, f"{source.label} is there again", run=self.name)
 
     def _say_what_is_near(self, observed: Observed) -> None:
         """Once, where nothing was ever found: a folder too high, an adapter, a link that is not followed."""

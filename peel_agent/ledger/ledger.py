@@ -75,6 +75,13 @@ class Ledger:
         rows = self._database.query("SELECT run, name, place FROM runs WHERE ended = 0 ORDER BY run")
         return tuple(row for row in rows if row[0] not in keys)
 
+    def owing(self, keys: tuple[str, ...]) -> tuple[tuple[str, str, str], ...]:
+        """Key, name and place of runs that have ended and still owe something, and are not among these."""
+        rows = self._database.query(
+            "SELECT run, name, place FROM runs WHERE ended = 1 AND run IN (SELECT run FROM deliveries WHERE dead = 0)"
+        )
+        return tuple(row for row in rows if row[0] not in keys)
+
     def end(self, run: RunLedger) -> None:
         """The run is not watched any more."""
         with self._database.transaction() as db:

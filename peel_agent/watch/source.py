@@ -18,10 +18,14 @@ from peel_agent.watch.units import ROOT
 
 
 class Source(Protocol):
-    """A watched place. `root` is where its checkpoints are on this machine, `label` what to call it."""
+    """A watched place. `root` is where its checkpoints are on this machine, `label` what to call it.
+
+    `away` says after a look why the place could not be seen, None when it was.
+    """
 
     root: Path
     label: str
+    away: str | None
 
     def look(self, now: float) -> Observed:
         """What is there at the time `now`, in Unix seconds."""
@@ -36,12 +40,15 @@ class Folder:
     def __init__(self, root: Path, formats: Sequence[Format], settling: Settling, markers: Sequence[str] = ()) -> None:
         self.root = root
         self.label = str(root)
+        self.away: str | None = None
         self._formats = formats
         self._settling = settling
         self._markers = tuple(markers)
 
     def look(self, now: float) -> Observed:
-        if not self.root.exists():  # an unmounted file system says nothing of what is on it
+        # An unmounted file system says nothing of what is on it.
+        self.away = None if self.root.exists() else f"{self.label}: it is not there now"
+        if self.away is not None:
             return Observed((), ((self.label, "it is not there now"),), ())
         return self._settling.observe(scan(self.root, self._formats, self._markers), now)
 
@@ -51,33 +58,28 @@ class Folder:
 
 @dataclass
 class Bucket:
-    """A folder of an object store, seen through a mirror. `say` is told, once, of an outage and of its end."""
+    """A folder of an object store, seen through a mirror."""
 
     mirror: Mirror
     formats: Sequence[Format]
     settle_seconds: float
     newest_only: bool
-    say: Callable[[str], None]
     stopping: Callable[[], bool]
 
     def __post_init__(self) -> None:
         self.root = self.mirror.root
         self.label = self.mirror.url(ROOT)
         self._settling = Settling(0.0, 0.0)  # it settled, and had its markers, before it was copied
-        self._away = False
+        self.away: str | None = None
 
     def look(self, now: float) -> Observed:
         try:
             synced = self.mirror.sync(now, self.settle_seconds, newest_only=self.newest_only, stopping=self.stopping)
         except StoreUnavailable as error:
-            if not self._away:
-                self.say(f"{error.what}; it is asked again")
-            self._away = True
+            self.away = error.what
             waiting, refused = [(self.label, error.what)], []
         else:
-            if self._away:
-                self.say(f"{self.label} can be reached again")
-            self._away = False
+            self.away = None
             more = [(self.label, "more checkpoints are to be fetched")] if synced.more else []
             waiting, refused = [*synced.waiting, *more], [*synced.refused]
         observed = self._settling.observe(scan(self.root, self.formats), now)
