@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 from peel_agent import registry
-from peel_agent.config import RunSettings
+from peel_agent.config import RunSettings, Settings
 from peel_agent.watch import GIVE_UP_SECONDS, Bucket, Folder, Mirror, Settling, Source, Store, is_url
+
+
+def with_absolute_places(settings: Settings) -> Settings:
+    """The same settings with the path of every watched directory absolute, whether it is there or not."""
+    runs = tuple(
+        dataclasses.replace(run, watch=dataclasses.replace(run.watch, path=_absolute(str(run.watch.path))))
+        for run in settings.runs
+    )
+    return dataclasses.replace(settings, runs=runs)
+
+
+def _absolute(place: str) -> str:
+    return place if is_url(place) else str(Path(place).expanduser().resolve())
 
 
 def source_of(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from peel_agent.cli.options import add_common, check_probe, common_flags, say
 from peel_agent.config import Settings, load_settings
 from peel_agent.errors import ConfigurationError
+from peel_agent.sources import with_absolute_places
 from peel_agent.watch import is_url
 
 
@@ -41,25 +41,12 @@ def settings_of(options: argparse.Namespace) -> Settings:
         "log.format": options.log_format,
     }
     settings = load_settings(options.config, flags)
-    settings = _with_absolute_places(settings)
+    settings = with_absolute_places(settings)
     for run in settings.runs:
         check_probe(run.probe)
     if len(settings.runs) == 1:  # one of several may be away, or be written to later
         _check_place(str(settings.runs[0].watch.path))
     return settings
-
-
-def _with_absolute_places(settings: Settings) -> Settings:
-    runs = tuple(
-        dataclasses.replace(run, watch=dataclasses.replace(run.watch, path=_absolute(str(run.watch.path))))
-        for run in settings.runs
-    )
-    return dataclasses.replace(settings, runs=runs)
-
-
-def _absolute(place: str) -> str:
-    """The absolute path of the directory, or the URL of the folder in an object store."""
-    return place if is_url(place) else str(Path(place).expanduser().resolve())
 
 
 def _check_place(place: str) -> None:
@@ -95,4 +82,4 @@ def state_folder(options: argparse.Namespace) -> Path:
     if options.state is not None:
         return Path(options.state).expanduser()
     flags = {"watch.path": options.path, "tracker.*.run_id": options.run_id}
-    return state_dir_of(_with_absolute_places(load_settings(options.config, flags)), options.config)
+    return state_dir_of(with_absolute_places(load_settings(options.config, flags)), options.config)

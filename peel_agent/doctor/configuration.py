@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import tomli
 from peel_agent.config import Settings, load_settings
 from peel_agent.errors import PeelError, printable
 from peel_agent.records import Check
-from peel_agent.watch import is_url
+from peel_agent.sources import with_absolute_places
 
 WHAT = "configuration"
 
@@ -27,11 +26,11 @@ def read_configuration(file: Path | None, flags: Mapping[str, Any]) -> tuple[Set
         settings = load_settings(file, flags)
     except PeelError as error:
         settings, faults = _salvaged(file, flags)
-        return _with_absolute_places(settings), faults or (failed(WHAT, error),)
+        return with_absolute_places(settings), faults or (failed(WHAT, error),)
     runs = f"{len(settings.runs)} runs" if len(settings.runs) != 1 else f"one run, {settings.runs[0].name}"
     words = f"{file or 'no file'} can be read: {runs}"
     if settings.runs:
-        return _with_absolute_places(settings), (Check(WHAT, True, words),)
+        return with_absolute_places(settings), (Check(WHAT, True, words),)
     remedy = "give the directory: peel-agent doctor PATH, or [watch] path in peel.toml (`peel-agent init` writes one)"
     return settings, (Check(WHAT, False, f"{words}; there is no directory to watch", remedy),)
 
@@ -88,19 +87,6 @@ def _put(tables: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
         tables = tables.setdefault(key, {})
     before = tables.get(keys[-1])
     tables[keys[-1]] = [*before, *value] if isinstance(before, list) and isinstance(value, list) else value
-
-
-def _with_absolute_places(settings: Settings) -> Settings:
-    runs = tuple(
-        dataclasses.replace(run, watch=dataclasses.replace(run.watch, path=absolute_place(str(run.watch.path))))
-        for run in settings.runs
-    )
-    return dataclasses.replace(settings, runs=runs)
-
-
-def absolute_place(place: str) -> str:
-    """The absolute path of a directory, whether it is there or not; a URL as it is."""
-    return place if is_url(place) else str(Path(place).expanduser().resolve())
 
 
 def name_of(run: str, *, alone: bool) -> str:

@@ -24,10 +24,9 @@ import numpy as np
 import psutil
 import torch
 
-from peel_agent.errors import LedgerError
-from peel_agent.ledger import open_beside
 from tests import zoo
 from tests.runs.command import environment_of
+from tests.runs.sidecar import read_ledger
 from tests.servers import free_port, mlflow_client, mlflow_server
 
 CONFIGURATION = """\
@@ -110,14 +109,7 @@ class Killed:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment_of(self.folder))
 
     def read(self, sql: str) -> list[Any]:
-        try:
-            database = open_beside(self.state)
-        except LedgerError:
-            return []
-        try:
-            return database.query(sql)
-        finally:
-            database.close()
+        return read_ledger(self.state, sql)
 
     def kill(self, kills: int) -> None:
         """So many kills at random instants, then an agent that is left alone until all is done and sent."""

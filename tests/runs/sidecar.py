@@ -35,6 +35,18 @@ listen = ""
 """
 
 
+def read_ledger(state: Path, sql: str) -> list[Any]:
+    """The rows, beside whoever is at work there; none while there is no ledger."""
+    try:
+        database = open_beside(state)
+    except LedgerError:
+        return []
+    try:
+        return database.query(sql)
+    finally:
+        database.close()
+
+
 class Sidecar:
     """One watched directory and the state of its agent, in `folder`; the agent answers at once (instant_agent.py)."""
 
@@ -95,14 +107,7 @@ class Sidecar:
         wait_for(lambda: self.said().count(words) >= times, 120)
 
     def read(self, sql: str) -> list[Any]:
-        try:
-            database = open_beside(self.state)
-        except LedgerError:
-            return []
-        try:
-            return database.query(sql)
-        finally:
-            database.close()
+        return read_ledger(self.state, sql)
 
     def steps(self, outcome: str = "peeled") -> list[int]:
         return [

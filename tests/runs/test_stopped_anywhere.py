@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import peel_agent.judge.verdict
+import peel_agent.judging
 import peel_agent.ledger.database
 import peel_agent.ledger.files
 import peel_agent.ledger.run
@@ -26,14 +26,15 @@ import peel_agent.watch.queue
 import peel_agent.watcher
 from peel_agent.deliver import Carrier
 from peel_agent.destinations import Address
-from peel_agent.errors import LedgerError
 from peel_agent.ledger import Lane, Outbox, open_beside
 from tests.rooms.test_watch_scan import write_checkpoint
+from tests.runs.sidecar import read_ledger
 
 STEPS = (100, 200, 300, 400, 500, 600)
 
 MODULES = (
     peel_agent.run,
+    peel_agent.judging,
     peel_agent.ledger.run,
     peel_agent.ledger.files,
     peel_agent.ledger.database,
@@ -66,14 +67,7 @@ class Stage:
         return answer
 
     def read(self, sql: str) -> list[Any]:
-        try:
-            database = open_beside(self.state)
-        except LedgerError:  # killed before it had tables
-            return []
-        try:
-            return database.query(sql)
-        finally:
-            database.close()
+        return read_ledger(self.state, sql)
 
     @property
     def run_folder(self) -> Path:
