@@ -96,7 +96,7 @@ class Killed:
         model = zoo.build("llama")
         generator = torch.Generator().manual_seed(0)
         for index, step in enumerate(self.steps):
-            zoo.save(model, self.root, step=step)
+            zoo.save(model, self.folder / "to come", step=step)
             with torch.no_grad():
                 for name, weight in model.named_parameters():
                     far = 30.0 if index % 5 == 1 and ".layers.1." in name else 1.0
@@ -112,9 +112,16 @@ class Killed:
         return read_ledger(self.state, sql)
 
     def kill(self, kills: int) -> None:
-        """So many kills at random instants, then an agent that is left alone until all is done and sent."""
+        """So many kills at random instants, while the checkpoints come one after another.
+
+        Then an agent is left alone until all is done and sent.
+        """
         agent = self.start()
-        for _ in range(kills):
+        to_come = list(self.steps)
+        for number in range(kills):
+            if to_come and number >= (len(self.steps) - len(to_come)) * kills // len(self.steps):
+                name = f"checkpoint-{to_come.pop(0)}"
+                (self.folder / "to come" / name).rename(self.root / name)
             time.sleep(self.random.uniform(*PAUSES))
             child = self._child(agent) if self.random.random() < 0.4 else None
             if child is not None:
