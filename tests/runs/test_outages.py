@@ -156,11 +156,12 @@ def test_a_directory_that_may_not_be_read_for_a_while(tmp_path: Path) -> None:
 
 def test_a_state_folder_without_room(tmp_path: Path) -> None:
     """What was peeled while the disk was full is kept, recorded once there is room, and not peeled again."""
-    if os.geteuid() != 0:
-        pytest.skip("a file system of its own size needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, check=False, capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a file system of its own size cannot be mounted here: {mounted.stderr.strip()}")
     try:
         sidecar = Sidecar(tmp_path / "agent", '[tracker]\nuse = ["jsonl"]\n[tracker.jsonl]\npath = "/dev/null"\n')
         sidecar.state = disk / "state"
@@ -212,10 +213,10 @@ def test_a_ledger_that_is_damaged(tmp_path: Path) -> None:
     assert len(publications.read_text().splitlines()) == 4
 
 
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is not installed: apt-get install faketime")
 @pytest.mark.parametrize("shift", ["+3d", "-3d"])
 def test_a_clock_that_jumps(tmp_path: Path, shift: str) -> None:
     """An agent whose clock is days off, before or after one whose clock is right, goes on all the same."""
-    assert shutil.which("faketime"), "install it: apt-get install faketime"
     right = Sidecar(tmp_path, '[tracker]\nuse = ["jsonl"]\n')
     with right.running():
         right.write(100)
