@@ -169,9 +169,9 @@ def try_lines(stage_of: Callable[[int], Stage], lines: list[int], expected: dict
 def test_stopped_at_some_lines(
     zygote: subprocess.Popen[str], undisturbed: tuple[list[int], dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Forty of them, evenly apart."""
+    """Twenty-five of them, evenly apart."""
     points, expected = undisturbed
-    try_lines(lambda last: Stage(tmp_path / str(last), zygote), points[:: max(1, len(points) // 40)], expected)
+    try_lines(lambda last: Stage(tmp_path / str(last), zygote), points[:: max(1, len(points) // 25)], expected)
 
 
 @pytest.mark.stopped
