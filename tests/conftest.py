@@ -14,7 +14,17 @@ torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-LONG = ("test_low_bit", "test_held_back_block", "test_watch", "test_demo", "test_hostile_folder", "test_dcp_format")
+LONG = (
+    "test_writer_schedules",
+    "test_outages",
+    "test_broken_midway",
+    "test_low_bit",
+    "test_held_back_block",
+    "test_watch",
+    "test_demo",
+    "test_hostile_folder",
+    "test_dcp_format",
+)
 """Modules that take minutes: processes share the work module by module, and a long one last would be waited for."""
 
 

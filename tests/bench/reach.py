@@ -2,7 +2,7 @@
 
 `python -m tests.bench.reach` (about ten minutes; nothing else may run): an idle agent with five runs; the seconds
 from the end of a peel to its numbers in MLflow; and how much slower the steps of a training on the same processors
-are while a checkpoint is peeled, in windows that alternate.
+are while a checkpoint is peeled: the peel is stopped and goes on by turns.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ while True:
 """
 
 IDLE_SECONDS = 60.0
-CYCLES = 6
-OFF_SECONDS = 25.0
+CYCLES = 8
+WINDOW_SECONDS = 15.0
 
 
 class RealSidecar(Sidecar):
@@ -75,7 +75,7 @@ def idle(folder: Path, uri: str) -> None:
 
 
 def beside(folder: Path, uri: str) -> None:
-    """The steps of a training with and without a peel beside it, and the time from a peel's end to MLflow."""
+    """The steps of a training while a peel beside it goes on, and while it is stopped; then peels by themselves."""
     folder.mkdir()
     shape = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **shape))
@@ -83,25 +83,45 @@ def beside(folder: Path, uri: str) -> None:
     sidecar = RealSidecar(folder, more)
     np.save(folder / "probe.npy", np.random.default_rng(0).integers(0, 256, 120_000))
     times = folder / "times"
-    windows: list[tuple[float, float, bool]] = []
-    lags = []
     with times.open("w") as out, sidecar.running():
+        zoo.save(model, sidecar.root, step=1)
+        worker = _worker(sidecar)
         training = subprocess.Popen([sys.executable, "-c", TRAINING], stdout=out)
         try:
             time.sleep(10)
-            for cycle in range(1, CYCLES + 1):
-                began = time.time()
-                time.sleep(OFF_SECONDS)
-                windows.append((began, time.time(), False))
-                zoo.save(model, sidecar.root, step=cycle)
-                began = time.time()
-                lags.append(_until_sent(sidecar, cycle))
-                windows.append((began, time.time(), True))
+            windows = [window for _ in range(CYCLES) for window in _alternate(worker)]
         finally:
             training.kill()
             training.wait()
-    _compare(np.loadtxt(times), windows)
+        _compare(np.loadtxt(times), windows)
+        lags = [_until_sent(sidecar, 1)]
+        for step in (2, 3, 4):
+            zoo.save(model, sidecar.root, step=step)
+            lags.append(_until_sent(sidecar, step))
     print(f"from a peel's end to MLflow: {', '.join(f'{lag:.1f}' for lag in lags)} s")
+
+
+def _worker(sidecar: Sidecar) -> psutil.Process:
+    """The peeling child, once there is one."""
+    assert sidecar.process is not None
+    agent = psutil.Process(sidecar.process.pid)
+    while True:
+        for child in agent.children():
+            if "peel_agent.worker" in child.cmdline():
+                return child
+        time.sleep(0.1)
+
+
+def _alternate(worker: psutil.Process) -> list[tuple[float, float, bool]]:
+    """A window in which the worker is stopped, and one in which it runs."""
+    windows = []
+    for is_on in (False, True):
+        (worker.resume if is_on else worker.suspend)()
+        began = time.time()
+        time.sleep(WINDOW_SECONDS)
+        windows.append((began, time.time(), is_on))
+    assert worker.is_running(), "the peel ended before its time: give it a larger probe"
+    return windows
 
 
 def _until_sent(sidecar: Sidecar, count: int) -> float:

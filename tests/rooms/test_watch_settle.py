@@ -267,7 +267,7 @@ class Directory:
     def __init__(self, root: Path, markers: tuple[str, ...], *, once: bool = False) -> None:
         watch = WatchSettings(path=str(root), ready_markers=markers)
         self._root, self._now = root, time.time()
-        self._source = source_of(RunSettings("run", watch), root, "all", once=once, say=print, stopping=lambda: False)
+        self._source = source_of(RunSettings("run", watch), root, "all", once=once, stopping=lambda: False)
 
     def write(self, name: str, content: bytes) -> None:
         (self._root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +283,7 @@ class ObjectStore:
         self._bucket, self._prefix, self._now = bucket, folder.name, time.time() + 7200
         watch = WatchSettings(path=f"s3://{bucket.name}/{folder.name}", ready_markers=markers)
         self._source = source_of(
-            RunSettings("run", watch), folder, "latest", once=once, say=print, stopping=lambda: False
+            RunSettings("run", watch), folder, "latest", once=once, stopping=lambda: False
         )
 
     def write(self, name: str, content: bytes) -> None:
