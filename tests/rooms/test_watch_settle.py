@@ -282,9 +282,7 @@ class ObjectStore:
     def __init__(self, bucket: s3.Bucket, folder: Path, markers: tuple[str, ...], *, once: bool = False) -> None:
         self._bucket, self._prefix, self._now = bucket, folder.name, time.time() + 7200
         watch = WatchSettings(path=f"s3://{bucket.name}/{folder.name}", ready_markers=markers)
-        self._source = source_of(
-            RunSettings("run", watch), folder, "latest", once=once, stopping=lambda: False
-        )
+        self._source = source_of(RunSettings("run", watch), folder, "latest", once=once, stopping=lambda: False)
 
     def write(self, name: str, content: bytes) -> None:
         self._bucket.put(f"{self._prefix}/{name}", content)

@@ -334,7 +334,7 @@ class Schedule(RuleBasedStateMachine):
 
 
 Schedule.TestCase.settings = settings(
-    max_examples=500,
+    max_examples=250,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
