@@ -103,12 +103,8 @@ class Dispatch:
 
     def _is_due(self) -> bool:
         mine = {(one.run, one.name) for one in self._addresses}
-        heads = [
-            self._ledger.outbox.head(lane)
-            for lane in self._ledger.outbox.lanes()
-            if (lane.run, lane.destination) in mine
-        ]
-        pauses = [head.next_try - self._now() for head in heads if head is not None]
+        next_tries = self._ledger.outbox.next_tries().items()
+        pauses = [at - self._now() for lane, at in next_tries if (lane.run, lane.destination) in mine]
         return any(not DUE_SECONDS <= pause <= LONGEST_PAUSE for pause in pauses)
 
     def _start(self) -> None:

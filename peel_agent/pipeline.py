@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from peel_agent import registry
 from peel_agent.before import check_earlier, open_before, still_whole, without_comparison
@@ -51,9 +50,6 @@ from peel_agent.records import (
 )
 from peel_agent.spi import Format
 from peel_agent.watch import checkpoint_ref, fetch, fingerprint, is_url
-
-if TYPE_CHECKING:
-    pass
 
 
 def locate(path: Path, format_name: str = "auto") -> CheckpointRef:

@@ -55,10 +55,17 @@ class Outbox:
         number, key, body, attempts, next_try, why = rows[0]
         return Owed(number, lane, key, json.loads(body), attempts, next_try, why)
 
+    def next_tries(self) -> dict[Lane, float]:
+        """When each lane that owes anything may be tried, in Unix seconds; bodies are not read for that."""
+        rows = self._database.query(
+            "SELECT run, destination, lane, next_try FROM deliveries WHERE id IN "
+            "(SELECT min(id) FROM deliveries WHERE dead = 0 GROUP BY run, destination, lane)"
+        )
+        return {Lane(*row[:3]): float(row[3]) for row in rows}
+
     def next_try(self) -> float | None:
         """When the first of the lanes may be tried, in Unix seconds; None when nothing is owed."""
-        heads = [self.head(lane) for lane in self.lanes()]
-        return min((head.next_try for head in heads if head is not None), default=None)
+        return min(self.next_tries().values(), default=None)
 
     def alerts_log(self, run: str, until: int) -> str:
         """A run's alerts up to this position, one JSON object a line."""

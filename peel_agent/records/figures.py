@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-Lane = Literal["numbers", "files", "notices"]
+from peel_agent.records.event import LaneKind
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class DeliveryFigures:
 
     run: str
     destination: str
-    lane: Lane
+    lane: LaneKind
     delivered: float = 0.0
     postponed: float = 0.0
     dead: int = 0
