@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -34,3 +36,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONG.index(name) if name in LONG else len(LONG)
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def arithmetic_is_left_as_it_was() -> Iterator[None]:
+    """No module leaves its process computing otherwise (numbers near 0 flushed, another number of threads, another
+    default type): the modules after it would measure something else.
+    """
+    yield
+    smallest = np.nextafter(np.float64(0), np.float64(1))
+    assert smallest * np.float64(1) > 0, "torch.set_flush_denormal(True) was left behind"
+    assert torch.get_num_threads() == 1
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.is_grad_enabled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,17 @@ GUILTY = "model.layers.3"
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two trainings of the gallery: block 3 restored from checkpoint 100, and left alone."""
     out, text = tmp_path_factory.mktemp("gallery"), Text.read()
     write_probe(out / "probe.npy", text)
     torch.set_flush_denormal(True)
-    for run in (HEALTHY, RESTORED):
-        train(run, out, text)
-    return out
+    try:
+        for run in (HEALTHY, RESTORED):
+            train(run, out, text)
+    finally:
+        torch.set_flush_denormal(False)
+    yield out
 
 
 def test_the_gallery_in_short(gallery: Path) -> None:
