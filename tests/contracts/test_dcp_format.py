@@ -23,13 +23,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from peel_plugins.formats import dcp_metadata, held_files
-from peel_plugins.formats.dcp_metadata import read_pickle
-from peel_plugins.formats.dcp_names import model_names
-from peel_plugins.formats.dcp_tiling import check_tiling
-from peel_plugins.formats.distributed_checkpoint import FORMAT
-from peel_plugins.formats.pickle_machine import Applied, Word
-from peel_plugins.formats.safetensors_files import FORMAT as SAFETENSORS
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -47,6 +40,13 @@ from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpo
 from peel_agent.load import open_snapshot
 from peel_agent.records import CheckpointRef
 from peel_agent.testing.formats import CHECKS, FormatCase, check_complete_once_written
+from peel_plugins.formats import dcp_metadata, held_files
+from peel_plugins.formats.dcp_metadata import read_pickle
+from peel_plugins.formats.dcp_names import model_names
+from peel_plugins.formats.dcp_tiling import check_tiling
+from peel_plugins.formats.distributed_checkpoint import FORMAT
+from peel_plugins.formats.pickle_machine import Applied, Word
+from peel_plugins.formats.safetensors_files import FORMAT as SAFETENSORS
 from tests import servers, zoo
 
 ENTRY = "peel_plugins.formats.distributed_checkpoint:FORMAT"

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from peel_plugins.formats.declined import FORMAT, KINDS
 
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.pipeline import locate
 from peel_agent.records import CheckpointRef
 from peel_agent.watch import scan
+from peel_plugins.formats.declined import FORMAT, KINDS
 from tests import zoo
 
 LEVANTER = json.dumps({"step": 100, "timestamp": "2026-11-24T12:00:00", "is_temporary": False})

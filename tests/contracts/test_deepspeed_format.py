@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from peel_plugins.formats import deepspeed_folder, deepspeed_zero3, held_files
-from peel_plugins.formats.deepspeed_folder import FORMAT
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,6 +24,8 @@ from peel_agent.load import open_snapshot
 from peel_agent.records import CheckpointRef, Weights
 from peel_agent.testing.formats import CHECKS, FormatCase, check_complete_once_written
 from peel_agent.watch.scan import scan
+from peel_plugins.formats import deepspeed_folder, deepspeed_zero3, held_files
+from peel_plugins.formats.deepspeed_folder import FORMAT
 from tests import servers
 
 ENTRY = "peel_plugins.formats.deepspeed_folder:FORMAT"

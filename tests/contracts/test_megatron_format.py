@@ -20,13 +20,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from peel_plugins.formats import dcp_weights
-from peel_plugins.formats.dcp_tiling import intersection
-from peel_plugins.formats.dcp_weights import DcpWeights
-from peel_plugins.formats.distributed_checkpoint import FORMAT as DCP
-from peel_plugins.formats.megatron_distributed import FORMAT, _read
-from peel_plugins.formats.megatron_metadata import UNTRACED, read_contents
-from peel_plugins.formats.megatron_names import MAX_LAYERS, model_parts, model_sizes
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -36,6 +29,13 @@ from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpo
 from peel_agent.load import open_snapshot
 from peel_agent.records import CheckpointRef
 from peel_agent.testing.formats import CHECKS, FormatCase
+from peel_plugins.formats import dcp_weights
+from peel_plugins.formats.dcp_tiling import intersection
+from peel_plugins.formats.dcp_weights import DcpWeights
+from peel_plugins.formats.distributed_checkpoint import FORMAT as DCP
+from peel_plugins.formats.megatron_distributed import FORMAT, _read
+from peel_plugins.formats.megatron_metadata import UNTRACED, read_contents
+from peel_plugins.formats.megatron_names import MAX_LAYERS, model_parts, model_sizes
 from tests import servers
 from tests.contracts import megatron_producer
 from tests.contracts.megatron_producer import CASES, ITERATION, READABLE, REFERENCE, STEP

@@ -12,13 +12,13 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from peel_plugins.trackers import mlflow_run
-from peel_plugins.trackers.mlflow_run import MlflowSettings
 
 from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable
 from peel_agent.records import Publication
 from peel_agent.spi import Tracker
 from peel_agent.testing.trackers import example_publication
+from peel_plugins.trackers import mlflow_run
+from peel_plugins.trackers.mlflow_run import MlflowSettings
 from tests import servers
 from tests.runs.faulty_proxy import Fault, Proxy, answering, cut_after_write, faulty_proxy
 

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from peel_plugins.sinks import jsonl_file, stderr
-from peel_plugins.sinks.jsonl_file import JsonlSettings
-from peel_plugins.sinks.stderr import StderrSettings
 
 from peel_agent import registry
 from peel_agent.errors import DestinationUnavailable
 from peel_agent.records import NoticeGroup, restored
 from peel_agent.testing.sinks import CHECKS, Connect, Read, example_group
+from peel_plugins.sinks import jsonl_file, stderr
+from peel_plugins.sinks.jsonl_file import JsonlSettings
+from peel_plugins.sinks.stderr import StderrSettings
 
 checks = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 

@@ -23,8 +23,6 @@ from typing import Any
 
 import pytest
 import torch
-from peel_plugins.formats.torch_file import FORMAT as TORCH
-from peel_plugins.formats.torch_pickle import MAX_OPERATIONS, MAX_PICKLE_BYTES
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,6 +33,8 @@ from peel_agent.records import CheckpointRef, Weights
 from peel_agent.testing import formats as kit
 from peel_agent.testing.formats import CHECKS, FormatCase
 from peel_agent.watch.scan import scan
+from peel_plugins.formats.torch_file import FORMAT as TORCH
+from peel_plugins.formats.torch_pickle import MAX_OPERATIONS, MAX_PICKLE_BYTES
 from tests import zoo
 
 (SAFETENSORS,) = registry.formats("safetensors")

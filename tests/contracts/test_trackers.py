@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from peel_plugins.trackers import jsonl_file, mlflow_run
-from peel_plugins.trackers.jsonl_file import JsonlSettings
-from peel_plugins.trackers.mlflow_run import MlflowSettings
 
 from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable
 from peel_agent.records import Publication
 from peel_agent.spi import Tracker
 from peel_agent.testing.trackers import CHECKS, Connect, ReadMetrics, example_publication, foreign_values_stay
+from peel_plugins.trackers import jsonl_file, mlflow_run
+from peel_plugins.trackers.jsonl_file import JsonlSettings
+from peel_plugins.trackers.mlflow_run import MlflowSettings
 from tests import servers
 
 mlflow_uri = servers.mlflow_uri

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peel_plugins.durable_lines import DurableLines
 
 from peel_agent import registry
 from peel_agent.deliver import ALERTS_FILE, AWAY_SECONDS, DENIED_SECONDS, LONGEST_PAUSE, Carrier
@@ -23,6 +22,7 @@ from peel_agent.ledger import Lane, Ledger, Outbox, RunLedger, open_beside
 from peel_agent.publish import to_sinks, to_trackers
 from peel_agent.records import CheckpointRef, Debt, Notice, NoticeGroup, Publication, Verdict, plain
 from peel_agent.spi import Sink, Tracker
+from peel_plugins.durable_lines import DurableLines
 
 KEY = "run-1"
 NUMBERS, FILES, NOTICES = (Lane(KEY, "there", kind) for kind in ("numbers", "files", "notices"))

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peel_plugins.sinks.jsonl_file import JsonlSink
-from peel_plugins.trackers.jsonl_file import JsonlTracker
-from peel_plugins.trackers.mlflow_run import MlflowSettings, MlflowTracker
 
 from peel_agent.config import Settings, load_settings
 from peel_agent.courier import Orders
@@ -21,6 +18,9 @@ from peel_agent.identity import run_key
 from peel_agent.ledger import Ledger
 from peel_agent.records import plain, restored
 from peel_agent.state import state_dir_of
+from peel_plugins.sinks.jsonl_file import JsonlSink
+from peel_plugins.trackers.jsonl_file import JsonlTracker
+from peel_plugins.trackers.mlflow_run import MlflowSettings, MlflowTracker
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peel_plugins.trackers import jsonl_file, mlflow_run
 
 from peel_agent import registry
 from peel_agent.config import (
@@ -39,6 +38,7 @@ from peel_agent.pipeline import locate
 from peel_agent.records import Check, ModelSettings, ProbeSettings
 from peel_agent.testing import trackers as kit
 from peel_agent.watch import nearby
+from peel_plugins.trackers import jsonl_file, mlflow_run
 from tests import nvml, servers, zoo
 from tests.nvml import Gpu
 from tests.rooms.test_watch_scan import Renamed, write_checkpoint

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from peel_plugins.engines import local
-from peel_plugins.engines.local import LocalEngine, command
 
 from peel_agent.errors import CheckpointError, GaveWay, PeelError, WorkerError
 from peel_agent.records import (
@@ -27,6 +25,8 @@ from peel_agent.records import (
     restored,
 )
 from peel_agent.worker import OOM_SCORE, be_ended_first, cgroup_limits
+from peel_plugins.engines import local
+from peel_plugins.engines.local import LocalEngine, command
 from tests.rooms.test_publish_form import FULL
 from tests.waiting import wait_for
 

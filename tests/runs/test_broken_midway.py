@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ GUILTY = "model.layers.3"
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two trainings of the gallery: block 3 restored from checkpoint 100, and left alone."""
     out, text = tmp_path_factory.mktemp("gallery"), Text.read()
     write_probe(out / "probe.npy", text)
@@ -38,7 +37,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             train(run, out, text)
     finally:
         torch.set_flush_denormal(False)
-    yield out
+    return out
 
 
 def test_the_gallery_in_short(gallery: Path) -> None:
