@@ -187,7 +187,9 @@ def _measure_decoder(
     )
     loaded = clock()
     known = earlier if isinstance(earlier, BoundMemory) else None
-    findings = peel(trace, plan_of(peeling), clock, earlier=known, progress=progress, comparison=opened.comparison)
+    findings = peel(
+        trace, plan_of(peeling), clock, earlier=known, progress=progress, comparison=opened.comparison, step=ref.step
+    )
     is_compared = opened.comparison is not None and opened.comparison.stands
     report = PeelReport(
         checkpoint=CheckpointInfo(ref.label, ref.step, ref.format, ref.fingerprint),
@@ -202,6 +204,8 @@ def _measure_decoder(
         bounds=findings.bounds,
         layers=findings.layers,
         redundancy=findings.redundancy,
+        bound_label=findings.bound_label,
+        bound_step=findings.bound_step,
         skipped=(*findings.skipped, *opened.skipped),
         timing=dataclasses.replace(findings.timing, load=loaded - start),
         since_step=compared.before.step if compared.before is not None and is_compared else None,
@@ -251,6 +255,7 @@ def _measure_network(
         zone=findings.zone,
         bounds=findings.bounds,
         layers=(),
+        bound_label=findings.bound_label,
         skipped=findings.skipped,
         timing=dataclasses.replace(findings.timing, load=loaded - start),
     )

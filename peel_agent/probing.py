@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,24 +13,18 @@ if TYPE_CHECKING:
     from peel_agent.load import ProbeSizes
 
 QUICK_SEQUENCE_LENGTH = 64
+QUICK_TOKENS_PER_COLUMN = 8
 QUICK_SELECT_TOKENS = 256
 QUICK_CONFIRM_TOKENS = 1024
 
 
 def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = False) -> Probe:
     """The probe of the settings, for this model."""
-    from peel_agent.load import ProbeSizes, load_probe
-    from peel_agent.peel import tokens_needed
+    from peel_agent.load import load_probe
 
     sizes = probe_sizes(settings)
     if quick:
-        length = sizes.sequence_length or min(snapshot.context, QUICK_SEQUENCE_LENGTH)
-        sizes = ProbeSizes(
-            min(sizes.fit, tokens_needed(snapshot.width + 1) + length),
-            min(sizes.select, QUICK_SELECT_TOKENS),
-            min(sizes.confirm, QUICK_CONFIRM_TOKENS),
-            length,
-        )
+        sizes = quick_sizes(sizes, snapshot.width)
     folder = snapshot.ref.path if snapshot.ref.path.is_dir() else snapshot.ref.path.parent
     return load_probe(
         probe_path(settings),
@@ -37,6 +32,19 @@ def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = Fals
         vocabulary=snapshot.vocabulary,
         context=snapshot.context,
         tokenizer=settings.tokenizer or folder / "tokenizer.json",
+    )
+
+
+def quick_sizes(sizes: ProbeSizes, width: int) -> ProbeSizes:
+    """As few tokens as a model of this width allows, none more than `sizes`; whole sequences of any length."""
+    fit = min(sizes.fit, QUICK_TOKENS_PER_COLUMN * (width + 1))
+    return replace(
+        sizes,
+        fit=fit,
+        least_fit=fit,
+        select=min(sizes.select, QUICK_SELECT_TOKENS),
+        confirm=min(sizes.confirm, QUICK_CONFIRM_TOKENS),
+        usual_length=QUICK_SEQUENCE_LENGTH,
     )
 
 

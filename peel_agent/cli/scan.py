@@ -69,7 +69,7 @@ def _scan(options: argparse.Namespace) -> int:
             finally:
                 progress.close()
             print(form(report), file=output, flush=True)
-            status = max(status, int(_fails(report, options.fail_on)))
+            status = max(status, int(meets(report, options.fail_on)))
     return status
 
 
@@ -119,7 +119,10 @@ def _check_fail_on(settings: Settings, what: str | None, since: str | None) -> N
         )
 
 
-def _fails(report: PeelReport, what: str | None) -> bool:
+def meets(report: PeelReport, what: str | None) -> bool:
+    """Whether a report meets a condition of --fail-on. What is undecided or was not measured meets none."""
+    if what == "below" and report.finding is not None and report.finding.kind == "early":
+        return any(layer.status == "below" for layer in report.layers)
     if what == "improvable":
         return any(layer.headroom is not None and layer.headroom.low > 0.0 for layer in report.layers)
     findings = [report.finding, *(layer.finding for layer in report.layers)]

@@ -66,7 +66,11 @@ def _truth(value: Any) -> bool:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(value.split(",")) if isinstance(value, str) else tuple(str(entry) for entry in value)
+    return (
+        tuple(entry.strip() for entry in value.split(","))
+        if isinstance(value, str)
+        else tuple(str(entry) for entry in value)
+    )
 
 
 CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {

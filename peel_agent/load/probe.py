@@ -24,21 +24,32 @@ _TEXT = {".txt", ".jsonl", ".parquet"}
 
 @dataclass(frozen=True)
 class ProbeSizes:
-    """Most tokens in each part; a smaller probe is split in the same proportions (CONTRACT, Probe)."""
+    """Most tokens in each part; a smaller probe is split in the same proportions (CONTRACT, Probe).
+
+    1-D ids are cut into `sequence_length` tokens or, without it, into `usual_length`, or the context where that is
+    shorter. Sequences of 2-D ids are as long as they are.
+    """
 
     fit: int = 65_536
     select: int = 8_192
     confirm: int = 16_384
     sequence_length: int | None = None
+    usual_length: int = 1024
+    least_fit: int = 0
+    """Tokens that a fit needs: however long the sequences are, `fit` takes enough of them to hold so many."""
 
     @property
     def total(self) -> int:
         return self.fit + self.select + self.confirm
 
+    def cut_length(self, context: int) -> int:
+        """Tokens of a sequence that 1-D ids are cut into, for a model of this context."""
+        return self.sequence_length or min(context, self.usual_length)
+
     def in_sequences(self, length: int) -> tuple[int, int, int]:
         """The sizes in whole sequences of `length` tokens; an interval needs a least number of them in confirm."""
         return (
-            max(1, self.fit // length),
+            max(1, self.fit // length, -(-self.least_fit // length)),
             max(1, self.select // length),
             max(MIN_CONFIRM_SEQUENCES, self.confirm // length),
         )
@@ -57,8 +68,10 @@ def load_probe(path: Path, sizes: ProbeSizes, *, vocabulary: int, context: int, 
             remedy="give --probe a file of held-out token ids (.npy, .bin, .safetensors) or text (.txt, .jsonl)",
         )
     is_text = path.suffix in _TEXT
-    ids: Ids = tokenise(path, tokenizer, limit=4 * sizes.total) if is_text else _read_ids(path, vocabulary)
-    sequences = _cut(ids, sizes.sequence_length, context)
+    length = sizes.cut_length(context)
+    wanted = length * sum(sizes.in_sequences(length))
+    ids: Ids = tokenise(path, tokenizer, limit=4 * wanted) if is_text else _read_ids(path, vocabulary)
+    sequences = _cut(ids, sizes, context)
     return _split(sequences, path, sizes, vocabulary)
 
 
@@ -103,11 +116,9 @@ def _from_safetensors(path: Path) -> Ids:
     return ids
 
 
-def _cut(ids: Ids, length: int | None, context: int) -> Ids:
-    """Sequences [N, S]: 2-D ids as they are, 1-D ids cut into windows of `length` (default min(context, 1024))."""
-    if ids.ndim == 2:
-        length = int(ids.shape[1])
-    length = length or min(context, 1024)
+def _cut(ids: Ids, sizes: ProbeSizes, context: int) -> Ids:
+    """Sequences [N, S]: 2-D ids as they are, 1-D ids cut into windows."""
+    length = int(ids.shape[1]) if ids.ndim == 2 else sizes.cut_length(context)
     if not 2 <= length <= context:
         raise ProbeError(
             f"sequences of {length} tokens do not fit the model, whose context is {context}",

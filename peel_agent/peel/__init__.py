@@ -45,8 +45,9 @@ def peel(
     earlier: BoundMemory | None = None,
     progress: Progress | None = None,
     comparison: Comparison | None = None,
+    step: int | None = None,
 ) -> Findings:
-    """Peels one checkpoint as planned, beside the one before it if there is a `comparison`.
+    """Peels one checkpoint, that of `step`, as planned, beside the one before it if there is a `comparison`.
 
     `earlier` are the best bounds that the checkpoint before handed on, `progress` is told how far the work is.
 
@@ -79,6 +80,7 @@ def peel(
             trained=swept.trained,
             earlier=earlier,
             stopwatch=stopwatch,
+            step=step,
         )
     layers, left_out = _layers(trace, plan, raced, comparison, stopwatch)
     skipped += bounds.skipped + left_out
@@ -98,6 +100,8 @@ def peel(
         skipped=skipped,
         timing=stopwatch.timing(),
         sketches=comparison.sketches() if comparison else None,
+        bound_label=bounds.memory.label if bounds.memory else None,
+        bound_step=bounds.memory.step if bounds.memory else None,
     )
 
 
@@ -116,7 +120,20 @@ def _layers(
     else:
         measured = Measured(raced.margins, rooms, comparison.changes(), raced.progress)
         left_out += comparison.skipped
-    return layer_reports(measured, trace.block_names, swept.visited) if plan.references or measured else (), left_out
+    if not (plan.references or measured):
+        return (), left_out
+    if not plan.references:
+        left_out += _not_asked_for(plan, comparison)
+    parts_open = not plan.parts and next(iter(trace.blocks(stop=1))).has_parts
+    return layer_reports(measured, trace.block_names, swept.visited, parts_open=parts_open), left_out
+
+
+def _not_asked_for(plan: Plan, comparison: Comparison | None) -> tuple[Skipped, ...]:
+    """What a report of blocks lacks when their margins were not asked for."""
+    asked = ", ".join(sorted(plan.quantities))
+    margins = Skipped("margins of blocks and parts", f"not asked for: the quantities are {asked}")
+    progress = Skipped("progress", "it is measured beside margins, which were not asked for")
+    return (margins, progress) if comparison is not None and comparison.stands else (margins,)
 
 
 def _possible(plan: Plan, block: Block) -> tuple[Plan, tuple[Skipped, ...]]:

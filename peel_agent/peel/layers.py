@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peel_agent.peel.headroom.headroom import Headroom
-from peel_agent.peel.margins.margin import Margin, Place, of_target, statuses
+from peel_agent.peel.margins.margin import Margin, Place, far_under, of_target, statuses
 from peel_agent.peel.sweep.forward import Visited
 from peel_agent.peel.sweep.splices import TARGETS
 from peel_agent.peel.sweep.visits import Dead
@@ -28,15 +28,32 @@ class Measured:
         return bool(self.margins or self.headrooms or self.changes)
 
 
-def layer_reports(measured: Measured, names: Sequence[str], visited: Sequence[Visited]) -> tuple[LayerReport, ...]:
-    """One report a block, its parts included; `not_measured` where there is no margin."""
+def layer_reports(
+    measured: Measured, names: Sequence[str], visited: Sequence[Visited], *, parts_open: bool = False
+) -> tuple[LayerReport, ...]:
+    """One report a block, its parts included; `not_measured` where there is no margin.
+
+    With `parts_open` the blocks have parts that were not judged. One of them may earn nothing in a block that is above
+    because of the other: a block that earns far less than its neighbours is then left `undecided`, with a hint.
+    """
     status_by_place: dict[Place, Status] = {}
     for target in TARGETS:
         margins = of_target(measured.margins, target)
         judged = statuses(list(margins.values()))
         status_by_place |= {(index, target): status for index, status in zip(margins, judged, strict=True)}
-    return tuple(
+    reports = [
         _layer_report(measured, status_by_place, index, name, visited[index]) for index, name in enumerate(names)
+    ]
+    weak = far_under(of_target(measured.margins, "block")) if parts_open else frozenset()
+    return tuple(
+        replace(own, status="undecided", hint=_hint(own)) if own.index in weak and own.status == "above" else own
+        for own in reports
+    )
+
+
+def _hint(layer: LayerReport) -> str:
+    return (
+        f"{layer.name} earns far less than the other blocks: effort standard tells whether a part of it earns nothing"
     )
 
 

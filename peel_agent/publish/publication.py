@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from math import inf
 
@@ -42,8 +42,8 @@ def _metrics(report: PeelReport, verdict: Verdict, max_series: int) -> dict[str,
 
 def _summaries(report: PeelReport, verdict: Verdict) -> dict[str, float]:
     timing = report.timing
-    statuses = [layer.status for layer in report.layers]
-    parts = [part.status for layer in report.layers for part in layer.parts.values()]
+    statuses = _measured(layer.status for layer in report.layers)
+    parts = _measured(part.status for layer in report.layers for part in layer.parts.values())
     margins = [layer.margin.value for layer in report.layers if layer.margin is not None]
     summaries = {
         "peel/loss": report.loss.value,
@@ -51,12 +51,17 @@ def _summaries(report: PeelReport, verdict: Verdict) -> dict[str, float]:
         "peel/gap": report.gap.value if report.gap is not None else None,
         "peel/layers_below": float(statuses.count("below")) if statuses else None,
         "peel/layers_undecided": float(statuses.count("undecided")) if statuses else None,
-        "peel/parts_below": float(parts.count("below")) if statuses else None,
+        "peel/parts_below": float(parts.count("below")) if parts else None,
         "peel/worst_margin": min(margins, default=None),
         "peel/alerts_firing": float(len(verdict.firing)),
         "peel/seconds": timing.load + timing.capture + timing.solve + timing.score,
     }
     return {key: value for key, value in summaries.items() if value is not None}
+
+
+def _measured(statuses: Iterable[Status]) -> list[Status]:
+    """The statuses that stand on a measured margin."""
+    return [status for status in statuses if status != "not_measured"]
 
 
 def _layer_series(report: PeelReport) -> Iterator[tuple[str, float]]:
@@ -87,7 +92,7 @@ def _tags(report: PeelReport, verdict: Verdict) -> dict[str, str]:
     labels |= {
         f"{layer.name}/{part}": f"{_label(layer.index)}/{part}" for layer in report.layers for part in layer.parts
     }
-    tags: dict[str, str] = {"peel.status": _status(report), "peel.zone": report.zone}
+    tags: dict[str, str] = {"peel.status": _status(report), "peel.zone": _zone(report)}
     for rule in dict.fromkeys(state.rule for state in verdict.states):
         # A layer that fires and is not in this report (it could not be measured) keeps its module name.
         firing = [labels.get(state.subject, state.subject) for state in verdict.firing if state.rule == rule]
@@ -96,11 +101,15 @@ def _tags(report: PeelReport, verdict: Verdict) -> dict[str, str]:
 
 
 def _status(report: PeelReport) -> Status:
-    statuses = {layer.status for layer in report.layers} - {"not_measured"}
-    if "below" in statuses:
-        return "below"
-    # No layers measured is not the same as every layer in order.
-    return "undecided" if "undecided" in statuses or not statuses else "above"
+    """The worst status of the layers that were measured; `not_measured` when none was, which is no good news."""
+    statuses = _measured(layer.status for layer in report.layers)
+    worst_first: tuple[Status, ...] = ("below", "undecided", "above")
+    return next((status for status in worst_first if status in statuses), "not_measured")
+
+
+def _zone(report: PeelReport) -> str:
+    """The zone; without a gap there is none to decide."""
+    return report.zone if report.gap is not None else "not_measured"
 
 
 def _label(index: int) -> str:

@@ -46,21 +46,40 @@ def headline(report: PeelReport) -> str:
     findings = [layer.finding for layer in report.layers if layer.finding is not None]
     accused = [finding for finding in findings if finding.kind in ACCUSING]
     informed = [finding for finding in findings if finding.kind == "frozen" and finding.since_step is None]
-    undecided = sum(layer.status == "undecided" for layer in report.layers)
     if report.finding is not None:
         pieces.append(report.finding.words)
     pieces += [finding.words for finding in (*accused, *informed)]
-    if report.layers and report.finding is None and not accused:
+    if _anything_measured(report) and report.finding is None and not accused:
         pieces.append("nothing found in any layer")
-    if undecided:
-        pieces.append(f"{undecided} undecided")
-    return "; ".join(pieces)
+    return "; ".join([*pieces, *_open_questions(report)])
+
+
+def _anything_measured(report: PeelReport) -> bool:
+    """Whether anything was measured of a layer that a finding could stand on."""
+    return any(
+        layer.status != "not_measured" or layer.change is not None or layer.headroom is not None
+        for layer in report.layers
+    )
+
+
+def _open_questions(report: PeelReport) -> list[str]:
+    """How many blocks were measured and left undecided, with the hints, and how many were not measured."""
+    undecided = [layer for layer in report.layers if layer.status == "undecided"]
+    not_measured = sum(layer.status == "not_measured" for layer in report.layers)
+    pieces = [f"{len(undecided)} undecided"] if undecided else []
+    pieces += [layer.hint for layer in undecided if layer.hint is not None]
+    if not_measured and not_measured == len(report.layers):
+        # Against the checkpoint before, change is measured without margins, and progress is not.
+        beside = report.since_step is not None and all(layer.progress is None for layer in report.layers)
+        pieces.append("margins and progress not measured" if beside else "margins not measured")
+    elif not_measured:
+        pieces.append(f"{not_measured} not measured")
+    return pieces
 
 
 def _zone(report: PeelReport) -> str:
     """The zone, and whose the gap is when a refitted head alone is the bound."""
-    head = next((bound for bound in report.bounds if bound.label == "head"), None)
-    if report.zone == "caution" and head is not None and report.bound is not None and report.bound.value == head.best:
+    if report.zone == "caution" and report.bound_label == "head":
         return "caution: the head's, not the layers'"
     return report.zone
 
@@ -83,6 +102,7 @@ def table(report: PeelReport) -> str:
             f"  {bound.label:<16} {bound.value}" + ("" if bound.within_class else "  outside the model's own class")
             for bound in report.bounds
         ]
+        lines += _winner(report)
     if any(layer.headroom for layer in report.layers):
         lines += ["", "headroom: what a better block of the same kind would win"]
         lines += [_headroom_line(layer) for layer in report.layers if layer.headroom is not None]
@@ -91,6 +111,14 @@ def table(report: PeelReport) -> str:
     if report.skipped:
         lines += ["", *(f"left out: {skipped.what}: {skipped.why}" for skipped in report.skipped)]
     return "\n".join(lines)
+
+
+def _winner(report: PeelReport) -> list[str]:
+    """Which construction the bound is the loss of."""
+    if report.bound_label is None:
+        return []
+    step = f", built at step {report.bound_step}" if report.bound_step is not None else ""
+    return [f"  the bound is {report.bound_label}{step}: it has the least loss on the select sequences"]
 
 
 def _headroom_line(layer: LayerReport) -> str:
@@ -145,4 +173,5 @@ def _findings(report: PeelReport) -> list[str]:
         if finding is not None:
             lines += ["", f"{finding.subject}: {finding.words}"]
             lines += [f"  perhaps {cause}" for cause in finding.causes]
-    return lines
+    hints = [layer.hint for layer in report.layers if layer.hint is not None]
+    return [*lines, "", *hints] if hints else lines

@@ -140,6 +140,8 @@ class LayerReport:
     change: Change | None = None
     progress: Estimate | None = None
     finding: Finding | None = None
+    hint: str | None = None
+    """Why an `undecided` block was left so, and what would tell more."""
 
 
 @dataclass(frozen=True)
@@ -202,13 +204,16 @@ class BoundMemory:
     """The best construction so far (method.md 3, step 4): what a checkpoint hands to the next one.
 
     `select` is its mean loss on select, `confirm` its loss on each confirm sequence, `best` the least value on confirm
-    of each map by label. It counts only for the probe of this fingerprint.
+    of each map by label. `label` is its map's, `step` that of the checkpoint it was built from; memories of older
+    versions do not know them. It counts only for the probe of this fingerprint.
     """
 
     probe: str
     select: float
     confirm: tuple[float, ...]
     best: Mapping[str, float]
+    label: str | None = None
+    step: int | None = None
 
 
 Memory: TypeAlias = BoundMemory | YesMemory
@@ -230,11 +235,16 @@ class Findings:
     skipped: tuple[Skipped, ...]
     timing: Timing
     sketches: Sketches | None = None
+    bound_label: str | None = None
+    bound_step: int | None = None
 
 
 @dataclass(frozen=True)
 class PeelReport:
-    """One checkpoint peeled; its JSON form is the contract's `peel-agent/report/1`."""
+    """One checkpoint peeled; its JSON form is the contract's `peel-agent/report/1`.
+
+    `bound_label` names the construction that the bound is the loss of, `bound_step` the checkpoint it was built from.
+    """
 
     checkpoint: CheckpointInfo
     model: ModelInfo
@@ -248,6 +258,8 @@ class PeelReport:
     skipped: tuple[Skipped, ...]
     timing: Timing
     redundancy: tuple[tuple[float, ...], ...] | None = None
+    bound_label: str | None = None
+    bound_step: int | None = None
     since_step: int | None = None
     """The step of the checkpoint that `change` and `progress` are held against."""
     finding: Finding | None = None

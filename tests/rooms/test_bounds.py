@@ -121,9 +121,11 @@ def test_cold_start_is_the_architecture_s_own(pair: tuple[Any, Any]) -> None:
 def test_direct_map_of_a_warm_solver_is_the_head_s(pair: tuple[Any, Any]) -> None:
     """Blocks aimed at their own outputs stay as they are, so `direct` and `head` are one value."""
     _, trace = pair
-    head, direct = peeled(trace, bounds_only("direct")).bounds
+    found = peeled(trace, bounds_only("direct"))
+    head, direct = found.bounds
     assert (head.label, direct.label) == ("head", "direct")
     assert head.value == direct.value
+    assert (found.bound_label, found.bound) == ("head", head.value)
 
 
 def test_unknown_solver() -> None:
@@ -171,6 +173,20 @@ def test_the_running_minimum_never_rises(checkpoints: list[Any]) -> None:
     assert memory.select == min(losses[:, :SELECTING].mean(axis=1).min() for losses in checkpoints)
 
 
+@given(st.lists(LOSSES, min_size=1, max_size=5))
+def test_the_winner_keeps_its_label_and_step(checkpoints: list[Any]) -> None:
+    """The memory names the map and the checkpoint whose losses it holds; of equal ones the earliest and the first."""
+    memory = None
+    for step, losses in enumerate(checkpoints):
+        memory = remember(suite_of(losses), SELECTING, "p", memory, step=step)
+    assert memory is not None
+    means = [losses[:, :SELECTING].mean(axis=1) for losses in checkpoints]
+    step = int(np.argmin([own.min() for own in means]))
+    place = int(means[step].argmin())
+    assert (memory.step, memory.label) == (step, str(place))
+    assert memory.confirm == tuple(checkpoints[step][place, SELECTING:])
+
+
 @given(LOSSES, LOSSES)
 def test_another_probe_begins_anew(first: Any, second: Any) -> None:
     """A minimum over other sequences is no bound for these."""
@@ -193,7 +209,7 @@ def test_an_earlier_better_bound_stands(pair: tuple[Any, Any]) -> None:
     alone = peeled(trace, bounds_only("ends"))
     assert alone.memory is not None
     better = tuple(value - 0.5 for value in alone.memory.confirm)
-    earlier = BoundMemory(trace.probe.fingerprint, alone.memory.select - 0.5, better, {"head": 0.125})
+    earlier = BoundMemory(trace.probe.fingerprint, alone.memory.select - 0.5, better, {"head": 0.125}, "1-4", 700)
     after = peeled(trace, bounds_only("ends"), earlier)
     assert after.bound is not None
     assert alone.bound is not None
@@ -201,6 +217,9 @@ def test_an_earlier_better_bound_stands(pair: tuple[Any, Any]) -> None:
     assert after.gap is not None
     assert alone.gap is not None
     assert after.gap.value == pytest.approx(alone.gap.value + 0.5)
+    assert (after.bound_label, after.bound_step) == ("1-4", 700)
+    assert (alone.bound_label, alone.bound_step) == (alone.memory.label, None)
+    assert alone.bound_label in {own.label for own in alone.bounds}
     assert after.bounds[0].best == 0.125
     assert after.bounds[0].value == alone.bounds[0].value
     assert after.memory is not None

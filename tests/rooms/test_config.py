@@ -158,6 +158,14 @@ def test_runs_have_what_is_theirs_over_what_is_common(tmp_path: Path) -> None:
     assert [[rule.name for rule in run.rules] for run in (own, plain)] == [["mine"], ["general"]]
 
 
+@pytest.mark.parametrize("text", ["margin,bounds", "margin, bounds", " margin , bounds "])
+def test_a_list_in_one_text_may_have_spaces(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are parted by commas, with spaces or without, in a flag and in the environment."""
+    assert load_settings(None, {"peel.quantities": text}).peel.quantities == ("margin", "bounds")
+    monkeypatch.setenv("PEEL__PEEL__QUANTITIES", text)
+    assert load_settings(None, {}).peel.quantities == ("margin", "bounds")
+
+
 def test_flags_and_the_environment_are_common_to_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They change the top level; a run that says otherwise keeps its own."""
     monkeypatch.setenv("PEEL__WATCH__POLL_SECONDS", "7")

@@ -50,7 +50,7 @@ def layer(index: int, margin: float | None, headroom: float | None = None, statu
         margin=None if margin is None else Estimate(margin, margin, margin),
         best_reference=None,
         references={},
-        parts={},
+        parts={name: PartReport("above", None) for name in ("attention", "mlp")},
         stream_share=0.1,
         headroom=None if headroom is None else Estimate(headroom, headroom, headroom),
     )
@@ -87,10 +87,22 @@ def test_a_change_of_nothing_is_published() -> None:
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    """No bound, no gap, no margins: no key stands for them, and none holds a stand-in number."""
-    report = dataclasses.replace(FULL, bound=None, gap=None, bounds=(), layers=(layer(3, None, 0.2),))
+    """No bound, no gap, no margins: no key stands for them or counts them, and none holds a stand-in number."""
+    nothing = {name: PartReport("not_measured", None) for name in ("attention", "mlp")}
+    layers = (dataclasses.replace(layer(3, None, 0.2, status="not_measured"), parts=nothing),)
+    report = dataclasses.replace(FULL, bound=None, gap=None, bounds=(), layers=layers)
+    one = published(report)
+    assert set(one.metrics) == {"peel/loss", "peel/alerts_firing", "peel/seconds", "peel/headroom/L003"}
+    assert one.tags == {"peel.status": "not_measured", "peel.zone": "not_measured"}
+
+
+def test_parts_that_were_not_measured_are_not_counted() -> None:
+    """Whole blocks alone, as effort quick measures them, give no number of parts below."""
+    parts = {name: PartReport("not_measured", None) for name in ("attention", "mlp")}
+    report = dataclasses.replace(FULL, layers=(dataclasses.replace(layer(3, 0.1), parts=parts),))
     metrics = published(report).metrics
-    assert set(metrics) == set(SUMMARIES) - {"peel/bound", "peel/gap", "peel/worst_margin"} | {"peel/headroom/L003"}
+    assert "peel/parts_below" not in metrics
+    assert (metrics["peel/layers_below"], metrics["peel/layers_undecided"]) == (0.0, 0.0)
 
 
 def test_counts_of_layers_and_alerts() -> None:
@@ -188,15 +200,15 @@ def test_layers_with_a_finding_are_cut_last() -> None:
         (("above", "above"), "above"),
         (("above", "undecided"), "undecided"),
         (("undecided", "below", "above"), "below"),
-        ((), "undecided"),
+        ((), "not_measured"),
         (("not_measured", "above"), "above"),
         (("not_measured", "undecided"), "undecided"),
         (("not_measured", "below"), "below"),
-        (("not_measured", "not_measured"), "undecided"),
+        (("not_measured", "not_measured"), "not_measured"),
     ],
 )
 def test_the_status_tag_is_the_worst_of_the_layers(statuses: tuple[str, ...], expected: str) -> None:
-    """`below` when any layer is below, else `undecided` when any is or none was measured, else `above`."""
+    """Of those measured: `below` when any is, else `undecided` when any is, else `above`; else `not_measured`."""
     layers = tuple(layer(index, 0.1, status=status) for index, status in enumerate(statuses))
     tags = published(dataclasses.replace(FULL, layers=layers)).tags
     assert tags == {"peel.status": expected, "peel.zone": "caution"}

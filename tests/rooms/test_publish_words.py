@@ -8,7 +8,17 @@ from typing import get_args
 import pytest
 
 from peel_agent.publish import ACCUSING, headline, table
-from peel_agent.records import Change, Estimate, Finding, FindingKind, LayerReport, PartReport, PeelReport
+from peel_agent.records import (
+    BoundReport,
+    Change,
+    Estimate,
+    Finding,
+    FindingKind,
+    LayerReport,
+    PartReport,
+    PeelReport,
+    Zone,
+)
 from tests.rooms.test_publish_form import FULL
 
 BLOCK = "model.layers.3"
@@ -124,8 +134,66 @@ def test_the_headline_of_a_run_says_that_alone() -> None:
 
 
 def test_the_headline_counts_what_is_undecided() -> None:
-    """Undecided blocks are counted, those that were not measured are not; without layers nothing is said of them."""
+    """Undecided blocks are counted apart from those not measured; without layers nothing is said of them."""
     statuses = ("undecided", "not_measured", "undecided", "above")
     line = headline(report(*(layer(index, status=status) for index, status in enumerate(statuses))))
-    assert line == "step 800; loss 1.6700; nothing found in any layer; 2 undecided"
+    assert line == "step 800; loss 1.6700; nothing found in any layer; 2 undecided; 1 not measured"
     assert headline(report()) == "step 800; loss 1.6700"
+
+
+WON = {"headroom": Estimate(0.05, 0.04, 0.06)}
+MOVED = {"change": Change(1.0)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "since_step", "expected"),
+    [
+        ({}, None, "margins not measured"),
+        (WON, None, "nothing found in any layer; margins not measured"),
+        (WON | MOVED, 600, "nothing found in any layer; margins and progress not measured"),
+        (MOVED | {"progress": Estimate(0.1, 0.0, 0.2)}, 600, "nothing found in any layer; margins not measured"),
+        (WON | {"finding": found("improvable")}, None, f"{BLOCK} is improvable; margins not measured"),
+    ],
+)
+def test_the_headline_says_what_was_not_measured(
+    fields: dict[str, object], since_step: int | None, expected: str
+) -> None:
+    """No margin at all is said in words, with the progress that goes with margins; nothing is called undecided."""
+    layers = [layer(index, status="not_measured", margin=None, **fields) for index in (2, 3)]
+    if "finding" in fields:
+        layers[0] = dataclasses.replace(layers[0], finding=None)
+    one = dataclasses.replace(report(*layers), since_step=since_step)
+    assert headline(one) == f"step 800; loss 1.6700; {expected}"
+    assert "undecided" not in table(one)
+
+
+def test_a_hint_is_told_in_the_headline_and_under_the_table() -> None:
+    """What would tell more of an undecided block stands beside the count of them, and below the blocks."""
+    hint = f"{BLOCK} earns far less than the other blocks"
+    one = report(layer(2), layer(3, status="undecided", hint=hint))
+    assert headline(one) == f"step 800; loss 1.6700; nothing found in any layer; 1 undecided; {hint}"
+    assert hint in table(one).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("label", "zone", "words"),
+    [
+        ("head", "caution", "(caution: the head's, not the layers')"),
+        ("1-4", "caution", "(caution)"),
+        (None, "caution", "(caution)"),
+        ("head", "effective", "(effective)"),
+    ],
+)
+def test_a_gap_is_the_heads_when_the_head_is_the_winner(label: str | None, zone: Zone, words: str) -> None:
+    """Whose the gap is goes by the winner's label: equal losses of other constructions say nothing of it."""
+    head = BoundReport("head", (1, 2), "closed_form", Estimate(1.5, 1.4, 1.6), 1.5, within_class=True)
+    one = dataclasses.replace(FULL, layers=(), finding=None, bounds=(head,), bound_label=label, zone=zone)
+    assert words in headline(one)
+    assert one.bound is not None
+    assert one.bound.value == head.best
+
+
+def test_the_table_names_the_winner() -> None:
+    """Under the maps stands which of them the bound is the loss of, and the step that it was built at."""
+    lines = table(dataclasses.replace(FULL, bound_label="1-4", bound_step=600)).splitlines()
+    assert "  the bound is 1-4, built at step 600: it has the least loss on the select sequences" in lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,7 @@ from peel_agent.records import BoundMemory, BoundReport, Estimate, Skipped, Trac
 
 @dataclass(frozen=True)
 class Bounds:
-    """The suite measured on `confirm`, and what the next checkpoint is to know of it."""
+    """The suite measured on `confirm`; `memory` says whose the bound is, and is what the next checkpoint is to know."""
 
     reports: tuple[BoundReport, ...]
     bound: Estimate | None
@@ -44,15 +44,16 @@ def measure_bounds(
     trained: Losses,
     earlier: BoundMemory | None,
     stopwatch: Stopwatch,
+    step: int | None = None,
 ) -> Bounds:
     """Bounds for the labelled maps; `hidden` holds the trained hidden states they need, `trained` the model's losses
-    per score sequence [N_s + N_c], select first, `earlier` the best of the checkpoints before.
+    per score sequence [N_s + N_c], select first, `earlier` the best of the checkpoints before, `step` is this one's.
     """
     labelled, skipped = _trusted(trace, labelled, solver)
     losses = _suite_losses(trace, labelled, solver, hidden, stopwatch)
     skipped += tuple(Skipped(f"map {label}", stopwatch.refusal()) for label in labelled if label not in losses)
     selecting = len(trace.probe.select)
-    memory = remember(losses, selecting, trace.probe.fingerprint, earlier)
+    memory = remember(losses, selecting, trace.probe.fingerprint, earlier, step=step)
     confirm = np.array(memory.confirm)
     gap = estimate(trained[selecting:] - confirm)
     signs = any(own.kind == "sign" for own in next(iter(trace.blocks(stop=1))).sets.values())
@@ -72,21 +73,32 @@ def measure_bounds(
 
 
 def remember(
-    losses: Mapping[str, Losses], selecting: int, fingerprint: str, earlier: BoundMemory | None
+    losses: Mapping[str, Losses],
+    selecting: int,
+    fingerprint: str,
+    earlier: BoundMemory | None,
+    *,
+    step: int | None = None,
 ) -> BoundMemory:
     """The running minimum: the construction with the least loss on `select`, of this suite or of an earlier checkpoint.
+
+    Of equal ones the first is taken, and an earlier one before all: `head` comes first in every suite, so that it is
+    named where a longer construction wins nothing beyond it.
 
     `losses` holds each construction's losses per score sequence, the first `selecting` of which are `select`. An
     earlier memory counts only when it was measured on the same probe.
     """
-    winner = min(losses.values(), key=lambda own: float(own[:selecting].mean()))
+    label = min(losses, key=lambda name: float(losses[name][:selecting].mean()))
+    winner = losses[label]
     best = {label: float(own[selecting:].mean()) for label, own in losses.items()}
-    memory = BoundMemory(fingerprint, float(winner[:selecting].mean()), tuple(winner[selecting:].tolist()), best)
+    memory = BoundMemory(
+        fingerprint, float(winner[:selecting].mean()), tuple(winner[selecting:].tolist()), best, label, step
+    )
     if earlier is None or earlier.probe != fingerprint:
         return memory
     lowest = {**earlier.best, **{label: min(value, earlier.best.get(label, value)) for label, value in best.items()}}
     ahead = earlier if earlier.select <= memory.select else memory
-    return BoundMemory(fingerprint, ahead.select, ahead.confirm, lowest)
+    return replace(ahead, best=lowest)
 
 
 def within_class(trace: Trace, own: TargetMap, *, signs: bool) -> bool:

@@ -44,5 +44,6 @@ def peel_network(
         memory=found.memory,
         skipped=(*found.skipped, NO_BLOCKS),
         timing=Timing(solve=clock() - start),
+        bound_label=bounds[-1].label if bounds else None,
     )
     return findings, sum(layer.numel() for layer in net.layers)

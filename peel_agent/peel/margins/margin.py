@@ -16,6 +16,9 @@ from peel_agent.records import Estimate, Status
 MEDIAN_FRACTION = 0.1
 """A block is `below` when its margin stays under this fraction of the other blocks' median margin."""
 
+FAR_UNDER = 0.33
+"""A block earns far less than the others when its margin is certainly under this fraction of their median."""
+
 Place = tuple[int, Target]
 """A block, or a part of one."""
 
@@ -84,9 +87,24 @@ def reachable(block: int, target: Target, references: Sequence[str]) -> set[str]
 
 def thresholds(margins: Sequence[Margin]) -> tuple[float, ...]:
     """What each margin is held against: a fraction of the others' median, never below 0 (method.md 4)."""
+    return tuple(max(0.0, MEDIAN_FRACTION * typical) for typical in _medians_of_others(margins))
+
+
+def _medians_of_others(margins: Sequence[Margin]) -> list[float]:
+    """The median margin of the others for each; 0 where there are none."""
     values = [own.estimate.value for own in margins]
     others = [values[:place] + values[place + 1 :] for place in range(len(values))]
-    return tuple(max(0.0, MEDIAN_FRACTION * median(own)) if own else 0.0 for own in others)
+    return [median(own) if own else 0.0 for own in others]
+
+
+def far_under(margins: Mapping[int, Margin]) -> frozenset[int]:
+    """The blocks that earn far less than the others."""
+    medians = _medians_of_others(list(margins.values()))
+    return frozenset(
+        index
+        for (index, own), typical in zip(margins.items(), medians, strict=True)
+        if own.estimate.high < FAR_UNDER * typical
+    )
 
 
 def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
