@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, NotEarlier, TornCheckpoint
-from peel_agent.records import Before, CheckpointRef, LayerReport, ModelSettings, Past, PeelReport, Skipped
+from peel_agent.records import (
+    Before,
+    CheckpointRef,
+    LayerReport,
+    LocalListing,
+    ModelSettings,
+    Past,
+    PeelReport,
+    Skipped,
+)
 from peel_agent.watch import fingerprint
 
 if TYPE_CHECKING:
@@ -100,7 +109,7 @@ def still_whole(ref: CheckpointRef) -> bool:
 def _is_there(ref: CheckpointRef) -> bool:
     """Whether the very files are at hand: one rewritten in place, or a link to it, holds other weights now."""
     (form,) = registry.formats(ref.format)
-    now = form.inspect(ref.in_place().path)
+    now = form.inspect(LocalListing(ref.in_place().path))
     return now.state == "complete" and fingerprint(now.files) == ref.fingerprint
 
 

@@ -30,6 +30,7 @@ from peel_agent.records import (
     BoundMemory,
     CheckpointInfo,
     CheckpointRef,
+    LocalListing,
     Memory,
     ModelInfo,
     ModelSettings,
@@ -57,17 +58,19 @@ def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
     path = path.absolute() if path.name else path.resolve()  # `.` has no name of its own
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}", remedy="give the path of a checkpoint directory or file")
-    for form in registry.formats(format_name):
-        if form.recognise(path):
-            readiness = form.inspect(path)
-            if readiness.state == "complete":
-                return checkpoint_ref(path, form.name, readiness, form.step(path))
-            if readiness.state == "damaged":
-                raise CheckpointError(f"{path} cannot be used: {readiness.reason}", remedy="take another checkpoint")
-            raise IncompleteCheckpoint(
-                f"{path} is {readiness.state}: {readiness.reason}",
-                remedy="wait until it is written, or take another checkpoint",
-            )
+    listing = LocalListing(path)
+    winner = registry.claimed(listing, registry.formats(format_name))
+    if winner is not None:
+        form, _ = winner
+        readiness = form.inspect(listing)
+        if readiness.state == "complete":
+            return checkpoint_ref(path, form.name, readiness, form.step(listing))
+        if readiness.state == "damaged":
+            raise CheckpointError(f"{path} cannot be used: {readiness.reason}", remedy="take another checkpoint")
+        raise IncompleteCheckpoint(
+            f"{path} is {readiness.state}: {readiness.reason}",
+            remedy="wait until it is written, or take another checkpoint",
+        )
     raise CheckpointError(
         f"{path} is no checkpoint of a known format",
         remedy="give one checkpoint (a checkpoint-N or save_pretrained folder, a .safetensors or .pt file); "
@@ -354,7 +357,7 @@ def check_unchanged(ref: CheckpointRef, form: Format) -> None:
     place = ref.in_place().path
     if not place.exists():
         return
-    now = form.inspect(place)
+    now = form.inspect(LocalListing(place))
     if now.state != "complete" or fingerprint(now.files) != ref.fingerprint:
         raise _torn(ref, "its files changed while they were read")
 

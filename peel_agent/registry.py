@@ -7,16 +7,22 @@ plugins` and otherwise left alone.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 from peel_agent.errors import PluginError, UnknownFamily
+from peel_agent.records import Claim, Listing, Strength
 from peel_agent.spi import KINDS, EnginePlugin, Family, Format, SinkPlugin, TrackerPlugin
+
+DISTRIBUTION = "peel-agent"
+STRENGTHS: tuple[Strength, ...] = ("specific", "generic", "declined", "begun")
+"""Of what a format may say of a listing, the strongest first."""
 
 
 @dataclass(frozen=True)
-class Listing:
+class Installed:
     """One installed plug-in; `problem` is None when it loads."""
 
     kind: str
@@ -26,8 +32,13 @@ class Listing:
 
 
 def _installed(kind: str) -> tuple[EntryPoint, ...]:
+    """Those of other distributions first, then ours, each by name."""
     unique = {(point.name, point.value): point for point in entry_points(group=f"peel_agent.{kind}")}
-    return tuple(sorted(unique.values(), key=lambda point: point.name))
+    return tuple(sorted(unique.values(), key=lambda point: (_is_ours(point), point.name)))
+
+
+def _is_ours(point: EntryPoint) -> bool:
+    return point.dist is not None and point.dist.name == DISTRIBUTION
 
 
 def _named(kind: str, name: str) -> object:
@@ -65,8 +76,14 @@ def _usable(kind: str) -> tuple[object, ...]:
 
 
 def formats(name: str = "auto") -> tuple[Format, ...]:
-    """The format named, or every one that loads when `auto`."""
+    """The format named, or every one that loads when `auto`: those of other distributions first, then by name."""
     return cast("tuple[Format, ...]", _usable("formats") if name == "auto" else (_named("formats", name),))
+
+
+def claimed(listing: Listing, formats: Sequence[Format]) -> tuple[Format, Claim] | None:
+    """The format that has a file or a folder, with its claim: the strongest, of equal ones that of the first format."""
+    claims = [(form, claim) for form in formats if (claim := form.claim(listing)) is not None]
+    return min(claims, key=lambda one: STRENGTHS.index(one[1].strength), default=None)
 
 
 def tracker(name: str) -> TrackerPlugin:
@@ -110,11 +127,11 @@ def _problem(kind: str, point: EntryPoint) -> str | None:
     return None
 
 
-def listings() -> tuple[Listing, ...]:
+def installed() -> tuple[Installed, ...]:
     """Every installed plug-in of every kind, each loaded once to see whether it does."""
     found = []
     for kind in KINDS:
-        for point in _installed(kind):
+        for point in sorted(_installed(kind), key=lambda point: point.name):
             distribution = point.dist.name if point.dist is not None else "unknown distribution"
-            found.append(Listing(kind, point.name, f"{distribution}: {point.value}", _problem(kind, point)))
+            found.append(Installed(kind, point.name, f"{distribution}: {point.value}", _problem(kind, point)))
     return tuple(found)

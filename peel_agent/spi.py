@@ -17,6 +17,9 @@ from peel_agent.records import (
     Anatomy,
     Check,
     CheckpointRef,
+    Claim,
+    Listing,
+    LocalListing,
     NoticeGroup,
     Peeled,
     Publication,
@@ -33,22 +36,35 @@ KINDS = ("formats", "families", "trackers", "sinks", "engines")
 class Format(Protocol):
     """`peel_agent.formats`: one way in which trainers write checkpoints.
 
-    The first three methods run in the parent daemon: they must not import torch and must not read tensor data.
+    The first three methods run in the parent daemon: they must not import torch and must not read tensor data. They
+    take what they ask of a folder's names from the listing, so that a look lists each folder once.
     """
 
     name: str
 
-    def recognise(self, path: Path) -> bool:
-        """Is this path a checkpoint of this format, complete or in the making? Decided by names, cheaply."""
+    def claim(self, listing: Listing) -> Claim | None:
+        """What this format says of a file or a folder by its names; None for what it does not know.
 
-    def inspect(self, path: Path) -> Readiness:
+        Of all claims the strongest wins: `specific`, `generic`, `declined`, `begun`. Of two that are equally strong, a
+        format of another distribution wins over one of peel-agent's own, then the first by name.
+        """
+
+    def inspect(self, listing: LocalListing) -> Readiness:
         """Is it whole? Reads markers and headers. A path that vanished is `incomplete`, never an exception."""
 
-    def step(self, path: Path) -> int | None:
+    def step(self, listing: LocalListing) -> int | None:
         """The training step that the checkpoint itself names, or None."""
 
     def open(self, ref: CheckpointRef) -> Weights:
         """The tensors. Raises CheckpointError for what it refuses to read. Runs in the worker."""
+
+
+@runtime_checkable
+class Declining(Protocol):
+    """What a Format has that reads nothing: it names what it knows instead."""
+
+    declines: tuple[str, ...]
+    """What is declined, in words."""
 
 
 class Family(Protocol):

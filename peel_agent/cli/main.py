@@ -68,10 +68,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _plugins(_options: argparse.Namespace) -> int:
-    from peel_agent.registry import listings
+    from peel_agent.registry import installed
     from peel_agent.spi import KINDS
 
-    found = listings()
+    found = installed()
     for kind in KINDS:
         print(kind)
         own = [listing for listing in found if listing.kind == kind]

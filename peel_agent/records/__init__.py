@@ -17,6 +17,7 @@ from peel_agent.records.device import DeviceLease, SeenDevice
 from peel_agent.records.event import Debt, Event, EventKind, LaneKind, Level
 from peel_agent.records.feedforward import Best, Network, Part, Samples, Stack, YesMemory
 from peel_agent.records.figures import AgentFigures, DeliveryFigures, RunFigures
+from peel_agent.records.listing import Claim, Listing, LocalListing, Strength
 from peel_agent.records.model import (
     AdjacentPairs,
     Anatomy,
@@ -96,6 +97,7 @@ __all__ = [
     "CheckpointInfo",
     "CheckpointRef",
     "Chunk",
+    "Claim",
     "CustomModel",
     "Debt",
     "DeliveryFigures",
@@ -113,6 +115,8 @@ __all__ = [
     "LaneKind",
     "LayerReport",
     "Level",
+    "Listing",
+    "LocalListing",
     "Memory",
     "ModelInfo",
     "ModelSettings",
@@ -150,6 +154,7 @@ __all__ = [
     "Snapshot",
     "Stack",
     "Status",
+    "Strength",
     "Timing",
     "TokenIds",
     "Trace",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peel_agent.errors import CheckpointError
-from peel_agent.records import CheckpointRef, Readiness
+from peel_agent.records import CheckpointRef, LocalListing, Readiness
 from peel_agent.spi import Format
 
 Producer = Callable[[Path], Mapping[str, Tensor]]
@@ -50,15 +50,19 @@ class FormatCase:
 
 
 def check_complete_once_written(case: FormatCase, folder: Path) -> None:
-    """A whole checkpoint is recognised, complete, has stamps of its weights, and says its step."""
+    """A whole checkpoint is claimed, complete, has stamps of its weights, and says its step."""
     path, _ = case.write(folder)
-    _claim(case.format.recognise(path), f"{path.name} is not recognised")
-    readiness = case.format.inspect(path)
+    claim = case.format.claim(LocalListing(path))
+    _claim(claim is not None, f"{path.name} is not claimed")
+    readiness = case.format.inspect(LocalListing(path))
     _claim(readiness.state == "complete", f"{path.name} is {readiness.state}: {readiness.reason}")
     stamped = {stamp.name for stamp in readiness.files}
     unstamped = {file.name for file in case.weight_files(path)} - stamped
     _claim(not unstamped, f"no stamp of {sorted(unstamped)}, which hold tensors")
-    _claim(case.format.step(path) == case.step, f"step is {case.format.step(path)}, not {case.step}")
+    _claim(
+        case.format.step(LocalListing(path)) == case.step,
+        f"step is {case.format.step(LocalListing(path))}, not {case.step}",
+    )
 
 
 def check_truncation_is_never_complete(case: FormatCase, folder: Path) -> None:
@@ -68,17 +72,17 @@ def check_truncation_is_never_complete(case: FormatCase, folder: Path) -> None:
         content = file.read_bytes()
         for size in sorted({0, 1, 7, 8, 9, len(content) // 3, len(content) // 2, len(content) - 1}):
             file.write_bytes(content[:size])
-            state = case.format.inspect(path).state
+            state = case.format.inspect(LocalListing(path)).state
             _claim(state != "complete", f"complete with {size} of {len(content)} bytes of {file.name}")
         file.write_bytes(content)
-        _claim(case.format.inspect(path).state == "complete", f"{file.name} as it was is not complete")
+        _claim(case.format.inspect(LocalListing(path)).state == "complete", f"{file.name} as it was is not complete")
 
 
 def check_missing_file_is_never_complete(case: FormatCase, folder: Path) -> None:
     """Without any one of its stamped files a checkpoint is not complete, and no method raises."""
     path, _ = case.write(folder)
     base = path if path.is_dir() else path.parent
-    for stamp in case.format.inspect(path).files:
+    for stamp in case.format.inspect(LocalListing(path)).files:
         aside = folder / "aside"
         (base / stamp.name).rename(aside)
         readiness = _look(case, path)
@@ -90,11 +94,14 @@ def check_stamps_follow_changes(case: FormatCase, folder: Path) -> None:
     """A stamped file that is written again changes the stamps, though its size stays."""
     path, _ = case.write(folder)
     base = path if path.is_dir() else path.parent
-    for stamp in case.format.inspect(path).files:
-        before = case.format.inspect(path).files
+    for stamp in case.format.inspect(LocalListing(path)).files:
+        before = case.format.inspect(LocalListing(path)).files
         later = stamp.mtime_ns + 1_000_000
         os.utime(base / stamp.name, ns=(later, later))
-        _claim(case.format.inspect(path).files != before, f"a change of {stamp.name} leaves the stamps as they were")
+        _claim(
+            case.format.inspect(LocalListing(path)).files != before,
+            f"a change of {stamp.name} leaves the stamps as they were",
+        )
 
 
 def check_vanished_is_incomplete(case: FormatCase, folder: Path) -> None:
@@ -128,14 +135,15 @@ def check_reads_what_was_written(case: FormatCase, folder: Path) -> None:
 
 
 def check_parent_imports_no_torch(case: FormatCase, folder: Path) -> None:
-    """Recognise, inspect and step import no torch: the parent daemon stays small."""
+    """Claim, inspect and step import no torch: the parent daemon stays small."""
     path, _ = case.write(folder)
     module, _, attribute = case.entry.partition(":")
     program = (
         "import sys, importlib, pathlib\n"
+        "from peel_agent.records import LocalListing\n"
         "form = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])\n"
-        "path = pathlib.Path(sys.argv[3])\n"
-        "form.recognise(path), form.inspect(path), form.step(path)\n"
+        "listing = LocalListing(pathlib.Path(sys.argv[3]))\n"
+        "form.claim(listing), form.inspect(listing), form.step(listing)\n"
         "sys.exit('torch was imported' if 'torch' in sys.modules else 0)\n"
     )
     command = [sys.executable, "-c", program, module, attribute, str(path)]
@@ -161,14 +169,16 @@ def _claim(holds: bool, otherwise: str) -> None:
 
 def _look(case: FormatCase, path: Path) -> Readiness:
     """Everything that the parent asks of a path."""
-    case.format.recognise(path)
-    case.format.step(path)
-    return case.format.inspect(path)
+    case.format.claim(LocalListing(path))
+    case.format.step(LocalListing(path))
+    return case.format.inspect(LocalListing(path))
 
 
 def _ref(case: FormatCase, path: Path) -> CheckpointRef:
-    readiness = case.format.inspect(path)
-    return CheckpointRef(path, case.format.step(path), case.format.name, "conformance", 0.0, readiness.files)
+    readiness = case.format.inspect(LocalListing(path))
+    return CheckpointRef(
+        path, case.format.step(LocalListing(path)), case.format.name, "conformance", 0.0, readiness.files
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

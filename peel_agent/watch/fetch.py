@@ -10,7 +10,7 @@ from peel_agent.errors import CheckpointError, ConfigurationError, NoRoom
 from peel_agent.spi import Format
 from peel_agent.watch.pins import COMPANIONS, spare_bytes
 from peel_agent.watch.store import RemoteObject, Store, torn
-from peel_agent.watch.units import ROOT, Division, Unit, needed
+from peel_agent.watch.units import ROOT, Division, Unit, companions_of
 
 
 def fetch(url: str, folder: Path, formats: Sequence[Format], options: Mapping[str, str] | None = None) -> Path:
@@ -28,7 +28,7 @@ def fetch(url: str, folder: Path, formats: Sequence[Format], options: Mapping[st
         )
     store = Store(parent, options)
     try:
-        unit, companions = _one(store, name, folder, formats)
+        unit, companions = _one(store, name, formats)
         objects = {remote.name: remote for remote in (*companions, *unit.objects)}.values()
         check_space(folder, sum(remote.size for remote in objects), url)
         part = folder / "part"
@@ -44,13 +44,13 @@ def fetch(url: str, folder: Path, formats: Sequence[Format], options: Mapping[st
     return folder / name
 
 
-def _one(store: Store, name: str, folder: Path, formats: Sequence[Format]) -> tuple[Unit, tuple[RemoteObject, ...]]:
+def _one(store: Store, name: str, formats: Sequence[Format]) -> tuple[Unit, tuple[RemoteObject, ...]]:
     """The checkpoint of this name, and the objects above it that it needs."""
     listed = store.list(name)
     own = {remote.name for remote in listed}
     beside = (store.stat(companion) for companion in COMPANIONS if f"{name}/{companion}" not in own)
     companions = companions_of(remote for remote in beside if remote is not None)
-    units = Division(store.name, folder, formats).units((*listed, *companions))
+    units = Division(store.name, formats).units((*listed, *companions))
     unit = next((unit for unit in units if unit.name in (name, ROOT)), None)
     if unit is None:
         raise CheckpointError(
@@ -63,11 +63,6 @@ def _one(store: Store, name: str, folder: Path, formats: Sequence[Format]) -> tu
             f"{store.url}/{name} is refused: {unit.fault}", remedy="remove or rename the object, or save it again"
         )
     return unit, companions
-
-
-def companions_of(objects: Iterable[RemoteObject]) -> tuple[RemoteObject, ...]:
-    """Those of a folder's objects that the checkpoints in it share."""
-    return tuple(remote for remote in needed(objects) if remote.name in COMPANIONS)
 
 
 def download(store: Store, remote: RemoteObject, target: Path, stopping: Callable[[], bool]) -> bool:

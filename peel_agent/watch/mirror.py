@@ -20,11 +20,11 @@ from typing import Any
 
 from peel_agent.errors import CheckpointError, NoRoom, TornCheckpoint
 from peel_agent.spi import Format
-from peel_agent.watch.fetch import check_space, check_unchanged, companions_of, download
+from peel_agent.watch.fetch import check_space, check_unchanged, download
 from peel_agent.watch.pins import COMPANIONS
 from peel_agent.watch.settle import waits_for
 from peel_agent.watch.store import RemoteObject, Store, torn
-from peel_agent.watch.units import ROOT, Division, Unit, identity
+from peel_agent.watch.units import ROOT, Division, Unit, companions_of, identity
 
 PARTLY_SECONDS = 3600.0
 """So long an overwritten checkpoint with tensors of the old version beside new ones is held to be in the making."""
@@ -85,7 +85,7 @@ class Mirror:
         self._recall()
         for path in (self._objects, self.root.parent):
             path.mkdir(parents=True, exist_ok=True)
-        self._division = Division(store.name, folder, formats)
+        self._division = Division(store.name, formats)
 
     def sync(
         self,

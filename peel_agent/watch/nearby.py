@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peel_agent.errors import printable
-from peel_agent.spi import Format
+from peel_agent.records import Claim, LocalListing
+from peel_agent.registry import claimed
+from peel_agent.spi import Declining, Format
 from peel_agent.watch.scan import LEVELS, STAGING
 
 DEEPER = 2
@@ -20,9 +22,6 @@ DEEPER = 2
 MAX_ENTRIES = 2_000
 MAX_SENTENCES = 6
 SHOWN = 3
-
-ADAPTER = "adapter_config.json"
-"""What PEFT writes beside the weights of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class _Seen:
     """What was met on the way down, in the order in which it was met."""
 
     below: dict[Path, list[str]] = field(default_factory=dict)
-    adapters: list[Path] = field(default_factory=list)
+    declined: list[tuple[Path, Claim]] = field(default_factory=list)
     staged: list[Path] = field(default_factory=list)
     links: list[Path] = field(default_factory=list)
     left: int = MAX_ENTRIES
@@ -46,22 +45,18 @@ class _Seen:
 def nearby(root: Path, formats: Sequence[Format]) -> tuple[str, ...]:
     """Sentences that say what is there instead of checkpoints; none for an empty folder, or one that cannot be listed.
 
-    To be asked when `scan` found nothing whole: a folder too high, an adapter, a link, a folder of other things.
+    To be asked when `scan` found nothing whole: a folder too high, a link, a folder of other things.
     """
     root = root.resolve()
     return misplaced(root, formats) or contents(root, formats)
 
 
 def misplaced(root: Path, formats: Sequence[Format]) -> tuple[str, ...]:
-    """Sentences on what only somebody's doing can mend: checkpoints further below, adapters, links; at most six."""
+    """Sentences on what only somebody's doing can mend: checkpoints further below, links; at most six."""
     seen = _Seen()
     _look(root.resolve(), formats, 0, seen)
     sentences = [_too_high(folder, names) for folder, names in seen.below.items()]
-    sentences += [
-        f"{_shown(path)} holds an adapter ({ADAPTER}) and no model: merge it into its base model "
-        "(model.merge_and_unload().save_pretrained(NEW)), and peel that"
-        for path in seen.adapters
-    ]
+    sentences += [f"in {_shown(path.parent)}, {claim.fault}; {claim.remedy}" for path, claim in seen.declined]
     sentences += [
         f"{_shown(path)} has the name of a checkpoint that is still being put together" for path in seen.staged
     ]
@@ -77,7 +72,7 @@ def contents(root: Path, formats: Sequence[Format]) -> tuple[str, ...]:
     if not entries or any(_is_recognised(path, formats) for path in (root, *(entry.path for entry in entries))):
         return ()
     names = [entry.path.name + ("/" if entry.is_folder else "") for entry in entries]
-    known = ", ".join(form.name for form in formats if form.name != "declined")
+    known = ", ".join(sorted(form.name for form in formats if not isinstance(form, Declining)))
     count = f"{len(names):,} entries" + (" or more" if len(names) >= MAX_ENTRIES else "")
     return (f"{_shown(root)} holds {count} ({_some(names)}), and no checkpoint of a format that is read: {known}",)
 
@@ -86,9 +81,6 @@ def _look(folder: Path, formats: Sequence[Format], level: int, seen: _Seen) -> N
     """`level` is how far the folder is below the root."""
     entries = _entries(folder, seen.left)
     seen.left -= len(entries)
-    if any(entry.path.name == ADAPTER for entry in entries):
-        seen.adapters.append(folder)
-        return
     for entry in entries:
         if entry.is_link:
             if level <= LEVELS:
@@ -100,18 +92,19 @@ def _look(folder: Path, formats: Sequence[Format], level: int, seen: _Seen) -> N
 
 
 def _look_at(entry: _Entry, formats: Sequence[Format], level: int, seen: _Seen) -> None:
-    """One file or folder that is no link; of a checkpoint only whether it is an adapter."""
-    if entry.is_folder and (entry.path / ADAPTER).is_file():
-        seen.adapters.append(entry.path)
-    elif _is_recognised(entry.path, formats):
-        if level >= LEVELS:
+    """One file or folder that is no link. What is higher than the levels of `scan` is told by that."""
+    winner = claimed(LocalListing(entry.path), formats)
+    if winner is not None and level >= LEVELS:
+        if winner[1].strength == "declined":
+            seen.declined.append((entry.path, winner[1]))
+        else:
             seen.below.setdefault(entry.path.parent, []).append(entry.path.name)
-    elif entry.is_folder and level < LEVELS + DEEPER - 1 and seen.left > 0:
+    elif winner is None and entry.is_folder and level < LEVELS + DEEPER - 1 and seen.left > 0:
         _look(entry.path, formats, level + 1, seen)
 
 
 def _is_recognised(path: Path, formats: Sequence[Format]) -> bool:
-    return any(form.recognise(path) for form in formats)
+    return claimed(LocalListing(path), formats) is not None
 
 
 def _entries(folder: Path, most: int) -> list[_Entry]:

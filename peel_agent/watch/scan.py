@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import Readiness
+from peel_agent.records import LocalListing, Readiness
+from peel_agent.registry import claimed
 from peel_agent.spi import Format
 from peel_agent.watch.pins import FOLDER as PINS
 
@@ -39,8 +40,8 @@ class Sighting:
 def scan(root: Path, formats: Sequence[Format], markers: Sequence[str] = ()) -> tuple[Sighting, ...]:
     """Every checkpoint at the root or directly below it, in absolute paths, those inside a folder before it.
 
-    The first format that recognises a path has it. A recognised folder is one checkpoint, so its files are not looked
-    at again; its sub-folders are, because Trainer ends a run by saving the model beside its checkpoints: the
+    The format with the strongest claim has a path. A claimed folder is one checkpoint, so its files are not looked at
+    again; its sub-folders are, because Trainer ends a run by saving the model beside its checkpoints: the
     `checkpoint-N` come first, then that last export. Links and hidden names are passed over: what is inside the root
     is found under its own name. What vanishes meanwhile is no error; a root that may not be listed is
     ConfigurationError. `markers` are names of files that a checkpoint's folder must have; a single file needs none.
@@ -50,45 +51,35 @@ def scan(root: Path, formats: Sequence[Format], markers: Sequence[str] = ()) -> 
         raise ConfigurationError(
             f"{root} may not be listed", remedy="give the user of peel-agent read and search permission on it"
         )
-    return tuple(_sightings(root, formats, LEVELS, markers))
+    return tuple(_sightings(LocalListing(root), formats, LEVELS, markers))
 
 
-def _sightings(path: Path, formats: Sequence[Format], levels: int, markers: Sequence[str]) -> Iterator[Sighting]:
-    form = next((candidate for candidate in formats if candidate.recognise(path)), None)
-    for child, is_folder in _children(path) if levels > 0 else ():
-        if is_folder:
-            yield from _sightings(child, formats, levels - 1, markers)
-        elif form is None:
-            yield from _sightings(child, formats, 0, markers)
-    if form is not None:
-        readiness = form.inspect(path)
-        step = form.step(path) if readiness.state == "complete" else None
-        yield Sighting(path, form.name, readiness, step, _lacking(path, markers) if markers else ())
+def _sightings(
+    listing: LocalListing, formats: Sequence[Format], levels: int, markers: Sequence[str]
+) -> Iterator[Sighting]:
+    winner = claimed(listing, formats)
+    for name in _children(listing) if levels > 0 else ():
+        if listing.is_folder_at(name):
+            yield from _sightings(listing.folder(name), formats, levels - 1, markers)
+        elif winner is None:
+            yield from _sightings(listing.folder(name), formats, 0, markers)
+    if winner is not None:
+        form = winner[0]
+        readiness = form.inspect(listing)
+        step = form.step(listing) if readiness.state == "complete" else None
+        yield Sighting(listing.path, form.name, readiness, step, _lacking(listing, markers))
 
 
-def _lacking(path: Path, markers: Sequence[str]) -> tuple[str, ...]:
-    """The markers that are not in a folder; all of them when it cannot be seen now. A file needs none."""
-    try:
-        return tuple(name for name in markers if not (path / name).exists()) if path.is_dir() else ()
-    except OSError:
-        return tuple(markers)
+def _lacking(listing: LocalListing, markers: Sequence[str]) -> tuple[str, ...]:
+    """The markers that are not in a folder; a file needs none."""
+    return tuple(name for name in markers if name not in listing.names()) if markers and listing.is_folder else ()
 
 
-def _is_aside(name: str) -> bool:
+def is_aside(name: str) -> bool:
+    """True for a name that is passed over: hidden, our own, or that of a checkpoint still being put together."""
     return name.startswith(".") or name == PINS or STAGING.fullmatch(name) is not None
 
 
-def _children(folder: Path) -> list[tuple[Path, bool]]:
-    """Each child that is no link, not hidden and not still put together, and whether it is a folder.
-
-    None when the folder vanished.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(
-                (Path(entry.path), entry.is_dir(follow_symlinks=False))
-                for entry in entries
-                if not _is_aside(entry.name) and not entry.is_symlink()
-            )
-    except OSError:
-        return []
+def _children(folder: LocalListing) -> list[str]:
+    """Each child that is no link, not hidden and not still put together."""
+    return sorted(name for name in folder.names() if not is_aside(name) and not folder.is_link(name))

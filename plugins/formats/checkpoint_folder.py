@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
-from peel_agent.records import CheckpointRef, FileStamp, Readiness
+from peel_agent.records import CheckpointRef, FileStamp, Listing, Readiness
 
 CONFIG = "config.json"
 MAX_JSON_BYTES = 64 * 2**20
@@ -28,31 +28,6 @@ SAVE_AGAIN = "save the checkpoint again with save_pretrained, or take it out of 
 def refused(what: str, fault: str, *, remedy: str = SAVE_AGAIN) -> CheckpointError:
     """The error of a file, or of something in it, that is not read whatever is written next."""
     return CheckpointError(f"{what} {fault}", remedy=remedy)
-
-
-def names_in(folder: Path) -> frozenset[str]:
-    """Names of the entries of a folder; none when it is gone, is no folder or cannot be listed."""
-    try:
-        return frozenset(entry.name for entry in folder.iterdir())
-    except OSError:
-        return frozenset()
-
-
-def is_folder(path: Path) -> bool:
-    """True for a folder that can be seen now; Path.is_dir would raise for a stale network handle."""
-    return _mode(path, stat.S_ISDIR)
-
-
-def is_file(path: Path) -> bool:
-    """True for a regular file that can be seen now."""
-    return _mode(path, stat.S_ISREG)
-
-
-def _mode(path: Path, test: Callable[[int], bool]) -> bool:
-    try:
-        return test(path.stat().st_mode)
-    except OSError:
-        return False
 
 
 def open_inside(folder: Path, name: str) -> tuple[int, FileStamp]:
@@ -130,7 +105,7 @@ def read_config(folder: Path, inside: str = "", *, above: bool = False) -> tuple
     checkpoints: writing it again with the next does not change this one.
     """
     for name in dict.fromkeys((inside + CONFIG, CONFIG)) if above else ():
-        if CONFIG in names_in((folder / name).parent):
+        if os.path.lexists(folder / name):
             config, stamp = read_json(folder, name, most=MAX_CONFIG_BYTES)
             return config, (stamp,)
     try:
@@ -164,6 +139,15 @@ def read_json(folder: Path, name: str, *, most: int = MAX_JSON_BYTES) -> tuple[d
     if not isinstance(value, dict):
         raise refused(name, f"holds a JSON {type(value).__name__}, not an object")
     return value, stamp
+
+
+def keys_of(listing: Listing, name: str, most: int) -> frozenset[str]:
+    """The keys of a small JSON object in a folder; none where it is not there or is something else."""
+    try:
+        value = json.loads(listing.read(name, most) or b"")
+    except (ValueError, RecursionError):
+        return frozenset()
+    return frozenset(value) if isinstance(value, dict) else frozenset()
 
 
 def by_name(*stamps: Iterable[FileStamp]) -> tuple[FileStamp, ...]:

@@ -5,27 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint
-from peel_agent.records import CheckpointRef, Readiness, Weights
-from peel_agent.spi import Format
+from peel_agent.records import CheckpointRef, Claim, Listing, LocalListing, Readiness, Weights
 
-from .checkpoint_folder import is_file, is_folder, names_in, read_json, stamps_of
-from .deepspeed_folder import FORMAT as DEEPSPEED
-from .distributed_checkpoint import FORMAT as DCP
-from .megatron_distributed import FORMAT as MEGATRON
-from .megatron_metadata import MAX_BACKEND_BYTES
-from .safetensors_files import FORMAT as SAFETENSORS
-from .torch_file import FORMAT as TORCH
-from .transformers_checkpoint import FORMAT as TRANSFORMERS
-
-Names = frozenset[str]
-
-READ: tuple[Format, ...] = (DCP, DEEPSPEED, MEGATRON, SAFETENSORS, TORCH, TRANSFORMERS)
-"""The other formats. Most are asked after this one, since it is by their names, and what they recognise is theirs."""
+from .checkpoint_folder import keys_of, stamps_of
+from .safetensors_files import step_in_name
 
 UNFINISHED = "-unfinished"
+_MAX_METADATA_BYTES = 1 << 16
 _ORBAX_MARKS = frozenset({"_CHECKPOINT_METADATA", "manifest.ocdbt"})
 _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 _FLAX_FILE = re.compile(r"checkpoint_[0-9]+")
@@ -38,58 +27,63 @@ _OLD_TRANSFORMERS = "with transformers below 5: from_pretrained(FOLDER, {}=True)
 
 @dataclass(frozen=True)
 class Kind:
-    """What a producer writes: how it is known from a path and the names in it, and what to do with it instead."""
+    """What a producer writes: how it is known by its names, and what to do with it instead."""
 
     what: str
     way_out: str
-    fits: Callable[[Path, Names], bool]
+    fits: Callable[[Listing], bool]
 
 
-def _suffix(suffix: str) -> Callable[[Path, Names], bool]:
-    return lambda path, _: path.suffix == suffix and is_file(path)
+def _is_single(listing: Listing, *suffixes: str) -> bool:
+    """True for a file, of one of these suffixes if there are any."""
+    is_named = not suffixes or PurePath(listing.name).suffix in suffixes
+    return is_named and not listing.is_folder and listing.parent.is_file(listing.name)
 
 
-def _is_nemo_1(path: Path, names: Names) -> bool:
-    packed = path.suffix == ".nemo" and is_file(path)
-    return packed or ("model_config.yaml" in names and not names.isdisjoint({"model_weights", "model_weights.ckpt"}))
+def _is_nemo_1(listing: Listing) -> bool:
+    unpacked = "model_config.yaml" in listing.names() and bool(
+        listing.names() & {"model_weights", "model_weights.ckpt"}
+    )
+    return unpacked or _is_single(listing, ".nemo")
 
 
-def _is_nemo_2(path: Path, names: Names) -> bool:
-    return {"weights", "context"} <= names and is_folder(path / "weights") and is_folder(path / "context")
+def _is_nemo_2(listing: Listing) -> bool:
+    return listing.names() >= {"weights", "context"} and all(map(listing.is_folder_at, ("weights", "context")))
 
 
-def _is_orbax(path: Path, names: Names) -> bool:
-    if names & _ORBAX_MARKS or {"_METADATA", "checkpoint"} <= names:
-        return not path.name.startswith("ocdbt.process_")  # one process's part of such a folder
-    return _ORBAX_TEMPORARY in path.name and is_folder(path)
+def _is_orbax(listing: Listing) -> bool:
+    names = listing.names()
+    if names & _ORBAX_MARKS or names >= {"_METADATA", "checkpoint"}:
+        return not listing.name.startswith("ocdbt.process_")  # one process's part of such a folder
+    return _ORBAX_TEMPORARY in listing.name and listing.is_folder
 
 
-def _is_flax(path: Path, names: Names) -> bool:
-    alone = names == {"checkpoint"} and is_file(path / "checkpoint")
-    return alone or (_FLAX_FILE.fullmatch(path.name) is not None and is_file(path))
+def _is_flax(listing: Listing) -> bool:
+    if listing.is_folder:
+        return listing.names() == {"checkpoint"} and listing.is_file("checkpoint")
+    return _FLAX_FILE.fullmatch(listing.name) is not None and _is_single(listing)
 
 
-def _is_levanter(path: Path, names: Names) -> bool:
+def _is_levanter(listing: Listing) -> bool:
+    names = listing.names()
     if "metadata.json" not in names or not names & {"model", "manifest.ocdbt", "training_state"}:
         return False
-    try:
-        return {"step", "timestamp"} <= read_json(path, "metadata.json", most=MAX_BACKEND_BYTES)[0].keys()
-    except CheckpointError:
-        return False
+    return keys_of(listing, "metadata.json", _MAX_METADATA_BYTES) >= {"step", "timestamp"}
 
 
-def _is_tensorflow(_: Path, names: Names) -> bool:
-    indexed = {found[1] for found in map(_TF_INDEX.fullmatch, names) if found}
-    return any(found[1] in indexed for found in map(_TF_DATA.fullmatch, names) if found)
+def _is_tensorflow(listing: Listing) -> bool:
+    names = listing.names()
+    indexed = {index[1] for index in map(_TF_INDEX.fullmatch, names) if index}
+    return any(data[1] in indexed for data in map(_TF_DATA.fullmatch, names) if data)
 
 
-def _is_old_megatron(path: Path, names: Names) -> bool:
-    ranks = (name for name in names if _MEGATRON_RANK.fullmatch(name) and is_folder(path / name))
-    return next(ranks, None) is not None
+def _is_old_megatron(listing: Listing) -> bool:
+    return any(map(listing.is_folder_at, filter(_MEGATRON_RANK.fullmatch, listing.names())))
 
 
-def _is_keras(path: Path, _: Names) -> bool:
-    return _KERAS.fullmatch(path.name) is not None and path.name != "tf_model.h5" and is_file(path)
+def _is_keras(listing: Listing) -> bool:
+    named = _KERAS.fullmatch(listing.name) is not None and listing.name != "tf_model.h5"
+    return named and _is_single(listing)
 
 
 KINDS = (
@@ -116,6 +110,11 @@ KINDS = (
         _is_levanter,
     ),
     Kind(
+        "an adapter of PEFT (adapter_config.json) without its base model",
+        "merge it into its base model (model.merge_and_unload().save_pretrained(NEW)), and peel that",
+        lambda listing: "adapter_config.json" in listing.names(),
+    ),
+    Kind(
         "a checkpoint of Orbax (JAX, Flax, MaxText)",
         "MaxText: its checkpoint_conversion/to_huggingface.py; other JAX code: restore it and write the weights with "
         "safetensors.flax.save_file under transformers' names",
@@ -124,7 +123,7 @@ KINDS = (
     Kind(
         "weights of Flax for transformers",
         _OLD_TRANSFORMERS.format("from_flax"),
-        lambda _, names: any(map(_FLAX_WEIGHTS.fullmatch, names)),
+        lambda listing: any(map(_FLAX_WEIGHTS.fullmatch, listing.names())),
     ),
     Kind(
         "a msgpack checkpoint of Flax",
@@ -135,7 +134,7 @@ KINDS = (
     Kind(
         "weights of Keras for transformers (tf_model.h5)",
         _OLD_TRANSFORMERS.format("from_tf"),
-        lambda _, names: "tf_model.h5" in names,
+        lambda listing: "tf_model.h5" in listing.names(),
     ),
     Kind(
         "a checkpoint of TensorFlow (.index and .data)",
@@ -151,12 +150,12 @@ KINDS = (
         "a GGUF file of llama.cpp",
         "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW); it is quantised, so better "
         "take what it was made from",
-        _suffix(".gguf"),
+        lambda listing: _is_single(listing, ".gguf"),
     ),
     Kind(
         "an ONNX graph",
         "peel the checkpoint that it was exported from: a graph for inference has no blocks to replace",
-        _suffix(".onnx"),
+        lambda listing: _is_single(listing, ".onnx"),
     ),
 )
 
@@ -165,61 +164,58 @@ class DeclinedFormat:
     """What NeMo, older Megatron, Orbax, Flax, Levanter, TensorFlow, Keras, GGUF and ONNX write; nothing of it is read.
 
     It is `damaged` with the reason and a way out, or `incomplete` while a producer's mark of an unfinished one is
-    there. Whatever another format recognises is left to that.
+    there. Whatever another format reads is left to that: this one's claims are `declined`.
     """
 
     name = "declined"
+    declines = tuple(kind.what for kind in KINDS)
 
-    def recognise(self, path: Path) -> bool:
-        if _kind(path) is None and not _is_begun(path):
-            return False
-        return not any(form.recognise(path) for form in READ)
+    def claim(self, listing: Listing) -> Claim | None:
+        if _unfinished(listing) is not None:
+            return Claim("declined")
+        kind = _kind(listing)
+        return None if kind is None else Claim("declined", fault=_words(listing, kind), remedy=kind.way_out)
 
-    def inspect(self, path: Path) -> Readiness:
-        names = names_in(path)
-        unfinished = _unfinished(path)
+    def inspect(self, listing: LocalListing) -> Readiness:
+        unfinished = _unfinished(listing)
         if unfinished is not None:
-            return Readiness("incomplete", unfinished, stamps_of(path, names))
-        kind = _kind(path)
+            return Readiness("incomplete", unfinished, stamps_of(listing.path, listing.names()))
+        kind = _kind(listing)
         if kind is None:
-            return Readiness("incomplete", f"{path.name} is not there, or not yet what it will be", ())
-        return Readiness("damaged", f"{path.name} is {kind.what}, which is not read; {kind.way_out}", ())
+            return Readiness("incomplete", f"{listing.name} is not there, or not yet what it will be", ())
+        return Readiness("damaged", f"{_words(listing, kind)}; {kind.way_out}", ())
 
-    def step(self, path: Path) -> int | None:
+    def step(self, listing: LocalListing) -> int | None:
         """The number in the name, as for `safetensors`."""
-        return SAFETENSORS.step(path)
+        return step_in_name(listing.name)
 
     def open(self, ref: CheckpointRef) -> Weights:
-        kind = _kind(ref.path)
-        unfinished = _unfinished(ref.path)
+        listing = LocalListing(ref.path)
+        kind = _kind(listing)
+        unfinished = _unfinished(listing)
         if unfinished is not None or kind is None:
             raise IncompleteCheckpoint(
                 unfinished or f"{ref.path.name} is gone", remedy="wait until it is written; it is not read then either"
             )
-        raise CheckpointError(f"{ref.path.name} is {kind.what}, which is not read", remedy=kind.way_out)
+        raise CheckpointError(_words(listing, kind), remedy=kind.way_out)
 
 
-def _kind(path: Path) -> Kind | None:
-    names = names_in(path)
-    return next((kind for kind in KINDS if kind.fits(path, names)), None)
+def _words(listing: Listing, kind: Kind) -> str:
+    return f"{listing.name} is {kind.what}, which is not read"
 
 
-def _unfinished(path: Path) -> str | None:
-    """What says that a producer is still writing."""
-    if _ORBAX_TEMPORARY in path.name:
-        return f"{path.name} is Orbax's name for one that is still being written" if is_folder(path) else None
-    mark = _mark(path)
-    return f"{mark.name} is there: NeMo is still writing, or was stopped" if is_file(mark) else None
+def _kind(listing: Listing) -> Kind | None:
+    return next((kind for kind in KINDS if kind.fits(listing)), None)
 
 
-def _is_begun(path: Path) -> bool:
-    """True for a folder beside NeMo's mark."""
-    return is_folder(path) and is_file(_mark(path))
-
-
-def _mark(path: Path) -> Path:
-    """NeMo's mark of an unfinished checkpoint: an empty file beside it."""
-    return path.with_name(path.name.removesuffix(".nemo").removesuffix(".ckpt") + UNFINISHED) if path.name else path
+def _unfinished(listing: Listing) -> str | None:
+    """What says that a producer is still writing a folder, or a file of NeMo."""
+    if _ORBAX_TEMPORARY in listing.name:
+        return f"{listing.name} is Orbax's name for one that is still being written" if listing.is_folder else None
+    mark = listing.name.removesuffix(".nemo").removesuffix(".ckpt") + UNFINISHED
+    if not listing.parent.is_file(mark) or not (listing.is_folder or _is_single(listing, ".nemo", ".ckpt")):
+        return None
+    return f"{mark} is there: NeMo is still writing, or was stopped"
 
 
 FORMAT = DeclinedFormat()

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint
-from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
+from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalListing, Readiness, Weights
 
 from .checkpoint_folder import (
     CONFIG,
     WAIT,
     as_found,
     by_name,
-    names_in,
     not_whole,
     opened,
     read_config,
@@ -34,7 +33,7 @@ from .remembered import Remembered, check_seen
 from .shared_prefix import shared_prefix
 from .torch_archive import read_saved, views_of
 from .torch_tensors import is_count
-from .transformers_checkpoint import SENTINEL, STATE, check_written, is_trainer_folder, trainer_step
+from .transformers_checkpoint import SENTINEL, STATE, check_written, is_trainer_folder, is_trainer_name, trainer_step
 
 LATEST = "latest"
 OTHERS_TAGS = ("checkpoint", "pytorch_model")
@@ -67,42 +66,46 @@ class DeepSpeedFormat:
 
     name = "deepspeed"
 
-    def recognise(self, path: Path) -> bool:
-        names = names_in(path)
+    def claim(self, listing: Listing) -> Claim | None:
+        names = listing.names()
         if any(map(_WEIGHTS.fullmatch, names)):
-            return False
+            return None
         if any(map(is_states, names)):
-            return not is_trainer_folder(path.parent) and path.name not in OTHERS_TAGS
-        if is_trainer_folder(path):
-            return LATEST in names or any(map(_NUMBERED.fullmatch, names))
+            is_part = is_trainer_name(listing.parent.name) or listing.name in OTHERS_TAGS
+            return None if is_part else _claim_of(names, frozenset(filter(belongs, names)))
+        own = names & {STATE, SENTINEL, LATEST}
+        if is_trainer_folder(listing) and (LATEST in names or any(map(_NUMBERED.fullmatch, names))):
+            return Claim("specific", own | _states_below(listing))
         tag = _tag_of_others(names)
-        return tag is not None and any(map(is_states, names_in(path / tag)))
+        states = listing.folder(tag).names() if tag is not None else frozenset()
+        return _claim_of(states, own | _states_below(listing)) if any(map(is_states, states)) else None
 
-    def inspect(self, path: Path) -> Readiness:
+    def inspect(self, listing: LocalListing) -> Readiness:
+        path = listing.path
         try:
-            own = _read_own(path)
-            looked = _look(path, own.inside)
+            own = _read_own(listing)
+            looked = _look(listing, own.inside)
             _, config = read_config(path, own.inside, above=True)
         except CheckpointError as error:
-            return not_whole(error, _evidence(path))
+            return not_whole(error, _evidence(listing))
         files = by_name(looked.files, own.files, config)
         return Readiness("complete", f"{len(files)} files are whole", files)
 
-    def step(self, path: Path) -> int | None:
+    def step(self, listing: LocalListing) -> int | None:
         """Trainer's global_step, else the number in `global_stepN`, else DeepSpeed's own count beside the weights."""
         try:
-            own = _read_own(path)
-            named = _NUMBERED.fullmatch(path.name)
+            own = _read_own(listing)
+            named = _NUMBERED.fullmatch(listing.name)
             if own.step is not None or named is not None:
                 return own.step if named is None else int(named[1])
-            return _look(path, own.inside).step
+            return _look(listing, own.inside).step
         except CheckpointError:
             return None
 
     def open(self, ref: CheckpointRef) -> Weights:
         from .deepspeed_weights import DeepSpeedWeights  # imports torch
 
-        return DeepSpeedWeights(as_found(ref, lambda: _read(ref.path)))
+        return DeepSpeedWeights(as_found(ref, lambda: _read(LocalListing(ref.path))))
 
 
 @dataclass(frozen=True)
@@ -122,20 +125,20 @@ class _Looked:
     step: int | None
 
 
-def _read(path: Path) -> Layout:
-    own = _read_own(path)
-    merged = _read_states(path, own.inside, _names(path, own.inside))
+def _read(listing: LocalListing) -> Layout:
+    path, own = listing.path, _read_own(listing)
+    merged = _read_states(path, own.inside, _names(listing, own.inside))
     config, config_files = read_config(path, own.inside, above=True)
     skip = len(shared_prefix(tuple(merged.tensors)))
     tensors = {name[skip:]: tensor for name, tensor in merged.tensors.items()}
     return Layout(path, own.inside, config, tensors, by_name(merged.files, own.files, config_files))
 
 
-def _read_own(path: Path) -> _Own:
-    names = names_in(path)
+def _read_own(listing: LocalListing) -> _Own:
+    path, names = listing.path, listing.names()
     if any(map(is_states, names)):
         return _Own("")
-    if not is_trainer_folder(path):
+    if not is_trainer_folder(listing):
         return _Own(f"{tag}/" if (tag := _tag_of_others(names)) else "")
     check_written(path)
     tag, latest = _read_latest(path)
@@ -161,12 +164,16 @@ def _tag_of_others(names: frozenset[str]) -> str | None:
     return next((tag for tag in OTHERS_TAGS if tag in names), None)
 
 
-def _names(path: Path, inside: str) -> frozenset[str]:
-    return frozenset(filter(belongs, names_in(path / inside)))
+def _below(listing: LocalListing, inside: str) -> LocalListing:
+    return listing.folder(inside.removesuffix("/")) if inside else listing
 
 
-def _look(path: Path, inside: str) -> _Looked:
-    names = _names(path, inside)
+def _names(listing: LocalListing, inside: str) -> frozenset[str]:
+    return frozenset(filter(belongs, _below(listing, inside).names()))
+
+
+def _look(listing: LocalListing, inside: str) -> _Looked:
+    path, names = listing.path, _names(listing, inside)
     read = {MODEL} if MODEL in names else set(filter(is_states, names))
     stamps = stamps_of(path, (inside + name for name in read))
     # What has no stamp may go or come without a change of the stamps, so nothing is remembered of it.
@@ -211,13 +218,27 @@ def _read_module(path: Path, inside: str, names: Names) -> Merged:
     )
 
 
-def _evidence(path: Path) -> tuple[FileStamp, ...]:
+def _claim_of(states: frozenset[str], needs: frozenset[str]) -> Claim:
+    try:
+        names_by_rank(filter(belongs, states))
+    except IncompleteCheckpoint:
+        return Claim("specific", needs)
+    except CheckpointError as error:
+        return Claim("specific", needs, error.what, error.remedy)
+    return Claim("specific", needs)
+
+
+def _evidence(listing: LocalListing) -> tuple[FileStamp, ...]:
     """Stamps of what is there of a checkpoint that is not whole: they say whether somebody is still writing."""
-    own = names_in(path)
-    folders = sorted(name for name in own if _NUMBERED.fullmatch(name) or name in OTHERS_TAGS)
-    states = {f"{folder}/{name}" for folder in folders for name in names_in(path / folder) if is_states(name)}
-    return stamps_of(
-        path, states | {name for name in own if is_states(name) or name in (CONFIG, STATE, SENTINEL, LATEST)}
+    own = {name for name in listing.names() if is_states(name) or name in (CONFIG, STATE, SENTINEL, LATEST)}
+    return stamps_of(listing.path, own | _states_below(listing))
+
+
+def _states_below(listing: Listing) -> frozenset[str]:
+    """Names below a folder of the states in DeepSpeed's folders in it."""
+    folders = [name for name in listing.names() if _TAG.fullmatch(name) and listing.is_folder_at(name)]
+    return frozenset(
+        f"{folder}/{name}" for folder in folders for name in listing.folder(folder).names() if belongs(name)
     )
 
 

@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from peel_agent.errors import CheckpointError, TornCheckpoint
-from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
+from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalListing, Readiness, Weights
 
-from .checkpoint_folder import WAIT, as_found, by_name, names_in, not_whole, read_config, stamp_of, stamps_of
+from .checkpoint_folder import WAIT, as_found, by_name, not_whole, read_config, stamp_of, stamps_of
 from .dcp_folder import Layout, check_shards, read_metadata
 from .dcp_metadata import METADATA
-from .megatron_metadata import COMMON, check_backend, check_common, is_megatron_folder, iteration, read_contents
+from .megatron_metadata import (
+    BACKEND,
+    COMMON,
+    check_backend,
+    check_common,
+    is_megatron_folder,
+    iteration,
+    read_contents,
+)
 from .megatron_names import ModelSizes, model_parts, model_sizes
 from .remembered import Remembered
 
@@ -33,21 +41,24 @@ class MegatronFormat:
 
     name = "megatron"
 
-    def recognise(self, path: Path) -> bool:
-        return is_megatron_folder(path)
+    def claim(self, listing: Listing) -> Claim | None:
+        if not is_megatron_folder(listing):
+            return None
+        read = (BACKEND, COMMON, METADATA)
+        return Claim("specific", frozenset(n for n in listing.names() if n in read or n.endswith(".distcp")))
 
-    def inspect(self, path: Path) -> Readiness:
+    def inspect(self, listing: LocalListing) -> Readiness:
         try:
-            whole = _look(path)
+            whole = _look(listing.path)
         except CheckpointError as error:
-            found = not_whole(error, stamps_of(path, names_in(path)))
+            found = not_whole(error, stamps_of(listing.path, listing.names()))
             reason = f"{error.what}; {error.remedy}" if found.state == "damaged" else error.what
             return dataclasses.replace(found, reason=reason)
         return Readiness("complete", f"{len(whole.files)} files have their sizes", whole.files)
 
-    def step(self, path: Path) -> int | None:
+    def step(self, listing: LocalListing) -> int | None:
         """N of `iter_N`."""
-        return iteration(path)
+        return iteration(listing.name)
 
     def open(self, ref: CheckpointRef) -> Weights:
         from .dcp_weights import DcpWeights  # imports torch

@@ -12,10 +12,10 @@ from pathlib import Path
 from pickletools import genops
 
 from peel_agent.errors import CheckpointError
-from peel_agent.records import FileStamp
+from peel_agent.records import FileStamp, Listing
 
 from . import dcp_metadata
-from .checkpoint_folder import names_in, opened, read_json
+from .checkpoint_folder import keys_of, opened, read_json
 from .dcp_metadata import SHARD, Contents
 from .torch_zip import read_archive, refused
 
@@ -51,25 +51,20 @@ _ASIDE = re.compile(r"(?:chained_\d+\.)?optim(?:izers?)?(?:_\w+)?\..*|.*\._extra
 """Tensors of the optimizer, of Transformer Engine and of random generators."""
 
 
-def is_megatron_folder(path: Path) -> bool:
+def is_megatron_folder(listing: Listing) -> bool:
     """True for a folder with `sharded_backend` in its metadata.json, and for one in which Megatron began to write.
 
     common.pt is written first, metadata.json last.
     """
-    names = names_in(path)
-    if COMMON in names and (_ITERATION.fullmatch(path.name) or any(map(SHARD.fullmatch, names))):
+    names = listing.names()
+    if COMMON in names and (_ITERATION.fullmatch(listing.name) or any(map(SHARD.fullmatch, names))):
         return True
-    if BACKEND not in names:
-        return False
-    try:
-        return "sharded_backend" in read_json(path, BACKEND, most=MAX_BACKEND_BYTES)[0]
-    except CheckpointError:
-        return False
+    return BACKEND in names and "sharded_backend" in keys_of(listing, BACKEND, MAX_BACKEND_BYTES)
 
 
-def iteration(path: Path) -> int | None:
+def iteration(name: str) -> int | None:
     """N of a folder `iter_N`."""
-    named = _ITERATION.fullmatch(path.name)
+    named = _ITERATION.fullmatch(name)
     return int(named[1]) if named else None
 
 

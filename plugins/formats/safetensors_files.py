@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from peel_agent.records import CheckpointRef, Readiness, Weights
+from peel_agent.records import CheckpointRef, Claim, Listing, LocalListing, Readiness, Weights
 
-from .checkpoint_folder import CONFIG, is_file, names_in
+from .checkpoint_folder import CONFIG
 from .safetensors_reader import (
-    INDEX,
-    WEIGHTS,
     Layout,
     inspect_layout,
+    marks_of_accelerate,
     open_weights,
     read_files,
     read_folder,
     saved_by_accelerate,
+    weights_among,
 )
 from .transformers_checkpoint import is_trainer_folder
 
@@ -27,6 +27,7 @@ _STEP = re.compile(
 )
 
 
+SUFFIX = ".safetensors"
 COUNTED_SAVES = re.compile(r"checkpoint_\d+")
 
 
@@ -38,37 +39,43 @@ class SafetensorsFormat:
 
     name = "safetensors"
 
-    def recognise(self, path: Path) -> bool:
-        if is_trainer_folder(path):
-            return False
-        if path.suffix == ".safetensors" and not _SHARD.fullmatch(path.name) and is_file(path):
-            return True
-        return any(name in (WEIGHTS, INDEX) or _SHARD.fullmatch(name) for name in names_in(path))
-
-    def inspect(self, path: Path) -> Readiness:
-        if path.suffix == ".safetensors":
-            return inspect_layout(_read, path, path.parent, frozenset({CONFIG, path.name}))
-        return inspect_layout(_read, path, path, names_in(path))
-
-    def step(self, path: Path) -> int | None:
-        """The number in a name such as `checkpoint-800`, `step_800`, `iter800`, `global_step800` or `800`.
-
-        Accelerate's `checkpoint_8` counts savings and not steps.
-        """
-        if COUNTED_SAVES.fullmatch(path.name) and saved_by_accelerate(names_in(path)):
+    def claim(self, listing: Listing) -> Claim | None:
+        if is_trainer_folder(listing):
             return None
-        found = _STEP.fullmatch(path.name.removesuffix(".safetensors"))
-        return int(found[1] or found[2]) if found else None
+        if not listing.is_folder:
+            is_whole = listing.name.endswith(SUFFIX) and not _SHARD.fullmatch(listing.name)
+            return Claim("generic") if is_whole and listing.parent.is_file(listing.name) else None
+        names = listing.names()
+        weights = weights_among(names)
+        return Claim("generic", weights | marks_of_accelerate(names)) if weights else None
+
+    def inspect(self, listing: LocalListing) -> Readiness:
+        path = listing.path
+        if path.suffix == SUFFIX:
+            return inspect_layout(_read, path, path.parent, frozenset({CONFIG, path.name}))
+        return inspect_layout(_read, path, path, listing.names())
+
+    def step(self, listing: LocalListing) -> int | None:
+        """The number in the name, as `step_in_name`. Accelerate's `checkpoint_8` counts savings and not steps."""
+        if COUNTED_SAVES.fullmatch(listing.name) and saved_by_accelerate(listing.names()):
+            return None
+        return step_in_name(listing.name.removesuffix(SUFFIX))
 
     def open(self, ref: CheckpointRef) -> Weights:
-        return open_weights(ref, lambda: _read(ref.path))
+        return open_weights(ref, lambda: _read(ref.path, LocalListing(ref.path).names()))
 
 
-def _read(path: Path) -> Layout:
+def step_in_name(name: str) -> int | None:
+    """The number in a name such as `checkpoint-800`, `step_800`, `iter800`, `global_step800` or `800`."""
+    found = _STEP.fullmatch(name)
+    return int(found[1] or found[2]) if found else None
+
+
+def _read(path: Path, names: frozenset[str]) -> Layout:
     # By name, not by what is there now: a file that vanished is still a file that is missing.
-    if path.suffix == ".safetensors":
+    if path.suffix == SUFFIX:
         return read_files(path.parent, (path.name,), own_config=False)
-    return read_folder(path)
+    return read_folder(path, names)
 
 
 FORMAT = SafetensorsFormat()

@@ -20,7 +20,6 @@ from .checkpoint_folder import (
     WAIT,
     as_found,
     by_name,
-    names_in,
     not_whole,
     opened,
     read_config,
@@ -33,6 +32,7 @@ from .safetensors_header import MAX_TENSORS, Extent, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 _RANDOM_STATES = re.compile(r"random_states_\d+\.pkl")
 _RELEVANT = re.compile(r".*\.safetensors|.*\.json|.*\.txt")
 
@@ -51,27 +51,34 @@ class Layout:
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_folder(folder: Path) -> Layout:
-    """The layout of a folder written by save_pretrained, in one file or in shards.
+def weights_among(names: frozenset[str]) -> frozenset[str]:
+    """The names that transformers gives to files of safetensors, among those of a folder."""
+    return frozenset(name for name in names if name in (WEIGHTS, INDEX) or _SHARD.fullmatch(name))
+
+
+def read_folder(folder: Path, names: frozenset[str]) -> Layout:
+    """The layout of a folder with these names, written by save_pretrained, in one file or in shards.
 
     Raises IncompleteCheckpoint for what may still be written, CheckpointError for what is refused.
     """
-    names = names_in(folder)
+    above = saved_by_accelerate(names)
     if WEIGHTS in names:  # transformers too prefers it to an index
-        return read_files(folder, (WEIGHTS,))
+        return read_files(folder, (WEIGHTS,), config_above=above)
     if INDEX in names:
-        return _read_shards(folder)
+        return _read_shards(folder, config_above=above)
     raise IncompleteCheckpoint(f"neither {WEIGHTS} nor {INDEX} is there", remedy=WAIT)
 
 
-def read_files(folder: Path, weight_files: Sequence[str], *, own_config: bool = True) -> Layout:
+def read_files(
+    folder: Path, weight_files: Sequence[str], *, own_config: bool = True, config_above: bool = False
+) -> Layout:
     """The layout of config.json and the named weight files; raises as `read_folder` does.
 
     Without `own_config` the folder's config.json belongs to several checkpoints: writing it again with the next one
     does not change this one, so it is no part of its stamps. Accelerate saves none, so its folders may have it above;
     any other folder without its own is half removed.
     """
-    config, own = read_config(folder, above=own_config and saved_by_accelerate(names_in(folder)))
+    config, own = read_config(folder, above=config_above)
     tensors: dict[str, tuple[str, Extent]] = {}
     texts: dict[str, str] = {}
     stamps = [*own] if own_config else []
@@ -93,7 +100,12 @@ def read_files(folder: Path, weight_files: Sequence[str], *, own_config: bool = 
 
 def saved_by_accelerate(names: frozenset[str]) -> bool:
     """Whether a folder with these names was written by Accelerate's save_state."""
-    return any(map(_RANDOM_STATES.fullmatch, names))
+    return bool(marks_of_accelerate(names))
+
+
+def marks_of_accelerate(names: frozenset[str]) -> frozenset[str]:
+    """The names by which a folder of Accelerate's save_state is known."""
+    return frozenset(filter(_RANDOM_STATES.fullmatch, names))
 
 
 def with_file(layout: Layout, stamp: FileStamp) -> Layout:
@@ -101,7 +113,11 @@ def with_file(layout: Layout, stamp: FileStamp) -> Layout:
     return dataclasses.replace(layout, files=by_name(layout.files, [stamp]))
 
 
-def inspect_layout(read: Callable[[Path], Layout], path: Path, folder: Path, names: frozenset[str]) -> Readiness:
+Read = Callable[[Path, frozenset[str]], Layout]
+"""Reads the checkpoint at a path, of which there are files of these names."""
+
+
+def inspect_layout(read: Read, path: Path, folder: Path, names: frozenset[str]) -> Readiness:
     """What `read` says about the checkpoint at `path` as a Readiness.
 
     Its files are those that make up a whole checkpoint, or, for one that is not, all of `names` in `folder`: the
@@ -113,15 +129,16 @@ def inspect_layout(read: Callable[[Path], Layout], path: Path, folder: Path, nam
     look = _files if all(name in known for name in names if _RELEVANT.fullmatch(name)) else _files.anew
     try:
         # A config.json above is no stamp of the checkpoint, but what comes of the look may hang on it.
-        files = look(read, path, stamps if CONFIG in known else (*stamps, *stamps_of(folder.parent, {CONFIG})))
+        shared = () if CONFIG in known else stamps_of(folder.parent, {CONFIG})
+        files = look(read, path, names, (*stamps, *shared))
         check_seen(path, files, stamps)
     except CheckpointError as error:
         return not_whole(error, stamps)
     return Readiness("complete", f"{len(files)} files have their sizes", files)
 
 
-def _read_files(read: Callable[[Path], Layout], path: Path, _stamps: tuple[FileStamp, ...]) -> tuple[FileStamp, ...]:
-    return read(path).files
+def _read_files(read: Read, path: Path, names: frozenset[str], _stamps: tuple[FileStamp, ...]) -> tuple[FileStamp, ...]:
+    return read(path, names).files
 
 
 _files = Remembered(_read_files, incomplete=True)
@@ -134,9 +151,9 @@ def open_weights(ref: CheckpointRef, read: Callable[[], Layout]) -> Weights:
     return SafetensorsWeights(as_found(ref, read))
 
 
-def _read_shards(folder: Path) -> Layout:
+def _read_shards(folder: Path, *, config_above: bool) -> Layout:
     weight_map, stamp = read_index(folder, INDEX, ".safetensors")
-    layout = read_files(folder, sorted(set(weight_map.values())))
+    layout = read_files(folder, sorted(set(weight_map.values())), config_above=config_above)
     check_index(INDEX, weight_map, layout.tensors)
     return with_file(layout, stamp)
 

@@ -10,20 +10,29 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint
-from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
+from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalListing, Readiness, Weights
 
-from .checkpoint_folder import CONFIG, WAIT, is_file, is_folder, names_in, not_whole, stamps_of
+from .checkpoint_folder import CONFIG, WAIT, not_whole, stamps_of
 from .remembered import Remembered, check_seen
-from .safetensors_files import FORMAT as SAFETENSORS
+from .safetensors_files import COUNTED_SAVES, step_in_name
 from .safetensors_header import MAX_TENSORS, Extent
-from .safetensors_reader import Layout, check_index, open_weights, read_files, read_index, with_file
+from .safetensors_reader import (
+    Layout,
+    check_index,
+    marks_of_accelerate,
+    open_weights,
+    read_files,
+    read_index,
+    saved_by_accelerate,
+    with_file,
+)
 from .shared_prefix import shared_prefix
 from .torch_archive import View, read_saved_model
 from .torch_zip import refused
-from .transformers_checkpoint import SENTINEL, STATE, check_written, holds_pickles_only, is_trainer_folder, trainer_step
+from .transformers_checkpoint import SENTINEL, STATE, check_written, holds_pickles_only, is_trainer_name, trainer_step
 
 WEIGHTS = ("pytorch_model.bin", "pytorch_model_fsdp.bin")
 """The second is what Accelerate makes of FSDP's parts (FULL_STATE_DICT)."""
@@ -46,32 +55,36 @@ class TorchFormat:
 
     name = "torch"
 
-    def recognise(self, path: Path) -> bool:
-        if path.suffix in _SUFFIXES and is_file(path):
-            if _SHARD.fullmatch(path.stem) or _ASIDE.fullmatch(path.stem) or _is_second_name(path):
-                return False
-            return path.suffix != ".bin" or is_file(path.parent / CONFIG)  # data is kept in .bin files too
-        return holds_pickles_only(names_in(path))
+    def claim(self, listing: Listing) -> Claim | None:
+        if not listing.is_folder:
+            return Claim("generic") if _is_file_of_weights(listing) else None
+        names = listing.names()
+        if not holds_pickles_only(names):
+            return None
+        return Claim("generic", _deciding(names) | marks_of_accelerate(names))
 
-    def inspect(self, path: Path) -> Readiness:
+    def inspect(self, listing: LocalListing) -> Readiness:
         try:
-            files = _look(path).files
+            files = _look(listing).files
         except CheckpointError as error:
-            return not_whole(error, stamps_of(_folder_of(path), _names_of(path)))
+            return not_whole(error, stamps_of(_folder_of(listing), _names_of(listing)))
         return Readiness("complete", f"{len(files)} files have their sizes", files)
 
-    def step(self, path: Path) -> int | None:
+    def step(self, listing: LocalListing) -> int | None:
         """The count beside the weights (iter_num, global_step, step, iteration), Trainer's, else that in the name."""
         try:
-            step = _look(path).step
+            step = _look(listing).step
         except CheckpointError:
             step = None
-        return SAFETENSORS.step(path.with_suffix("") if _is_single(path) else path) if step is None else step
+        if step is not None or _is_single(listing):
+            return step_in_name(listing.path.stem) if step is None else step
+        is_counted = COUNTED_SAVES.fullmatch(listing.name) and saved_by_accelerate(listing.names())
+        return None if is_counted else step_in_name(listing.name)
 
     def open(self, ref: CheckpointRef) -> Weights:
         from .torch_weights import TorchWeights  # imports torch
 
-        read = functools.cache(lambda: _read(ref.path))
+        read = functools.cache(lambda: _read(LocalListing(ref.path)))
         raw = open_weights(ref, lambda: read().layout)
         return TorchWeights(raw, read().views)
 
@@ -91,16 +104,16 @@ class _Examined:
     step: int | None
 
 
-def _look(path: Path) -> _Examined:
-    names = _names_of(path)
-    stamps = stamps_of(_folder_of(path), names)
+def _look(listing: LocalListing) -> _Examined:
+    names = _names_of(listing)
+    stamps = stamps_of(_folder_of(listing), names)
     # What has no stamp may go or come without a change of the stamps, so nothing is remembered of it.
     examine = _examine if len(stamps) == len(names) else _examine.anew
-    return examine(path, stamps)
+    return examine(listing.path, names, stamps, single=_is_single(listing))
 
 
-def _read_files(path: Path, stamps: tuple[FileStamp, ...]) -> _Examined:
-    found = _read(path)
+def _read_files(path: Path, names: frozenset[str], stamps: tuple[FileStamp, ...], *, single: bool) -> _Examined:
+    found = _read_single(path) if single else _read_named(path, names)
     check_seen(path, found.layout.files, stamps)
     return _Examined(found.layout.files, found.step)
 
@@ -108,19 +121,25 @@ def _read_files(path: Path, stamps: tuple[FileStamp, ...]) -> _Examined:
 _examine = Remembered(_read_files, incomplete=False)
 
 
-def _read(path: Path) -> _Found:
-    if _is_single(path):
-        return _read_pickles(path.parent, (path.name,), own_config=False)
-    if is_trainer_folder(path):
-        check_written(path)
-        found = _read_folder(path)
-        step, stamp = trainer_step(path)
-        return dataclasses.replace(found, layout=with_file(found.layout, stamp), step=step)
-    return _read_folder(path)
+def _read(listing: LocalListing) -> _Found:
+    return _read_single(listing.path) if _is_single(listing) else _read_named(listing.path, _names_of(listing))
 
 
-def _read_folder(folder: Path) -> _Found:
-    names = names_in(folder)
+def _read_single(path: Path) -> _Found:
+    return _read_pickles(path.parent, (path.name,), own_config=False)
+
+
+def _read_named(folder: Path, names: frozenset[str]) -> _Found:
+    """The checkpoint in a folder in which there are files of these names."""
+    if not is_trainer_name(folder.name):
+        return _read_folder(folder, names)
+    check_written(folder)
+    found = _read_folder(folder, names)
+    step, stamp = trainer_step(folder)
+    return dataclasses.replace(found, layout=with_file(found.layout, stamp), step=step)
+
+
+def _read_folder(folder: Path, names: frozenset[str]) -> _Found:
     for name in WEIGHTS:  # transformers too prefers it to an index
         if name in names:
             return _read_pickles(folder, (name,))
@@ -138,7 +157,8 @@ def _read_pickles(
 
     Where there is no config.json, the settings that a single file has of its model take its place.
     """
-    first = read_saved_model(folder, names[0]) if len(names) == 1 and not is_file(folder / CONFIG) else None
+    alone = len(names) == 1 and not LocalListing(folder).is_file(CONFIG)
+    first = read_saved_model(folder, names[0]) if alone else None
     if first is not None and first.settings is not None:
         layout = Layout(folder, first.settings, {}, ())
     else:
@@ -165,31 +185,37 @@ def _read_pickles(
     return _Found(dataclasses.replace(layout, tensors=extents), views, step)
 
 
-def _is_single(path: Path) -> bool:
+def _is_file_of_weights(listing: Listing) -> bool:
+    path = PurePath(listing.name)
+    if path.suffix not in _SUFFIXES or _SHARD.fullmatch(path.stem) or _ASIDE.fullmatch(path.stem) or listing.is_alias:
+        return False
+    # Data is kept in .bin files too.
+    is_model = path.suffix != ".bin" or listing.parent.is_file(CONFIG)
+    return is_model and listing.parent.is_file(listing.name)
+
+
+def _is_single(listing: LocalListing) -> bool:
     # By name, not by what is there now: a file that vanished is still a file that is missing.
-    return path.suffix in _SUFFIXES and not is_folder(path)
+    return listing.path.suffix in _SUFFIXES and not listing.is_folder
 
 
-def _folder_of(path: Path) -> Path:
-    return path.parent if _is_single(path) else path
+def _folder_of(listing: LocalListing) -> Path:
+    return listing.path.parent if _is_single(listing) else listing.path
 
 
-def _names_of(path: Path) -> frozenset[str]:
+def _names_of(listing: LocalListing) -> frozenset[str]:
     """The names of the files that decide about a checkpoint."""
-    if _is_single(path):
-        return frozenset({path.name, CONFIG} if is_file(path.parent / CONFIG) else {path.name})
-    return frozenset(name for name in names_in(path) if name in (CONFIG, STATE, SENTINEL) or _is_weights(name))
+    if _is_single(listing):
+        return frozenset({listing.name, CONFIG} if listing.parent.is_file(CONFIG) else {listing.name})
+    return _deciding(listing.names())
+
+
+def _deciding(names: frozenset[str]) -> frozenset[str]:
+    return frozenset(name for name in names if name in (CONFIG, STATE, SENTINEL) or _is_weights(name))
 
 
 def _is_weights(name: str) -> bool:
     return name in (*WEIGHTS, INDEX) or (name.endswith(".bin") and name.startswith("pytorch_model"))
-
-
-def _is_second_name(path: Path) -> bool:
-    try:
-        return path.is_symlink() and path.resolve().parent == path.parent.resolve()
-    except (OSError, RuntimeError):
-        return False
 
 
 FORMAT = TorchFormat()

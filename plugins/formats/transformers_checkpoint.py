@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
 
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint
-from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
+from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalListing, Readiness, Weights
 
-from .checkpoint_folder import SAVE_AGAIN, WAIT, is_folder, names_in, read_json, stamp_of
-from .safetensors_reader import Layout, inspect_layout, open_weights, read_folder, with_file
+from .checkpoint_folder import SAVE_AGAIN, WAIT, read_json, stamp_of
+from .safetensors_reader import Layout, inspect_layout, open_weights, read_folder, weights_among, with_file
 
 STATE = "trainer_state.json"
 SENTINEL = "checkpoint-is-incomplete.txt"
@@ -19,9 +20,14 @@ _PICKLE = re.compile(r"pytorch_model(?:_fsdp)?\.bin|pytorch_model\.bin\.index\.j
 _SAFETENSORS = re.compile(r"model\.safetensors(?:\.index\.json)?|.*-\d+-of-\d+\.safetensors")
 
 
-def is_trainer_folder(path: Path) -> bool:
+def is_trainer_folder(listing: Listing) -> bool:
     """True for a folder of the name that Trainer gives its checkpoints."""
-    return _NAME.fullmatch(path.name) is not None and is_folder(path)
+    return is_trainer_name(listing.name) and listing.is_folder
+
+
+def is_trainer_name(name: str) -> bool:
+    """True for the name that Trainer gives to a checkpoint's folder."""
+    return _NAME.fullmatch(name) is not None
 
 
 def holds_pickles_only(names: frozenset[str]) -> bool:
@@ -38,33 +44,39 @@ class TransformersFormat:
 
     name = "transformers"
 
-    def recognise(self, path: Path) -> bool:
-        return is_trainer_folder(path) and not holds_pickles_only(names_in(path))
+    def claim(self, listing: Listing) -> Claim | None:
+        if not is_trainer_folder(listing):
+            return None
+        names = listing.names()
+        weights = weights_among(names)
+        if weights:
+            return Claim("generic", weights | names & {STATE, SENTINEL})
+        return None if holds_pickles_only(names) else Claim("begun")
 
-    def inspect(self, path: Path) -> Readiness:
-        return inspect_layout(_read, path, path, names_in(path))
+    def inspect(self, listing: LocalListing) -> Readiness:
+        return inspect_layout(_read, listing.path, listing.path, listing.names())
 
-    def step(self, path: Path) -> int | None:
+    def step(self, listing: LocalListing) -> int | None:
         """`global_step` of trainer_state.json; None until that parses."""
         try:
-            return _global_step(path, stamp_of(path, STATE))
+            return _global_step(listing.path, stamp_of(listing.path, STATE))
         except CheckpointError:
             return None
 
     def open(self, ref: CheckpointRef) -> Weights:
-        return open_weights(ref, lambda: _read(ref.path))
+        return open_weights(ref, lambda: _read(ref.path, LocalListing(ref.path).names()))
 
 
-def _read(path: Path) -> Layout:
+def _read(path: Path, names: frozenset[str]) -> Layout:
     check_written(path)
-    layout = read_folder(path)
+    layout = read_folder(path, names)
     _, stamp = trainer_step(path)
     return with_file(layout, stamp)
 
 
 def check_written(path: Path) -> None:
     """Raises IncompleteCheckpoint while Trainer's sentinel is in the folder."""
-    if SENTINEL in names_in(path):
+    if os.path.lexists(path / SENTINEL):
         raise IncompleteCheckpoint(f"{SENTINEL} is there: Trainer is still writing, or was stopped", remedy=WAIT)
 
 

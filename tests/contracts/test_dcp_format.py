@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint, WeightsMismatch
 from peel_agent.load import open_snapshot
-from peel_agent.records import CheckpointRef
+from peel_agent.records import CheckpointRef, LocalListing
 from peel_agent.testing.formats import CHECKS, FormatCase, check_complete_once_written
 from peel_plugins.formats import dcp_metadata, held_files
 from peel_plugins.formats.dcp_metadata import read_pickle
@@ -194,8 +194,8 @@ def test_accelerate_inside_a_trainer_s_folder(written: Path, tmp_path: Path) -> 
     assert CHECKS[0] is check_complete_once_written
     produce, name, step, _ = CASES["trainer"]
     produce(written, tmp_path / name)
-    assert FORMAT.recognise(tmp_path / name)
-    assert FORMAT.step(tmp_path / name) == step
+    assert FORMAT.claim(LocalListing(tmp_path / name))
+    assert FORMAT.step(LocalListing(tmp_path / name)) == step
     assert [stamp.name for stamp in reference(tmp_path / name).files] == [
         "config.json",
         *(f"pytorch_model_fsdp_0/{file}" for file in (".metadata", "__0_0.distcp", "__1_0.distcp")),
@@ -217,7 +217,7 @@ def test_two_ranks_really_wrote_and_cut(written: Path) -> None:
 
 
 def reference(path: Path) -> CheckpointRef:
-    readiness = FORMAT.inspect(path)
+    readiness = FORMAT.inspect(LocalListing(path))
     assert readiness.state == "complete", readiness.reason
     return CheckpointRef(path, None, "dcp", "unchecked", 0.0, readiness.files)
 
@@ -308,14 +308,14 @@ class TestRecognition:
         for file in files:
             (tmp_path / file).parent.mkdir(exist_ok=True)
             (tmp_path / file).touch()
-        assert FORMAT.recognise(tmp_path) == recognised
-        assert not SAFETENSORS.recognise(tmp_path) or not recognised
+        assert (FORMAT.claim(LocalListing(tmp_path)) is not None) == recognised
+        assert not SAFETENSORS.claim(LocalListing(tmp_path)) or not recognised
 
     def test_what_is_not_there(self, tmp_path: Path) -> None:
         """A path that vanished, or is a file, is no checkpoint."""
         (tmp_path / "file").touch()
-        assert not FORMAT.recognise(tmp_path / "gone")
-        assert not FORMAT.recognise(tmp_path / "file")
+        assert not FORMAT.claim(LocalListing(tmp_path / "gone"))
+        assert not FORMAT.claim(LocalListing(tmp_path / "file"))
 
     @pytest.mark.parametrize(
         ("path", "step"),
@@ -333,12 +333,12 @@ class TestRecognition:
     )
     def test_the_step_in_a_name(self, path: str, step: int | None) -> None:
         """The step is in the folder's name; Accelerate's `checkpoint_3` is its third saving, not step 3."""
-        assert FORMAT.step(Path("runs") / path) == step
+        assert FORMAT.step(LocalListing(Path("runs") / path)) == step
 
     def test_savings_are_no_steps(self, tmp_path: Path) -> None:
         """`checkpoint_3` with Accelerate's folder in it says no step."""
         (tmp_path / "checkpoint_3" / "pytorch_model_fsdp_0").mkdir(parents=True)
-        assert FORMAT.step(tmp_path / "checkpoint_3") is None
+        assert FORMAT.step(LocalListing(tmp_path / "checkpoint_3")) is None
 
 
 OPTIMIZER = ("optim.state.norm.weight.exp_avg", "optimizer.state.0.exp_avg", "optimizer_0.state.0.step")
@@ -383,7 +383,7 @@ def checkpoint(written: Path, tmp_path: Path) -> Path:
 
 def refuses(path: Path, state: str, reason: str) -> CheckpointError:
     """Inspect says `state` with the reason, and open raises the matching error with the same reason."""
-    readiness = FORMAT.inspect(path)
+    readiness = FORMAT.inspect(LocalListing(path))
     assert readiness.state == state, readiness.reason
     with pytest.raises(CheckpointError, match=reason) as caught:
         FORMAT.open(CheckpointRef(path, None, "dcp", "unchecked", 0.0))
@@ -397,9 +397,12 @@ class TestBeingWritten:
     def test_without_metadata(self, checkpoint: Path) -> None:
         """Shards without .metadata are still being written, and are stamped as the evidence of that."""
         (checkpoint / ".metadata").unlink()
-        assert FORMAT.recognise(checkpoint)
+        assert FORMAT.claim(LocalListing(checkpoint))
         refuses(checkpoint, "incomplete", r"^\.metadata is not there")
-        assert {stamp.name for stamp in FORMAT.inspect(checkpoint).files} >= {"__0_0.distcp", "__1_0.distcp"}
+        assert {stamp.name for stamp in FORMAT.inspect(LocalListing(checkpoint)).files} >= {
+            "__0_0.distcp",
+            "__1_0.distcp",
+        }
 
     def test_metadata_of_another_name(self, checkpoint: Path) -> None:
         """What torch renames last does not count before it is renamed."""
@@ -429,7 +432,7 @@ class TestBeingWritten:
         (checkpoint / "checkpoint-is-incomplete.txt").touch()
         refuses(checkpoint, "incomplete", "checkpoint-is-incomplete.txt is there")
         (checkpoint / "checkpoint-is-incomplete.txt").unlink()
-        assert FORMAT.inspect(checkpoint).state == "complete"
+        assert FORMAT.inspect(LocalListing(checkpoint)).state == "complete"
 
     def test_without_config(self, checkpoint: Path) -> None:
         """Without config.json here or above it is said where to put it; above is enough, and is no stamp of this."""
@@ -912,12 +915,12 @@ def test_absurd_metadata_is_not_read(tmp_path: Path) -> None:
 def test_what_is_refused_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A .metadata is parsed once for each version of it, whether it is sound or not; a new version is seen."""
     folder = folder_of(tmp_path, b"garbage")
-    state = FORMAT.inspect(folder)
+    state = FORMAT.inspect(LocalListing(folder))
     with monkeypatch.context() as patch:
         patch.setattr("peel_plugins.formats.distributed_checkpoint.read_contents", None)
-        assert FORMAT.inspect(folder) == state
+        assert FORMAT.inspect(LocalListing(folder)) == state
     (folder / ".metadata").write_bytes(pickle.dumps(sound()))
-    assert FORMAT.inspect(folder).state == "complete"
+    assert FORMAT.inspect(LocalListing(folder)).state == "complete"
 
 
 def test_a_failing_disk_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -930,7 +933,7 @@ def test_a_failing_disk_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr("peel_plugins.formats.dcp_folder.read_into", fail)
         refuses(folder, "incomplete", r"^\.metadata cannot be read: Input/output error")
-    assert FORMAT.inspect(folder).state == "complete"
+    assert FORMAT.inspect(LocalListing(folder)).state == "complete"
 
 
 class TestTiling:

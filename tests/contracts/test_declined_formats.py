@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.pipeline import locate
-from peel_agent.records import CheckpointRef
+from peel_agent.records import CheckpointRef, LocalListing
 from peel_agent.watch import scan
 from peel_plugins.formats.declined import FORMAT, KINDS
 from tests import zoo
@@ -71,6 +71,16 @@ DECLINED: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "Megatron-LM's older layout",
         "--ckpt-convert-format torch_dist",
     ),
+    "PEFT": (
+        lambda root: lay_out(root / "tuned", "adapter_config.json", "adapter_model.safetensors"),
+        r"an adapter of PEFT",
+        r"model\.merge_and_unload\(\)\.save_pretrained\(NEW\)",
+    ),
+    "PEFT, Trainer's": (
+        lambda root: lay_out(root / "checkpoint-5", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt"),
+        r"an adapter of PEFT",
+        "merge it into its base model",
+    ),
     "Levanter": (
         lambda root: lay_out(root / "step-100", "model/transformer/.zarray", metadata__json=LEVANTER),
         "of Levanter",
@@ -118,13 +128,19 @@ DECLINED: dict[str, tuple[Callable[[Path], Path], str, str]] = {
 }
 
 
+def reader_of(path: Path) -> str | None:
+    """The name of the format that has a path."""
+    winner = registry.claimed(LocalListing(path), registry.formats())
+    return None if winner is None else winner[0].name
+
+
 @pytest.mark.parametrize("name", DECLINED)
 def test_declined_by_name(name: str, tmp_path: Path) -> None:
     """Each is recognised, damaged with its producer and a way out in the reason, and open says the same."""
     make, producer, way_out = DECLINED[name]
     path = make(tmp_path)
-    assert next(form.name for form in registry.formats() if form.recognise(path)) == "declined"
-    readiness = FORMAT.inspect(path)
+    assert reader_of(path) == "declined"
+    readiness = FORMAT.inspect(LocalListing(path))
     assert readiness.state == "damaged"
     with pytest.raises(CheckpointError, match=producer) as caught:
         FORMAT.open(CheckpointRef(path, None, "declined", "unchecked", 0.0))
@@ -140,8 +156,7 @@ def test_every_kind_is_tested(tmp_path: Path) -> None:
     seen = set()
     for number, (make, _, _) in enumerate(DECLINED.values()):
         path = make(tmp_path / str(number))
-        names = frozenset(entry.name for entry in path.iterdir()) if path.is_dir() else frozenset()
-        seen.add(next(kind.what for kind in KINDS if kind.fits(path, names)))
+        seen.add(next(kind.what for kind in KINDS if kind.fits(LocalListing(path))))
     assert seen == {kind.what for kind in KINDS}
 
 
@@ -194,8 +209,7 @@ def test_what_another_format_reads_is_left_to_it(name: str, tmp_path: Path) -> N
     make, reader = READ[name]
     path = make(tmp_path)
     for _ in range(2):
-        assert not FORMAT.recognise(path)
-        assert next(form.name for form in registry.formats() if form.recognise(path)) == reader
+        assert reader_of(path) == reader
         if path.is_dir():
             lay_out(path, *OTHERS)
             (path.with_name(f"{path.name}-unfinished")).touch()
@@ -219,14 +233,14 @@ ORDINARY = {
 def test_ordinary_folders_are_not_taken(name: str, tmp_path: Path) -> None:
     """Logs, tokenizers, data and sources are no checkpoints, neither the folder nor anything in it."""
     path = lay_out(tmp_path / name.replace(" ", "-"), *ORDINARY[name])
-    assert not FORMAT.recognise(path)
+    assert not FORMAT.claim(LocalListing(path))
     assert scan(path, (FORMAT,)) == ()
 
 
 def test_metadata_of_something_else_is_no_levanter(tmp_path: Path) -> None:
     """A metadata.json without Levanter's step and timestamp, or none that parses, is nobody's."""
     for text in ('{"step": 3}', "[]", "{", "null"):
-        assert not FORMAT.recognise(lay_out(tmp_path / "some", "model/x", metadata__json=text))
+        assert not FORMAT.claim(LocalListing(lay_out(tmp_path / "some", "model/x", metadata__json=text)))
 
 
 # ---------------------------------------------------------------- still being written, gone
@@ -236,14 +250,14 @@ def test_orbax_is_still_writing(tmp_path: Path) -> None:
     """A folder of Orbax's temporary name is incomplete, and damaged under its final one."""
     for name in ("100.orbax-checkpoint-tmp", "100.orbax-checkpoint-tmp-1700000000"):
         path = lay_out(tmp_path / name, "default/d/0a2d")
-        assert FORMAT.recognise(path)
-        readiness = FORMAT.inspect(path)
+        assert FORMAT.claim(LocalListing(path))
+        readiness = FORMAT.inspect(LocalListing(path))
         assert readiness.state == "incomplete"
         assert readiness.reason == f"{name} is Orbax's name for one that is still being written"
         with pytest.raises(IncompleteCheckpoint, match="Orbax's name"):
             FORMAT.open(CheckpointRef(path, None, "declined", "unchecked", 0.0))
     (path / "_CHECKPOINT_METADATA").touch()
-    assert FORMAT.inspect(path.rename(tmp_path / "100")).state == "damaged"
+    assert FORMAT.inspect(LocalListing(path.rename(tmp_path / "100"))).state == "damaged"
 
 
 def test_nemo_is_still_writing(tmp_path: Path) -> None:
@@ -252,16 +266,16 @@ def test_nemo_is_still_writing(tmp_path: Path) -> None:
     mark.touch()
     path = lay_out(tmp_path / "llama--step=99", "weights/common.pt")
     for _ in range(2):
-        assert FORMAT.recognise(path)
-        readiness = FORMAT.inspect(path)
+        assert FORMAT.claim(LocalListing(path))
+        readiness = FORMAT.inspect(LocalListing(path))
         assert readiness.state == "incomplete"
         assert readiness.reason == f"{mark.name} is there: NeMo is still writing, or was stopped"
         lay_out(path, *NEMO_2)
     mark.unlink()
-    assert FORMAT.inspect(path).state == "damaged"
+    assert FORMAT.inspect(LocalListing(path)).state == "damaged"
     single(tmp_path / "gpt.nemo")
     (tmp_path / "gpt-unfinished").touch()
-    assert FORMAT.inspect(tmp_path / "gpt.nemo").state == "incomplete"
+    assert FORMAT.inspect(LocalListing(tmp_path / "gpt.nemo")).state == "incomplete"
 
 
 def test_a_mark_alone_is_nothing(tmp_path: Path) -> None:
@@ -275,16 +289,16 @@ def test_a_mark_alone_is_nothing(tmp_path: Path) -> None:
 def test_progress_shows(tmp_path: Path) -> None:
     """While it is written, what is there is stamped, so that something that changes is not given up."""
     path = lay_out(tmp_path / "100.orbax-checkpoint-tmp", "_METADATA")
-    assert [stamp.name for stamp in FORMAT.inspect(path).files] == ["_METADATA"]
+    assert [stamp.name for stamp in FORMAT.inspect(LocalListing(path)).files] == ["_METADATA"]
 
 
 @pytest.mark.parametrize("name", ["gone", "gone.nemo", "gone.gguf", "gone.orbax-checkpoint-tmp", "mp_rank_00"])
 def test_what_vanished_is_incomplete(name: str, tmp_path: Path) -> None:
     """A path that is gone is incomplete, and no method raises but open."""
     path = tmp_path / name
-    assert not FORMAT.recognise(path)
-    assert FORMAT.inspect(path).state == "incomplete"
-    assert FORMAT.step(path) is None
+    assert not FORMAT.claim(LocalListing(path))
+    assert FORMAT.inspect(LocalListing(path)).state == "incomplete"
+    assert FORMAT.step(LocalListing(path)) is None
     with pytest.raises(IncompleteCheckpoint, match="is gone"):
         FORMAT.open(CheckpointRef(path, None, "declined", "unchecked", 0.0))
 
@@ -294,7 +308,7 @@ def test_what_vanished_is_incomplete(name: str, tmp_path: Path) -> None:
 )
 def test_the_step_in_a_name(name: str, step: int | None) -> None:
     """The step is the number in the name, if one is there."""
-    assert FORMAT.step(Path("runs") / name) == step
+    assert FORMAT.step(LocalListing(Path("runs") / name)) == step
 
 
 def test_a_run_with_some_of_each(tmp_path: Path) -> None:
@@ -307,10 +321,11 @@ def test_a_run_with_some_of_each(tmp_path: Path) -> None:
 
 
 def test_the_parent_imports_no_torch(tmp_path: Path) -> None:
-    """Recognise, inspect and step import no torch."""
+    """Claim, inspect and step import no torch."""
     path = lay_out(tmp_path / "100", "_CHECKPOINT_METADATA")
     program = (
-        "import sys, pathlib; from peel_plugins.formats.declined import FORMAT; path = pathlib.Path(sys.argv[1]);"
-        "FORMAT.recognise(path), FORMAT.inspect(path), FORMAT.step(path); sys.exit('torch' in sys.modules)"
+        "import sys, pathlib; from peel_plugins.formats.declined import FORMAT\n"
+        "from peel_agent.records import LocalListing; listing = LocalListing(pathlib.Path(sys.argv[1]))\n"
+        "FORMAT.claim(listing), FORMAT.inspect(listing), FORMAT.step(listing); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == 0

@@ -21,7 +21,7 @@ from torch import Tensor
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
 from peel_agent.load import open_snapshot
-from peel_agent.records import CheckpointRef, Weights
+from peel_agent.records import CheckpointRef, LocalListing, Weights
 from peel_agent.testing.formats import CHECKS, FormatCase, check_complete_once_written
 from peel_agent.watch.scan import scan
 from peel_plugins.formats import deepspeed_folder, deepspeed_zero3, held_files
@@ -94,8 +94,8 @@ def test_inside_a_trainer_s_folder(written: Path, tmp_path: Path) -> None:
     assert CHECKS[0] is check_complete_once_written
     path = tmp_path / "checkpoint-3"
     copied("trainer", written, path)
-    assert FORMAT.recognise(path)
-    assert FORMAT.step(path) == 3
+    assert FORMAT.claim(LocalListing(path))
+    assert FORMAT.step(LocalListing(path)) == 3
     states = [f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt" for rank in (0, 1) for kind in ("model", "optim")]
     assert [stamp.name for stamp in reference(path).files] == [
         "config.json",
@@ -112,7 +112,7 @@ def test_what_the_fixture_wrote(written: Path) -> None:
     assert torch.equal(held["lm_head.weight"], held["model.embed_tokens.weight"])
     assert held["counts"].tolist() == [3, 1, 4]
     assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16, torch.int64}
-    layout = deepspeed_folder._read(written / "odd-3" / "global_step3")
+    layout = deepspeed_folder._read(LocalListing(written / "odd-3" / "global_step3"))
     frozen = layout.tensors["model.layers.0.mlp.gate_proj.bias"]
     trained = layout.tensors["model.layers.1.mlp.gate_proj.bias"]
     assert [len(part.vectors) for part in trained.partitions] == [5, 5]  # type: ignore[union-attr]
@@ -276,14 +276,14 @@ def whole(tmp_path: Path, name: str = "global_step7", **changes: Any) -> Path:
 
 
 def reference(path: Path) -> CheckpointRef:
-    readiness = FORMAT.inspect(path)
+    readiness = FORMAT.inspect(LocalListing(path))
     assert readiness.state == "complete", readiness.reason
-    return CheckpointRef(path, FORMAT.step(path), "deepspeed", "unchecked", 0.0, readiness.files)
+    return CheckpointRef(path, FORMAT.step(LocalListing(path)), "deepspeed", "unchecked", 0.0, readiness.files)
 
 
 def refuses(path: Path, state: str, reason: str) -> CheckpointError:
     """Asserts that both the look and the opening give this reason, and returns the error."""
-    readiness = FORMAT.inspect(path)
+    readiness = FORMAT.inspect(LocalListing(path))
     assert readiness.state == state, readiness.reason
     with pytest.raises(CheckpointError, match=reason) as caught:
         FORMAT.open(CheckpointRef(path, None, "deepspeed", "unchecked", 0.0))
@@ -377,24 +377,24 @@ class TestRecognition:
         for file in files:
             (tmp_path / path / file).parent.mkdir(exist_ok=True, parents=True)
             (tmp_path / path / file).touch()
-        assert FORMAT.recognise(tmp_path / path) == (by == "deepspeed")
+        assert (FORMAT.claim(LocalListing(tmp_path / path)) is not None) == (by == "deepspeed")
         names = ("deepspeed", "safetensors", "torch", "transformers")
         formats = [form for form in registry.formats() if form.name in names]
-        found = [form.name for form in formats if form.recognise(tmp_path / path)]
+        found = [form.name for form in formats if form.claim(LocalListing(tmp_path / path))]
         assert found[:1] == ([by] if by else [])
 
     def test_what_is_inside_another_s_folder_is_part_of_it(self, tmp_path: Path) -> None:
         """The states inside a folder that is a checkpoint are not a second one."""
         for path in ("checkpoint-5/global_step5", "x.ckpt/checkpoint", "checkpoint_0/pytorch_model"):
-            assert not FORMAT.recognise(saving(tmp_path, path))
+            assert not FORMAT.claim(LocalListing(saving(tmp_path, path)))
 
     def test_what_is_not_there(self, tmp_path: Path) -> None:
         """A path that vanished, or is a file, is no checkpoint; the rest does not raise."""
         (tmp_path / "file").touch()
         for name in ("gone", "file", "checkpoint-5"):
-            assert not FORMAT.recognise(tmp_path / name)
-            assert FORMAT.step(tmp_path / name) is None
-            assert FORMAT.inspect(tmp_path / name).state == "incomplete"
+            assert not FORMAT.claim(LocalListing(tmp_path / name))
+            assert FORMAT.step(LocalListing(tmp_path / name)) is None
+            assert FORMAT.inspect(LocalListing(tmp_path / name)).state == "incomplete"
 
 
 @pytest.mark.parametrize(
@@ -424,11 +424,11 @@ def test_prefixes(stored: tuple[str, str], read: set[str], tmp_path: Path) -> No
 
 def test_the_step(tmp_path: Path) -> None:
     """The step is the number in the name, and under any other name DeepSpeed's own count; one that is none is None."""
-    assert FORMAT.step(whole(tmp_path, "global_step12")) == 12
-    assert FORMAT.step(saving(tmp_path, "epoch-1")) == 7
-    assert FORMAT.step(whole(tmp_path, "best")) == 7
+    assert FORMAT.step(LocalListing(whole(tmp_path, "global_step12"))) == 12
+    assert FORMAT.step(LocalListing(saving(tmp_path, "epoch-1"))) == 7
+    assert FORMAT.step(LocalListing(whole(tmp_path, "best"))) == 7
     for count, odd in enumerate(("7", -1, True, 2**70, None)):
-        assert FORMAT.step(whole(tmp_path, f"odd{count}", global_steps=odd)) is None
+        assert FORMAT.step(LocalListing(whole(tmp_path, f"odd{count}", global_steps=odd))) is None
 
 
 @pytest.mark.parametrize("name", ["epoch=1-step=9.ckpt/checkpoint", "checkpoint_4/pytorch_model"])
@@ -442,10 +442,10 @@ def test_lightning_s_and_accelerate_s_folders(name: str, tmp_path: Path) -> None
     for file in (M0, M1, O0, O1, "config.json"):
         (tmp_path / name / file).unlink()
     torch.save(model_states(0, module=module), tmp_path / name / PIECES)
-    assert FORMAT.recognise(folder)
+    assert FORMAT.claim(LocalListing(folder))
     refuses(folder, "incomplete", r"config\.json is not there: the model cannot be built")
     (folder / "config.json").write_text("{}")
-    assert FORMAT.step(folder) == 7
+    assert FORMAT.step(LocalListing(folder)) == 7
     assert set(FORMAT.open(reference(folder)).shapes()) == {"model.w", "lm_head.weight"}
 
 
@@ -455,7 +455,7 @@ def trainer_folder(tmp_path: Path) -> Path:
     (folder / "global_step7" / "config.json").rename(folder / "config.json")
     (folder / "latest").write_text("global_step7")
     (folder / "trainer_state.json").write_text('{"global_step": 7}')
-    assert FORMAT.inspect(folder).state == "complete"
+    assert FORMAT.inspect(LocalListing(folder)).state == "complete"
     return folder
 
 
@@ -507,7 +507,7 @@ def test_a_layout_that_is_not_read(stage: int, name: str, reason: str, way_out: 
     """Written to the documented names: tensor and pipeline parallelism, experts, universal and NVMe are refused."""
     folder = whole(tmp_path) if stage == 2 else saving(tmp_path)
     (folder / name).mkdir() if name.endswith("/") else (folder / name).touch()
-    assert FORMAT.recognise(folder)
+    assert FORMAT.claim(LocalListing(folder))
     assert way_out in refuses(folder, "damaged", reason).remedy
 
 
@@ -548,7 +548,10 @@ def test_configurations_that_are_read(tmp_path: Path) -> None:
             {"num_experts": [], "checkpoint_parallel_dimensions": None},
         )
     ):
-        assert FORMAT.inspect(saving(tmp_path, f"g{count}", M0=model_states(0, **changes))).state == "complete"
+        assert (
+            FORMAT.inspect(LocalListing(saving(tmp_path, f"g{count}", M0=model_states(0, **changes)))).state
+            == "complete"
+        )
 
 
 # ---------------------------------------------------------------- broken and hostile
@@ -760,7 +763,7 @@ def test_two_savings_in_one_folder(tmp_path: Path) -> None:
 def test_optimizer_states_of_zero_2(tmp_path: Path) -> None:
     """Beside whole weights they need not be there, and are not opened; some without the others are not yet all."""
     folder = whole(tmp_path)
-    assert FORMAT.inspect(folder).state == "complete"
+    assert FORMAT.inspect(LocalListing(folder)).state == "complete"
     (folder / O1).write_bytes(b"not read")
     refuses(folder, "incomplete", "zero_pp_rank_0_mp_rank_00_optim_states.pt is not there, as that of rank 1 is")
     (folder / O0).write_bytes(b"not read")
@@ -778,16 +781,16 @@ def test_what_was_looked_at_is_not_read_again(tmp_path: Path, monkeypatch: pytes
     """Each version of the states is read once, sound or not; a new version, and a new name beside it, is seen."""
     folder = saving(tmp_path)
     for _ in range(2):
-        before = FORMAT.inspect(folder)
+        before = FORMAT.inspect(LocalListing(folder))
         with monkeypatch.context() as patch:
             patch.setattr(deepspeed_folder, "merge", None)
-            assert FORMAT.inspect(folder) == before
+            assert FORMAT.inspect(LocalListing(folder)) == before
         torch.save([1], folder / M1)
-    assert FORMAT.inspect(folder).state == "damaged"
+    assert FORMAT.inspect(LocalListing(folder)).state == "damaged"
     torch.save(model_states(1), folder / M1)
-    assert FORMAT.inspect(folder).state == "complete"
+    assert FORMAT.inspect(LocalListing(folder)).state == "complete"
     (folder / "zero").mkdir()
-    assert FORMAT.inspect(folder).state == "damaged"
+    assert FORMAT.inspect(LocalListing(folder)).state == "damaged"
 
 
 def test_a_failing_disk_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -800,7 +803,7 @@ def test_a_failing_disk_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr("peel_plugins.formats.torch_zip.read_into", fail)
         refuses(folder, "incomplete", f"{M0} cannot be read: Input/output error")
-    assert FORMAT.inspect(folder).state == "complete"
+    assert FORMAT.inspect(LocalListing(folder)).state == "complete"
 
 
 # ---------------------------------------------------------------- reading while the trainer goes on
@@ -898,9 +901,9 @@ def test_the_parent_reads_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", counting)
-    assert FORMAT.recognise(folder)
-    assert FORMAT.inspect(folder).state == "complete"
-    assert FORMAT.step(folder) == 7
+    assert FORMAT.claim(LocalListing(folder))
+    assert FORMAT.inspect(LocalListing(folder)).state == "complete"
+    assert FORMAT.step(LocalListing(folder)) == 7
     assert sum(sizes) < 40_000
 
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
-from peel_agent.records import CheckpointRef, Readiness, Weights
+from peel_agent.records import CheckpointRef, Claim, Listing, LocalListing, Readiness, Weights
 from peel_agent.spi import Format
 from peel_agent.testing import formats as kit
 from peel_agent.testing.formats import CHECKS, FormatCase
@@ -94,7 +94,7 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
     path, _ = CASES["trainer, sharded"].write(tmp_path)
     shards = sorted(file.name for file in path.glob("model-*.safetensors"))
     assert len(shards) > 1
-    assert [stamp.name for stamp in TRANSFORMERS.inspect(path).files] == [
+    assert [stamp.name for stamp in TRANSFORMERS.inspect(LocalListing(path)).files] == [
         "config.json",
         *shards,
         "model.safetensors.index.json",
@@ -111,19 +111,19 @@ class Sabotaged:
         self.fault = fault
         self._seen: Readiness | None = None
 
-    def recognise(self, path: Path) -> bool:
-        return SAFETENSORS.recognise(path) and self.fault != "blind"
+    def claim(self, listing: Listing) -> Claim | None:
+        return SAFETENSORS.claim(listing) if self.fault != "blind" else None
 
-    def inspect(self, path: Path) -> Readiness:
+    def inspect(self, listing: LocalListing) -> Readiness:
         if self.fault == "trusting" and self._seen is not None:
             return self._seen
-        if self.fault == "frail" and not path.exists():
-            raise FileNotFoundError(path)
-        self._seen = SAFETENSORS.inspect(path)
+        if self.fault == "frail" and not listing.path.exists():
+            raise FileNotFoundError(listing.path)
+        self._seen = SAFETENSORS.inspect(listing)
         return self._seen
 
-    def step(self, path: Path) -> int | None:
-        return 1 if self.fault == "miscounting" else SAFETENSORS.step(path)
+    def step(self, listing: LocalListing) -> int | None:
+        return 1 if self.fault == "miscounting" else SAFETENSORS.step(listing)
 
     def open(self, ref: CheckpointRef) -> Weights:
         return Altered(SAFETENSORS.open(ref)) if self.fault == "altering" else SAFETENSORS.open(ref)
@@ -164,7 +164,7 @@ def test_the_kit_sees_a_fault(check: Callable[[FormatCase, Path], None], fault: 
     """Each check of the kit fails for a format with the fault that it is there to find."""
     check(dataclasses.replace(CASES["folder"], format=Sabotaged("none")), tmp_path / "sound")
     form = Sabotaged(fault)
-    form.inspect(CASES["folder"].write(tmp_path / "other")[0])
+    form.inspect(LocalListing(CASES["folder"].write(tmp_path / "other")[0]))
     with pytest.raises((AssertionError, FileNotFoundError)):
         check(dataclasses.replace(CASES["folder"], format=form), tmp_path / "faulty")
 
@@ -214,13 +214,15 @@ class TestRecognition:
             target.mkdir()
         for name in files:
             (target / name).touch()
-        assert [form.name for form in (SAFETENSORS, TRANSFORMERS) if form.recognise(target)] == ([by] if by else [])
+        assert [form.name for form in (SAFETENSORS, TRANSFORMERS) if form.claim(LocalListing(target))] == (
+            [by] if by else []
+        )
 
     @pytest.mark.parametrize("name", ["checkpoint-5", "final", "a.safetensors"])
     def test_what_is_not_there_is_not_recognised(self, name: str, tmp_path: Path) -> None:
         """A path that vanished is no checkpoint."""
-        assert not SAFETENSORS.recognise(tmp_path / name)
-        assert not TRANSFORMERS.recognise(tmp_path / name)
+        assert not SAFETENSORS.claim(LocalListing(tmp_path / name))
+        assert not TRANSFORMERS.claim(LocalListing(tmp_path / name))
 
     @pytest.mark.parametrize(
         ("name", "step"),
@@ -245,7 +247,7 @@ class TestRecognition:
     )
     def test_the_step_in_a_name(self, name: str, step: int | None) -> None:
         """A name that looks like a step says it; any other says nothing."""
-        assert SAFETENSORS.step(Path("runs") / name) == step
+        assert SAFETENSORS.step(LocalListing(Path("runs") / name)) == step
 
 
 # ---------------------------------------------------------------- headers
@@ -298,7 +300,7 @@ HOSTILE = {
 
 def refuses(form: Format, path: Path, state: str, reason: str) -> CheckpointError:
     """Inspect says `state` with the reason, and open raises the matching error with the same reason."""
-    readiness = form.inspect(path)
+    readiness = form.inspect(LocalListing(path))
     assert readiness.state == state, readiness.reason
     ref = CheckpointRef(path, None, form.name, "unchecked", 0.0)
     with pytest.raises(CheckpointError, match=reason) as caught:
@@ -335,7 +337,7 @@ def test_a_header_with_metadata_and_padding_is_read(tmp_path: Path) -> None:
     }
     content = header_file(json.dumps(header).encode() + b"   ", 8)
     folder = folder_with(tmp_path, {"model.safetensors": content})
-    assert SAFETENSORS.inspect(folder).state == "complete"
+    assert SAFETENSORS.inspect(LocalListing(folder)).state == "complete"
     weights = SAFETENSORS.open(reference(SAFETENSORS, folder))
     assert weights.shapes() == {"w": (2,), "empty": (0, 3), "v": (4,)}
 
@@ -468,15 +470,17 @@ def test_a_faulty_trainer_checkpoint(files: Mapping[str, bytes], state: str, rea
 
 def test_a_sound_trainer_checkpoint_beside_those(tmp_path: Path) -> None:
     """The files that the faulty cases are made from are complete together."""
-    assert TRANSFORMERS.inspect(folder_with(tmp_path, WEIGHTS | STATE, "checkpoint-5")).state == "complete"
+    assert (
+        TRANSFORMERS.inspect(LocalListing(folder_with(tmp_path, WEIGHTS | STATE, "checkpoint-5"))).state == "complete"
+    )
 
 
 def test_the_state_is_read_again_when_it_changed(tmp_path: Path) -> None:
     """The step follows a trainer_state.json that is rewritten: what was read before is not kept past its stamp."""
     folder = folder_with(tmp_path, WEIGHTS | STATE, "checkpoint-5")
-    assert TRANSFORMERS.step(folder) == 5
+    assert TRANSFORMERS.step(LocalListing(folder)) == 5
     (folder / "trainer_state.json").write_text('{"global_step": 66}')
-    assert TRANSFORMERS.step(folder) == 66
+    assert TRANSFORMERS.step(LocalListing(folder)) == 66
 
 
 # ---------------------------------------------------------------- links and special files
@@ -517,9 +521,9 @@ class TestLinks:
 
 
 def reference(form: Format, path: Path) -> CheckpointRef:
-    readiness = form.inspect(path)
+    readiness = form.inspect(LocalListing(path))
     assert readiness.state == "complete", readiness.reason
-    return CheckpointRef(path, form.step(path), form.name, "unchecked", 0.0, readiness.files)
+    return CheckpointRef(path, form.step(LocalListing(path)), form.name, "unchecked", 0.0, readiness.files)
 
 
 class TestTorn:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
 from peel_agent.load import open_snapshot
-from peel_agent.records import CheckpointRef
+from peel_agent.records import CheckpointRef, LocalListing
 from peel_agent.testing.formats import CHECKS, FormatCase
 from peel_plugins.formats import dcp_weights
 from peel_plugins.formats.dcp_tiling import intersection
@@ -83,7 +83,7 @@ def checkpoint(written: Path, tmp_path: Path) -> Path:
 
 
 def reference(path: Path) -> CheckpointRef:
-    readiness = FORMAT.inspect(path)
+    readiness = FORMAT.inspect(LocalListing(path))
     assert readiness.state == "complete", readiness.reason
     return CheckpointRef(path, STEP, "megatron", "unchecked", 0.0, readiness.files)
 
@@ -241,15 +241,15 @@ class TestRecognition:
         (tmp_path / folder).mkdir()
         for file, text in files.items():
             (tmp_path / folder / file).write_text(text)
-        assert FORMAT.recognise(tmp_path / folder) == recognised
-        assert not (recognised and DCP.recognise(tmp_path / folder))
+        assert (FORMAT.claim(LocalListing(tmp_path / folder)) is not None) == recognised
+        assert not (recognised and DCP.claim(LocalListing(tmp_path / folder)))
 
     def test_no_other_format_has_it(self, checkpoint: Path) -> None:
         """Of all installed formats only this one recognises Megatron's folder, whole or begun, and not the run's."""
         for gone in ("config.json", "metadata.json", ".metadata"):
-            assert [form.name for form in registry.formats() if form.recognise(checkpoint)] == ["megatron"]
+            assert [form.name for form in registry.formats() if form.claim(LocalListing(checkpoint))] == ["megatron"]
             (checkpoint / gone).unlink()
-        assert not any(form.recognise(checkpoint.parent) for form in registry.formats())
+        assert not any(form.claim(LocalListing(checkpoint.parent)) for form in registry.formats())
 
     @pytest.mark.parametrize(
         ("name", "step"),
@@ -257,7 +257,7 @@ class TestRecognition:
     )
     def test_the_step_in_the_name(self, name: str, step: int | None) -> None:
         """The step is N of iter_N."""
-        assert FORMAT.step(Path("runs") / name) == step
+        assert FORMAT.step(LocalListing(Path("runs") / name)) == step
 
 
 def test_one_config_for_the_run(written: Path, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_the_optimizer_of_several_is_passed_over(checkpoint: Path) -> None:
 
 def refuses(path: Path, state: str, reason: str) -> CheckpointError:
     """Inspect says `state` with the reason, and open raises the matching error with the same reason."""
-    readiness = FORMAT.inspect(path)
+    readiness = FORMAT.inspect(LocalListing(path))
     assert readiness.state == state, readiness.reason
     with pytest.raises(CheckpointError, match=reason) as caught:
         FORMAT.open(CheckpointRef(path, STEP, "megatron", "unchecked", 0.0))
@@ -491,7 +491,7 @@ def test_what_is_refused(name: str, checkpoint: Path) -> None:
     """Each fault makes it incomplete or damaged with the words that name the cause, and nothing in it is run."""
     fault, state, reason = FAULTS[name]
     fault(checkpoint)
-    assert FORMAT.recognise(checkpoint) or name == "no metadata.json"
+    assert FORMAT.claim(LocalListing(checkpoint)) or name == "no metadata.json"
     refuses(checkpoint, state, reason)
     assert not (checkpoint / "made").exists()
 
@@ -504,7 +504,7 @@ class TestCommon:
         error = refuses(checkpoint, "damaged", rf"^common\.pt says {switch}=True: it")
         assert "Megatron Bridge" in error.remedy
         (checkpoint / "common.pt").write_bytes(common(**{switch: False}))
-        assert FORMAT.inspect(checkpoint).state == "complete"
+        assert FORMAT.inspect(LocalListing(checkpoint)).state == "complete"
 
     def test_a_switch_by_reference(self, checkpoint: Path) -> None:
         """The switch is found too where the pickle names it a second time only by its memo."""
@@ -621,5 +621,5 @@ def test_one_look_parses_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("peel_plugins.formats.megatron_distributed.read_contents", counting)
     edit(checkpoint, vocab_size=25)
     for _ in range(3):
-        assert FORMAT.inspect(checkpoint).state == "damaged"
+        assert FORMAT.inspect(LocalListing(checkpoint)).state == "damaged"
     assert calls == ["parsed"]

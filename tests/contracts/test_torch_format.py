@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
 from peel_agent.load import open_snapshot
-from peel_agent.records import CheckpointRef, Weights
+from peel_agent.records import CheckpointRef, LocalListing, Weights
 from peel_agent.testing import formats as kit
 from peel_agent.testing.formats import CHECKS, FormatCase
 from peel_agent.watch.scan import scan
@@ -147,9 +147,9 @@ def test_conformance(check: Callable[[FormatCase, Path], None], name: str, tmp_p
 
 
 def reference(path: Path) -> CheckpointRef:
-    readiness = TORCH.inspect(path)
+    readiness = TORCH.inspect(LocalListing(path))
     assert readiness.state == "complete", readiness.reason
-    return CheckpointRef(path, TORCH.step(path), "torch", "unchecked", 0.0, readiness.files)
+    return CheckpointRef(path, TORCH.step(LocalListing(path)), "torch", "unchecked", 0.0, readiness.files)
 
 
 def opened(tmp_path: Path, content: Any, name: str = "x.pt", **options: Any) -> Weights:
@@ -172,7 +172,7 @@ def test_the_same_bits_as_in_safetensors(kind: str, tmp_path: Path) -> None:
     model(kind).config.save_pretrained(tmp_path / "torch")
     written = load_file(tmp_path / "safe" / "model.safetensors")  # under the names that save_pretrained gives
     torch.save(written, tmp_path / "torch" / "pytorch_model.bin")
-    readiness = SAFETENSORS.inspect(tmp_path / "safe")
+    readiness = SAFETENSORS.inspect(LocalListing(tmp_path / "safe"))
     safe = SAFETENSORS.open(CheckpointRef(tmp_path / "safe", None, "safetensors", "", 0.0, readiness.files))
     read = TORCH.open(reference(tmp_path / "torch"))
     assert read.config() == safe.config()
@@ -233,7 +233,7 @@ def test_safetensors_and_torch_agree_on_views(tmp_path: Path) -> None:
         {name: tensor.detach().clone().contiguous() for name, tensor in written.items()}, tmp_path / "x.safetensors"
     )
     weights = opened(tmp_path, written)
-    readiness = SAFETENSORS.inspect(tmp_path / "x.safetensors")
+    readiness = SAFETENSORS.inspect(LocalListing(tmp_path / "x.safetensors"))
     safe = SAFETENSORS.open(CheckpointRef(tmp_path / "x.safetensors", None, "", "", 0.0, readiness.files))
     assert set(weights.shapes()) == set(written)
     for name in written:
@@ -327,7 +327,7 @@ def test_where_the_state_dict_is(key: str, tmp_path: Path) -> None:
 def test_the_step(name: str, beside: dict[str, Any], step: int | None, tmp_path: Path) -> None:
     """The step is the count beside the weights, and without a usable one that in the name."""
     opened(tmp_path, {"model": {"w": torch.ones(1)}, **beside}, name)
-    assert TORCH.step(tmp_path / name) == step
+    assert TORCH.step(LocalListing(tmp_path / name)) == step
 
 
 class TestRecognition:
@@ -367,36 +367,36 @@ class TestRecognition:
         folder.mkdir()
         for name in [*files, target.name] if target.suffix else files:
             (folder / name).touch()
-        assert TORCH.recognise(target) == (by == "torch")
-        assert SAFETENSORS.recognise(target) == (by == "safetensors")
-        assert TRANSFORMERS.recognise(target) == (by == "transformers")
+        assert (TORCH.claim(LocalListing(target)) is not None) == (by == "torch")
+        assert (SAFETENSORS.claim(LocalListing(target)) is not None) == (by == "safetensors")
+        assert (TRANSFORMERS.claim(LocalListing(target)) is not None) == (by == "transformers")
         seen = {sighting.path: sighting.format for sighting in scan(folder, (SAFETENSORS, TORCH, TRANSFORMERS))}
         assert seen.get(target) == by
 
     @pytest.mark.parametrize("name", ["checkpoint-5", "final", "a.pt", "a.ckpt"])
     def test_what_is_not_there_is_not_recognised(self, name: str, tmp_path: Path) -> None:
         """A path that vanished is no checkpoint."""
-        assert not TORCH.recognise(tmp_path / name)
+        assert not TORCH.claim(LocalListing(tmp_path / name))
 
     def test_a_folder_named_like_a_file(self, tmp_path: Path) -> None:
         """A folder whose name ends in .pt is a folder; Lightning's sharded checkpoints are another format's."""
         save_folder(tmp_path / "run.pt")
         (tmp_path / "sharded.ckpt").mkdir()
         (tmp_path / "sharded.ckpt" / "meta.pt").touch()
-        assert TORCH.recognise(tmp_path / "run.pt")
-        assert TORCH.inspect(tmp_path / "run.pt").state == "complete"
-        assert not TORCH.recognise(tmp_path / "sharded.ckpt")
+        assert TORCH.claim(LocalListing(tmp_path / "run.pt"))
+        assert TORCH.inspect(LocalListing(tmp_path / "run.pt")).state == "complete"
+        assert not TORCH.claim(LocalListing(tmp_path / "sharded.ckpt"))
 
     def test_last_is_a_link(self, tmp_path: Path) -> None:
         """Lightning's last.ckpt is skipped as a link to its sibling and read as a copy of it."""
         CASES["Lightning"].write(tmp_path)
         (tmp_path / "last.ckpt").symlink_to("epoch=1-step=800.ckpt")
-        assert not TORCH.recognise(tmp_path / "last.ckpt")
+        assert not TORCH.claim(LocalListing(tmp_path / "last.ckpt"))
         shutil.copy(tmp_path / "epoch=1-step=800.ckpt", tmp_path / "copy.ckpt")
         (tmp_path / "last.ckpt").unlink()
         (tmp_path / "copy.ckpt").rename(tmp_path / "last.ckpt")
-        assert TORCH.recognise(tmp_path / "last.ckpt")
-        assert TORCH.step(tmp_path / "last.ckpt") == 800
+        assert TORCH.claim(LocalListing(tmp_path / "last.ckpt"))
+        assert TORCH.step(LocalListing(tmp_path / "last.ckpt")) == 800
 
 
 def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
@@ -404,9 +404,9 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
     path, _ = CASES["trainer, sharded"].write(tmp_path)
     shards = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
     names = ["config.json", *shards, "pytorch_model.bin.index.json", "trainer_state.json"]
-    assert [stamp.name for stamp in TORCH.inspect(path).files] == names
+    assert [stamp.name for stamp in TORCH.inspect(LocalListing(path)).files] == names
     file, _ = CASES["nanoGPT"].write(tmp_path / "single")
-    assert [stamp.name for stamp in TORCH.inspect(file).files] == ["ckpt.pt"]
+    assert [stamp.name for stamp in TORCH.inspect(LocalListing(file)).files] == ["ckpt.pt"]
 
 
 # ---------------------------------------------------------------- hostile files: tools
@@ -791,9 +791,9 @@ HOSTILE = {
 
 def refuses(path: Path, state: str, reason: str) -> CheckpointError:
     """Inspect says `state` with the reason, and open raises the matching error with the same reason."""
-    readiness = TORCH.inspect(path)
+    readiness = TORCH.inspect(LocalListing(path))
     assert readiness.state == state, readiness.reason
-    TORCH.step(path)
+    TORCH.step(LocalListing(path))
     with pytest.raises(CheckpointError, match=reason) as caught:
         TORCH.open(CheckpointRef(path, None, "torch", "unchecked", 0.0))
     assert caught.value.what == readiness.reason
@@ -856,7 +856,7 @@ def test_truncation_at_every_byte(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(saved(SOUND))
     for size in reversed(range((tmp_path / "x.pt").stat().st_size)):
         os.truncate(tmp_path / "x.pt", size)
-        readiness = TORCH.inspect(tmp_path / "x.pt")
+        readiness = TORCH.inspect(LocalListing(tmp_path / "x.pt"))
         assert readiness.state == "incomplete", (size, readiness.reason)
         assert readiness.reason.startswith("x.pt ")
 
@@ -876,7 +876,7 @@ def test_altered_bytes_raise_nothing_else(tmp_path: Path) -> None:
     states = set()
     for content in variants:
         path.write_bytes(content)
-        states.add(TORCH.inspect(path).state)
+        states.add(TORCH.inspect(LocalListing(path)).state)
         try:
             weights = TORCH.open(CheckpointRef(path, None, "torch", "", 0.0))
             assert all(weights.read(name).shape == shape for name, shape in weights.shapes().items())
@@ -967,14 +967,14 @@ class TestLinks:
         error = refuses(folder, "damaged", f"{name} is a link to .*outside, outside")
         assert "cp -rL" in error.remedy
         (folder / name).unlink()
-        assert TORCH.inspect(folder).state == "incomplete"
+        assert TORCH.inspect(LocalListing(folder)).state == "incomplete"
 
     def test_a_single_file_that_is_a_link_out(self, tmp_path: Path) -> None:
         """A file that is a link out of its folder is recognised, to say that it is not read."""
         folder = folder_with(tmp_path, {})
         (tmp_path / "outside.pt").write_bytes(saved(SOUND))
         (folder / "ckpt.pt").symlink_to(tmp_path / "outside.pt")
-        assert TORCH.recognise(folder / "ckpt.pt")
+        assert TORCH.claim(LocalListing(folder / "ckpt.pt"))
         refuses(folder / "ckpt.pt", "damaged", "ckpt.pt is a link to")
 
     @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
@@ -986,7 +986,7 @@ class TestLinks:
         refuses(folder, "damaged", "pytorch_model.bin is not a regular file")
         file.rmdir() if file.is_dir() else file.unlink()
         file.write_bytes(WHOLE["pytorch_model.bin"])
-        assert TORCH.inspect(folder).state == "complete"
+        assert TORCH.inspect(LocalListing(folder)).state == "complete"
 
 
 # ---------------------------------------------------------------- reading while the trainer goes on
@@ -1011,7 +1011,7 @@ class TestTorn:
         with pytest.raises(TornCheckpoint, match=r"ckpt\.pt changed while it was read") as caught:
             weights.read("lm_head.weight")
         assert caught.value.retryable
-        assert TORCH.step(checkpoint) == 4000
+        assert TORCH.step(LocalListing(checkpoint)) == 4000
 
     def test_truncated(self, checkpoint: Path) -> None:
         """A file truncated under an open checkpoint is torn; the process lives on."""
@@ -1019,7 +1019,7 @@ class TestTorn:
         os.truncate(checkpoint, 100)
         with pytest.raises(TornCheckpoint, match=r"ckpt\.pt ended before byte"):
             weights.read("lm_head.weight")
-        assert TORCH.inspect(checkpoint).state == "incomplete"
+        assert TORCH.inspect(LocalListing(checkpoint)).state == "incomplete"
 
     def test_replaced(self, checkpoint: Path, tmp_path: Path) -> None:
         """A checkpoint replaced by renaming while it is open is read to its end as it was."""

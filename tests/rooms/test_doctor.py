@@ -35,7 +35,7 @@ from peel_agent.doctor.places import check_pins, check_place, check_state
 from peel_agent.errors import ConfigurationError
 from peel_agent.ledger import Ledger
 from peel_agent.pipeline import locate
-from peel_agent.records import Check, ModelSettings, ProbeSettings
+from peel_agent.records import Check, Claim, Listing, ModelSettings, ProbeSettings
 from peel_agent.testing import trackers as kit
 from peel_agent.watch import nearby
 from peel_plugins.trackers import jsonl_file, mlflow_run
@@ -111,14 +111,16 @@ class TestNearby:
         ("make", "said"),
         [
             (too_high, ["exp1/checkpoints there are 2 checkpoints (checkpoint-10, checkpoint-5)", "exp2 there is a"]),
-            (adapter, ["checkpoint-5 holds an adapter (adapter_config.json) and no model: merge it"]),
-            (adapter_below, ["a/b/checkpoint-5 holds an adapter"]),
+            (
+                adapter_below,
+                ["a/b, checkpoint-5 is an adapter of PEFT (adapter_config.json)", "merge it into its base"],
+            ),
             (linked, ["latest is a link to", "outside/checkpoint-3, and no link is followed"]),
             (staged, ["tmp-checkpoint-5 has the name of a checkpoint that is still being put together"]),
             (others, ["holds 2 entries (logs/, notes\\x1b[31m.txt), and no checkpoint", "transformers"]),
             (lambda root: None, []),
         ],
-        ids=["too high", "adapter", "adapter below", "link", "staged", "others", "empty"],
+        ids=["too high", "adapter below", "link", "staged", "others", "empty"],
     )
     def test_it_says_what_is_there(self, make: Callable[[Path], None], said: list[str], tmp_path: Path) -> None:
         """Each mistake has a sentence that names the place; an empty folder has none."""
@@ -140,9 +142,9 @@ class TestNearby:
         looked: list[Path] = []
 
         class Spy(Renamed):
-            def recognise(self, path: Path) -> bool:
-                looked.append(path)
-                return False
+            def claim(self, listing: Listing) -> Claim | None:
+                looked.append(listing.path)  # type: ignore[attr-defined]
+                return None
 
         too_high(tmp_path / "outside")
         root = tmp_path / "run"
@@ -162,15 +164,15 @@ class TestNearby:
         wide.mkdir()
         for number in range(3000):
             (wide / f"{number}.txt").touch()
-        recognised: list[Path] = []
+        asked: list[Listing] = []
 
         class Counting(Renamed):
-            def recognise(self, path: Path) -> bool:
-                recognised.append(path)
-                return False
+            def claim(self, listing: Listing) -> Claim | None:
+                asked.append(listing)
+                return None
 
         nearby(tmp_path, [Counting()])
-        assert len(recognised) < 2 * 2000 + 100
+        assert len(asked) < 2 * 2000 + 100
 
     def test_a_folder_that_is_gone(self, tmp_path: Path) -> None:
         """Nothing is said of it, and nothing raised."""
@@ -408,7 +410,7 @@ class TestPlace:
         ("make", "ok", "words"),
         [
             (too_high, False, "too deep to be seen"),
-            (adapter, False, "holds an adapter"),
+            (adapter, False, "an adapter of PEFT"),
             (lambda root: None, None, "is empty as yet"),
             (others, None, "holds 2 entries"),
             (lambda root: (root / "checkpoint-5").mkdir(), None, "nothing whole"),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peel_agent import registry
 from peel_agent.errors import PluginError, UnknownFamily
+from peel_agent.records import LocalListing
 from peel_agent.spi import KINDS
+from peel_agent.watch.objects import ObjectListing
+from peel_agent.watch.store import RemoteObject
 
 
 @pytest.fixture
@@ -73,9 +78,67 @@ def test_unknown_architectures(broken: None) -> None:
         registry.family("mamba")
 
 
+FOREIGN = """
+from peel_agent.records import Claim
+
+class Foreign:
+    name = "zz-foreign"
+
+    def claim(self, listing):
+        known = {"manifest.ocdbt", "model.safetensors"} & listing.names()
+        return Claim("generic", known) if known else None
+
+FORMAT = Foreign()
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A distribution of somebody else's, installed for the length of a test: one format, last by its name."""
+    site = tmp_path / "site"
+    (site / "foreign_formats-1.0.dist-info").mkdir(parents=True)
+    (site / "foreign_formats-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign-formats\n")
+    (site / "foreign_formats-1.0.dist-info" / "entry_points.txt").write_text(
+        "[peel_agent.formats]\nzz-foreign = foreign_formats:FORMAT\n"
+    )
+    (site / "foreign_formats.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(site)
+    yield
+    sys.modules.pop("foreign_formats", None)
+
+
+@pytest.mark.parametrize(
+    ("names", "reader"),
+    [
+        (["manifest.ocdbt"], "zz-foreign"),
+        (["model.safetensors", "config.json"], "zz-foreign"),
+        (["model.safetensors", "mp_rank_00_model_states.pt"], "zz-foreign"),
+        (["manifest.ocdbt", "common.pt", "__0_0.distcp"], "megatron"),
+        (["pytorch_model.bin"], "torch"),
+        (["_CHECKPOINT_METADATA"], "declined"),
+        (["notes.txt"], None),
+    ],
+)
+def test_somebody_elses_format_comes_before_ours(
+    foreign: None, names: list[str], reader: str | None, tmp_path: Path
+) -> None:
+    """A format of another distribution has what ours only declines, and what ours know no better; in a scan, in a
+    store and when one is named."""
+    folder = tmp_path / "run" / "some"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    formats = registry.formats()
+    assert formats[0].name == "zz-foreign"
+    objects = [RemoteObject(f"some/{name}", 10, "v", 0) for name in names]
+    for listing in (LocalListing(folder), ObjectListing("run", objects).folder("some")):
+        winner = registry.claimed(listing, formats)
+        assert (winner[0].name if winner is not None else None) == reader
+
+
 def test_listing(broken: None) -> None:
     """Every plug-in of every kind is listed with where it comes from, the broken ones with the reason."""
-    listings = {(one.kind, one.name): one for one in registry.listings()}
+    listings = {(one.kind, one.name): one for one in registry.installed()}
     assert listings["trackers", "jsonl"].problem is None
     assert "peel-agent" in listings["trackers", "jsonl"].source
     for kind in KINDS:

@@ -28,7 +28,7 @@ from peel_agent.watch import scan, store
 from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror, Synced
 from peel_agent.watch.store import RemoteObject, Store, name_fault
-from peel_agent.watch.units import Division, needed
+from peel_agent.watch.units import Division
 from tests import s3, servers, zoo
 
 FORMATS = registry.formats()
@@ -142,7 +142,7 @@ def complete(root: Path) -> list[str]:
 
 def wanted_names(folder: Path) -> set[str]:
     """The files of a checkpoint that is fetched."""
-    return {path.name for path in folder.iterdir()} - {"optimizer.pt", "rng_state.pth"}
+    return {path.name for path in folder.iterdir()} - {"optimizer.pt", "rng_state.pth", "generation_config.json"}
 
 
 class TestUpload:
@@ -157,8 +157,7 @@ class TestUpload:
             side.put(f"{name}/{file.name}", file.read_bytes())
             missing.discard(file.name)
             side.settle(mirror)
-            weighty = missing - {"generation_config.json"}
-            assert complete(mirror.root) == ([] if weighty else [name])
+            assert complete(mirror.root) == ([] if missing else [name])
         assert are_same_bits(mirror.root / name, saved / name)
         assert sorted(side.gateway.gets) == sorted(f"{side.prefix}/{name}/{n}" for n in wanted_names(saved / name))
 
@@ -686,7 +685,7 @@ class TestRoom:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
         mirror = side.mirror()
         ((url, reason),) = side.settle(mirror).refused
-        size = sum(path.stat().st_size for path in (saved / "export").iterdir())
+        size = sum((saved / "export" / name).stat().st_size for name in wanted_names(saved / "export"))
         assert f"{url} needs {size:,} bytes" in reason
         assert side.gateway.gets == []
         usage.free = 1_000_000
@@ -702,25 +701,33 @@ class TestWhatIsNeeded:
     @pytest.mark.parametrize(
         ("names", "left_out"),
         [
-            (("model.safetensors", "config.json", "trainer_state.json", "latest"), ("optimizer.pt", "scheduler.pt")),
+            (("model.safetensors", "config.json", "tokenizer.json"), ("optimizer.pt", "scheduler.pt", "notes.log")),
             (("model-00001-of-00002.safetensors", "config.json"), ("pytorch_model.bin", "global_step7/x.pt")),
-            (("pytorch_model.bin", "config.json"), ("training_args.bin", "rng_state_0.pth", "random_states_0.pkl")),
-            ((".metadata", "__0_0.distcp", "model.safetensors"), ("scaler.pt",)),
+            (("pytorch_model.bin", "config.json"), ("training_args.bin", "rng_state_0.pth", "merges.txt")),
+            (("pytorch_model.bin", "random_states_0.pkl"), ("optimizer.bin", "scheduler.bin")),
+            ((".metadata", "__0_0.distcp"), ("scaler.pt", "model.safetensors")),
             (("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp"), ("optimizer_0/__0_0.distcp",)),
-            (("zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"), ()),
-            (("metadata.json", "common.pt", ".metadata", "__0_0.distcp"), ()),
-            (("ckpt.pt",), ("train.bin", "val.bin")),
+            (("zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"), ("zero_to_fp32.py",)),
+            (("metadata.json", "common.pt", ".metadata", "__0_0.distcp"), ("latest",)),
         ],
     )
     def test_by_name(self, names: tuple[str, ...], left_out: tuple[str, ...]) -> None:
-        """What a format reads is fetched; optimizer, scheduler and random states, and data beside, are not."""
+        """What the format names in its claim is fetched, with the model's own files, and nothing else."""
         inside = [RemoteObject(f"c/{name}", 10, "v", 0) for name in (*names, *left_out)]
-        assert {remote.name.removeprefix("c/") for remote in needed(inside, "c/")} == set(names)
+        (unit,) = Division("run", FORMATS).units(inside)
+        assert {remote.name.removeprefix("c/") for remote in unit.objects} == set(names)
+
+    def test_a_single_file(self) -> None:
+        """Of a file of weights, that file; data beside it is no checkpoint."""
+        units = Division("run", FORMATS).units(remotes("ckpt.pt", "train.bin", "val.bin"))
+        assert [(unit.name, len(unit.objects)) for unit in units] == [("ckpt.pt", 1)]
 
     def test_by_size(self) -> None:
-        """A file that holds no tensors is fetched when it is small."""
-        assert needed(remotes("notes.log", size=10**9)) == ()
-        assert len(needed(remotes("model.safetensors", size=10**12))) == 1
+        """Weights are fetched whatever their size; JSON of a size that no model has is not."""
+        (unit,) = Division("run", FORMATS).units(
+            (*remotes("c/model.safetensors", "c/config.json", size=10**9), *remotes("c/notes.log"))
+        )
+        assert [remote.name for remote in unit.objects] == ["c/model.safetensors"]
 
     @pytest.mark.parametrize(
         "names",
@@ -738,9 +745,9 @@ class TestWhatIsNeeded:
             ("step_1.safetensors",),
         ],
     )
-    def test_no_format_calls_empty_files_damaged(self, tmp_path: Path, names: tuple[str, ...]) -> None:
+    def test_no_format_finds_fault_with_names_alone(self, names: tuple[str, ...]) -> None:
         """The names alone of a layout that is read make one unit without a fault: only its bytes can be damaged."""
-        (unit,) = Division("run", tmp_path, FORMATS).units(remotes(*names))
+        (unit,) = Division("run", FORMATS).units(remotes(*names))
         assert (unit.name, unit.fault) == (names[0].partition("/")[0], None)
         assert {remote.name for remote in unit.objects} == set(names)
 

@@ -12,7 +12,7 @@ import pytest
 
 from peel_agent.errors import TornCheckpoint
 from peel_agent.pipeline import locate
-from peel_agent.records import CheckpointRef
+from peel_agent.records import CheckpointRef, LocalListing
 from peel_agent.watch import Pins, Queue, copied, fingerprint, pins, scan
 from tests.rooms.test_watch_scan import FORMATS, write_checkpoint
 
@@ -36,7 +36,7 @@ def checkpoint(root: Path, step: int) -> CheckpointRef:
 def is_whole(ref: CheckpointRef) -> bool:
     """Whether the format finds the same checkpoint at the place where it is to be read."""
     (form,) = (own for own in FORMATS if own.name == ref.format)
-    found = form.inspect(ref.in_place().path)
+    found = form.inspect(LocalListing(ref.in_place().path))
     return found.state == "complete" and fingerprint(found.files) == ref.fingerprint
 
 

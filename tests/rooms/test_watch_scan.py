@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,13 +14,14 @@ import pytest
 
 from peel_agent import registry
 from peel_agent.errors import ConfigurationError
+from peel_agent.records import LocalListing
 from peel_agent.watch import scan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from peel_agent.records import CheckpointRef, Readiness, Weights
+    from peel_agent.records import CheckpointRef, Claim, Listing, Readiness, Strength, Weights
 
 FORMATS = registry.formats()
 
@@ -122,22 +124,53 @@ class TestWhatIsSeen:
         write_checkpoint(tmp_path / ".cache")
         assert found(tmp_path) == []
 
-    def test_the_first_format_has_it(self, tmp_path: Path) -> None:
-        """Of two formats that recognise a path the first in order is taken."""
+    def test_the_strongest_claim_has_it(self, tmp_path: Path) -> None:
+        """Of two formats that know a path the one with the stronger claim has it, of equal ones the first in order."""
         (by_files,) = registry.formats("safetensors")
         other = Renamed()
         write_checkpoint(tmp_path / "step_5")
-        assert [seen.format for seen in scan(tmp_path, [other, by_files])] == ["renamed"]
+        for strengths, name in (
+            (("generic", "generic"), "renamed"),
+            (("specific", "generic"), "renamed"),
+            (("declined", "generic"), "safetensors"),
+            (("begun", "generic"), "safetensors"),
+        ):
+            other.strength = strengths[0]
+            assert [seen.format for seen in scan(tmp_path, [other, by_files])] == [name]
         assert [seen.format for seen in scan(tmp_path, [by_files, other])] == ["safetensors"]
+
+    def test_each_folder_is_listed_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With every format installed, a look lists the root and each folder in it once, and nothing above."""
+        write_checkpoint(tmp_path / "run" / "checkpoint-5", 5)
+        write_checkpoint(tmp_path / "run" / "step_6")
+        write_checkpoint(tmp_path / "run")
+        for name in ("checkpoint-7", "logs", "100", "global_step8"):
+            (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / "100" / "_CHECKPOINT_METADATA").touch()
+        (tmp_path / "run" / "global_step8" / "mp_rank_00_model_states.pt").touch()
+        (tmp_path / "run" / "step_9.pt").touch()
+        listed: list[str] = []
+        for name in ("scandir", "listdir"):
+            real = getattr(os, name)
+            monkeypatch.setattr(os, name, lambda path=".", real=real: listed.append(str(path)) or real(path))
+        for _ in range(2):
+            listed.clear()
+            assert len(scan(tmp_path / "run", FORMATS)) == 6
+            below = ("", "/100", "/checkpoint-5", "/checkpoint-7", "/global_step8", "/logs", "/step_6")
+            assert sorted(listed) == [f"{tmp_path / 'run'}{name}" for name in below]
 
 
 class Renamed:
-    """The safetensors format under another name."""
+    """The safetensors format under another name, its claims of another strength."""
 
     name = "renamed"
-    recognise = registry.formats("safetensors")[0].recognise
+    strength: Strength = "generic"
     inspect = registry.formats("safetensors")[0].inspect
     step = registry.formats("safetensors")[0].step
+
+    def claim(self, listing: Listing) -> Claim | None:
+        claim = registry.formats("safetensors")[0].claim(listing)
+        return None if claim is None else dataclasses.replace(claim, strength=self.strength)
 
     def open(self, ref: CheckpointRef) -> Weights:
         raise NotImplementedError
@@ -177,10 +210,10 @@ class TestWhatVanishes:
         """A checkpoint removed after it was recognised is an incomplete sighting; the others are whole."""
 
         class Rotating(Renamed):
-            def inspect(self, path: Path) -> Readiness:
-                if path.name == "step_5":
-                    shutil.rmtree(path)
-                return Renamed.inspect(path)
+            def inspect(self, listing: LocalListing) -> Readiness:
+                if listing.name == "step_5":
+                    shutil.rmtree(listing.path)
+                return Renamed.inspect(listing)
 
         write_checkpoint(tmp_path / "step_5")
         write_checkpoint(tmp_path / "step_7")

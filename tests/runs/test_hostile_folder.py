@@ -22,6 +22,8 @@ from peel_agent import registry
 from peel_agent.errors import CheckpointError
 from peel_agent.load import open_snapshot
 from peel_agent.pipeline import locate
+from peel_agent.records import LocalListing
+from peel_agent.spi import Format
 from peel_agent.watch import scan
 from tests import zoo
 from tests.runs import hostile
@@ -305,21 +307,27 @@ def test_a_thousand_million_layers_are_refused(tmp_path: Path) -> None:
     assert "Traceback" not in scanned.stderr
 
 
+def claimed(path: Path) -> Format:
+    """The format that has a path."""
+    winner = registry.claimed(LocalListing(path), registry.formats())
+    assert winner is not None
+    return winner[0]
+
+
 def test_no_look_is_long(tmp_path: Path) -> None:
     """A look at any of them takes less processor time than pickletools for 15 million operations, the next one than for
     one million.
     """
     root = watched(tmp_path)
-    formats = registry.formats()
     fill(root, AT_A_LOOK)
     units, taken = [yardstick()], dict[tuple[str, str], float]()
     for case in AT_A_LOOK:
         path = root / case.name
-        form = next(form for form in formats if form.recognise(path))
+        form = claimed(path)
         for look in ("first", "next"):
             before = time.process_time()
-            form.inspect(path)
-            form.step(path)
+            form.inspect(LocalListing(path))
+            form.step(LocalListing(path))
             taken[case.name, look] = time.process_time() - before
     units.append(yardstick())
     limits = {"first": 15 * sum(units) / 2, "next": sum(units) / 2}
@@ -377,5 +385,5 @@ def _wait(sidecar: Sidecar, words: str) -> None:
 
 def _may_be_unfinished(path: Path) -> bool:
     """Of one that may still be written a running sidecar says nothing for ten minutes."""
-    form = next(form for form in registry.formats() if form.recognise(path))
-    return form.inspect(path).state == "incomplete"
+    form = claimed(path)
+    return form.inspect(LocalListing(path)).state == "incomplete"
