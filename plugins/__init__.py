@@ -1,1 +1,1 @@
-"""First-party plug-ins, one file each; imported as peel_plugins."""
+"""First-party plug-ins, a file or a package each; imported as peel_plugins."""

@@ -40,16 +40,17 @@ from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpo
 from peel_agent.load import open_snapshot
 from peel_agent.records import CheckpointRef, LocalListing
 from peel_agent.testing.formats import CHECKS, FormatCase, check_complete_once_written
-from peel_plugins.formats import dcp_metadata, held_files
-from peel_plugins.formats.dcp_metadata import read_pickle
-from peel_plugins.formats.dcp_names import model_names
-from peel_plugins.formats.dcp_tiling import check_tiling
-from peel_plugins.formats.distributed_checkpoint import FORMAT
-from peel_plugins.formats.pickle_machine import Applied, Word
-from peel_plugins.formats.safetensors_files import FORMAT as SAFETENSORS
+from peel_plugins.formats.dcp import metadata as dcp_metadata
+from peel_plugins.formats.dcp.format import FORMAT
+from peel_plugins.formats.dcp.metadata import read_pickle
+from peel_plugins.formats.dcp.names import model_names
+from peel_plugins.formats.dcp.tiling import check_tiling
+from peel_plugins.formats.files import held_files
+from peel_plugins.formats.pickles.machine import Applied, Word
+from peel_plugins.formats.safetensors.format import FORMAT as SAFETENSORS
 from tests import servers, zoo
 
-ENTRY = "peel_plugins.formats.distributed_checkpoint:FORMAT"
+ENTRY = "peel_plugins.formats.dcp.format:FORMAT"
 
 
 # ---------------------------------------------------------------- what two processes write
@@ -917,7 +918,7 @@ def test_what_is_refused_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.M
     folder = folder_of(tmp_path, b"garbage")
     state = FORMAT.inspect(LocalListing(folder))
     with monkeypatch.context() as patch:
-        patch.setattr("peel_plugins.formats.distributed_checkpoint.read_contents", None)
+        patch.setattr("peel_plugins.formats.dcp.format.read_contents", None)
         assert FORMAT.inspect(LocalListing(folder)) == state
     (folder / ".metadata").write_bytes(pickle.dumps(sound()))
     assert FORMAT.inspect(LocalListing(folder)).state == "complete"
@@ -931,7 +932,7 @@ def test_a_failing_disk_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("peel_plugins.formats.dcp_folder.read_into", fail)
+        patch.setattr("peel_plugins.formats.dcp.folder.read_into", fail)
         refuses(folder, "incomplete", r"^\.metadata cannot be read: Input/output error")
     assert FORMAT.inspect(LocalListing(folder)).state == "complete"
 

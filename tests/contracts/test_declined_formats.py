@@ -22,7 +22,7 @@ from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.pipeline import locate
 from peel_agent.records import CheckpointRef, LocalListing
 from peel_agent.watch import scan
-from peel_plugins.formats.declined import FORMAT, KINDS
+from peel_plugins.formats.declined.format import FORMAT, KINDS
 from tests import zoo
 
 LEVANTER = json.dumps({"step": 100, "timestamp": "2026-11-24T12:00:00", "is_temporary": False})
@@ -324,7 +324,7 @@ def test_the_parent_imports_no_torch(tmp_path: Path) -> None:
     """Claim, inspect and step import no torch."""
     path = lay_out(tmp_path / "100", "_CHECKPOINT_METADATA")
     program = (
-        "import sys, pathlib; from peel_plugins.formats.declined import FORMAT\n"
+        "import sys, pathlib; from peel_plugins.formats.declined.format import FORMAT\n"
         "from peel_agent.records import LocalListing; listing = LocalListing(pathlib.Path(sys.argv[1]))\n"
         "FORMAT.claim(listing), FORMAT.inspect(listing), FORMAT.step(listing); sys.exit('torch' in sys.modules)"
     )

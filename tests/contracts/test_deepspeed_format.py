@@ -24,11 +24,13 @@ from peel_agent.load import open_snapshot
 from peel_agent.records import CheckpointRef, LocalListing, Weights
 from peel_agent.testing.formats import CHECKS, FormatCase, check_complete_once_written
 from peel_agent.watch.scan import scan
-from peel_plugins.formats import deepspeed_folder, deepspeed_zero3, held_files
-from peel_plugins.formats.deepspeed_folder import FORMAT
+from peel_plugins.formats.deepspeed import format as deepspeed_folder
+from peel_plugins.formats.deepspeed import zero3 as deepspeed_zero3
+from peel_plugins.formats.deepspeed.format import FORMAT
+from peel_plugins.formats.files import held_files
 from tests import servers
 
-ENTRY = "peel_plugins.formats.deepspeed_folder:FORMAT"
+ENTRY = "peel_plugins.formats.deepspeed.format:FORMAT"
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -801,7 +803,7 @@ def test_a_failing_disk_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("peel_plugins.formats.torch_zip.read_into", fail)
+        patch.setattr("peel_plugins.formats.pickles.torch_zip.read_into", fail)
         refuses(folder, "incomplete", f"{M0} cannot be read: Input/output error")
     assert FORMAT.inspect(LocalListing(folder)).state == "complete"
 

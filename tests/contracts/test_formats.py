@@ -28,8 +28,8 @@ from peel_agent.testing.formats import CHECKS, FormatCase
 (SAFETENSORS,) = registry.formats("safetensors")
 (TRANSFORMERS,) = registry.formats("transformers")
 ENTRIES = {
-    "safetensors": "peel_plugins.formats.safetensors_files:FORMAT",
-    "transformers": "peel_plugins.formats.transformers_checkpoint:FORMAT",
+    "safetensors": "peel_plugins.formats.safetensors.format:FORMAT",
+    "transformers": "peel_plugins.formats.transformers.format:FORMAT",
 }
 
 
@@ -172,7 +172,7 @@ def test_the_kit_sees_a_fault(check: Callable[[FormatCase, Path], None], fault: 
 def test_the_kit_sees_torch_in_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A format whose module imports torch fails the kit."""
     (tmp_path / "heavy_format.py").write_text(
-        "import torch\nfrom peel_plugins.formats.safetensors_files import FORMAT\n"
+        "import torch\nfrom peel_plugins.formats.safetensors.format import FORMAT\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(AssertionError, match="torch was imported"):

@@ -29,18 +29,18 @@ from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpo
 from peel_agent.load import open_snapshot
 from peel_agent.records import CheckpointRef, LocalListing
 from peel_agent.testing.formats import CHECKS, FormatCase
-from peel_plugins.formats import dcp_weights
-from peel_plugins.formats.dcp_tiling import intersection
-from peel_plugins.formats.dcp_weights import DcpWeights
-from peel_plugins.formats.distributed_checkpoint import FORMAT as DCP
-from peel_plugins.formats.megatron_distributed import FORMAT, _read
-from peel_plugins.formats.megatron_metadata import UNTRACED, read_contents
-from peel_plugins.formats.megatron_names import MAX_LAYERS, model_parts, model_sizes
+from peel_plugins.formats.dcp import weights as dcp_weights
+from peel_plugins.formats.dcp.format import FORMAT as DCP
+from peel_plugins.formats.dcp.tiling import intersection
+from peel_plugins.formats.dcp.weights import DcpWeights
+from peel_plugins.formats.megatron.format import FORMAT, _read
+from peel_plugins.formats.megatron.metadata import UNTRACED, read_contents
+from peel_plugins.formats.megatron.names import MAX_LAYERS, model_parts, model_sizes
 from tests import servers
 from tests.contracts import megatron_producer
 from tests.contracts.megatron_producer import CASES, ITERATION, READABLE, REFERENCE, STEP
 
-ENTRY = "peel_plugins.formats.megatron_distributed:FORMAT"
+ENTRY = "peel_plugins.formats.megatron.format:FORMAT"
 PRODUCE = "import sys, pathlib; from tests.contracts.megatron_producer import write; "
 PRODUCE += "write(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]))"
 
@@ -618,7 +618,7 @@ def test_one_look_parses_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
         calls.append("parsed")
         return read_contents(pickle)
 
-    monkeypatch.setattr("peel_plugins.formats.megatron_distributed.read_contents", counting)
+    monkeypatch.setattr("peel_plugins.formats.megatron.format.read_contents", counting)
     edit(checkpoint, vocab_size=25)
     for _ in range(3):
         assert FORMAT.inspect(LocalListing(checkpoint)).state == "damaged"

@@ -33,13 +33,13 @@ from peel_agent.records import CheckpointRef, LocalListing, Weights
 from peel_agent.testing import formats as kit
 from peel_agent.testing.formats import CHECKS, FormatCase
 from peel_agent.watch.scan import scan
-from peel_plugins.formats.torch_file import FORMAT as TORCH
-from peel_plugins.formats.torch_pickle import MAX_OPERATIONS, MAX_PICKLE_BYTES
+from peel_plugins.formats.pickles.torch_pickle import MAX_OPERATIONS, MAX_PICKLE_BYTES
+from peel_plugins.formats.torch.format import FORMAT as TORCH
 from tests import zoo
 
 (SAFETENSORS,) = registry.formats("safetensors")
 (TRANSFORMERS,) = registry.formats("transformers")
-ENTRY = "peel_plugins.formats.torch_file:FORMAT"
+ENTRY = "peel_plugins.formats.torch.format:FORMAT"
 
 
 @functools.cache

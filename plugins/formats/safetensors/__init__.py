@@ -1,0 +1,1 @@
+"""Weights in safetensors: single files, and folders of save_pretrained."""
