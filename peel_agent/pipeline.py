@@ -119,6 +119,7 @@ def measure(
             peeled = _measure_decoder(
                 ref,
                 form,
+                weights,
                 probe=probe,
                 peeling=peeling,
                 model=model,
@@ -164,6 +165,7 @@ def _network_of(weights: Weights) -> tuple[str, Stack] | None:
 def _measure_decoder(
     ref: CheckpointRef,
     form: Format,
+    weights: Weights,
     *,
     probe: ProbeSettings,
     peeling: PeelSettings,
@@ -181,7 +183,13 @@ def _measure_decoder(
 
     start = clock()
     snapshot = open_snapshot(
-        ref.in_place(), form, registry.family, sets=model.precision, patch=patch, factory=model.factory
+        ref.in_place(),
+        form,
+        registry.family,
+        sets=model.precision,
+        patch=patch,
+        factory=model.factory,
+        stored=weights,
     )
     tokens = probe_for(snapshot, probe, quick=peeling.effort == "quick")
     trace = open_trace(snapshot, tokens, device=device)

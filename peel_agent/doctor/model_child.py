@@ -12,7 +12,7 @@ from typing import Any
 from peel_agent import registry
 from peel_agent.errors import PeelError
 from peel_agent.probing import probe_for, probe_path, probe_sizes
-from peel_agent.records import CheckpointRef, ModelSettings, ProbeSettings, Stack, restored
+from peel_agent.records import CheckpointRef, ModelSettings, ProbeSettings, Stack, Weights, restored
 from peel_agent.worker import be_ended_first, end_with_parent, give_way, quiet_libraries
 
 NICENESS = 10
@@ -58,10 +58,11 @@ def _opened(request: dict[str, Any]) -> dict[str, Any]:
     probe = restored(ProbeSettings, request["probe"])
     model = restored(ModelSettings, request["model"])
     (form,) = registry.formats(ref.format)
-    stack = _stack_of(form.open(ref.in_place()).config()) if model.factory is None else None
+    weights = form.open(ref.in_place())
+    stack = _stack_of(weights.config()) if model.factory is None else None
     if stack is not None:
-        return _network(ref, *stack, probe)
-    return _decoder(ref, model, probe, quick=request["quick"])
+        return _network(weights, *stack, probe)
+    return _decoder(ref, weights, model, probe, quick=request["quick"])
 
 
 def _stack_of(config: Any) -> tuple[str, Stack] | None:
@@ -70,11 +71,15 @@ def _stack_of(config: Any) -> tuple[str, Stack] | None:
     return (family.name, anatomy) if isinstance(anatomy, Stack) else None
 
 
-def _decoder(ref: CheckpointRef, model: ModelSettings, probe: ProbeSettings, *, quick: bool) -> dict[str, Any]:
+def _decoder(
+    ref: CheckpointRef, weights: Weights, model: ModelSettings, probe: ProbeSettings, *, quick: bool
+) -> dict[str, Any]:
     from peel_agent.load import open_snapshot
 
     (form,) = registry.formats(ref.format)
-    snapshot = open_snapshot(ref.in_place(), form, registry.family, sets=model.precision, factory=model.factory)
+    snapshot = open_snapshot(
+        ref.in_place(), form, registry.family, sets=model.precision, factory=model.factory, stored=weights
+    )
     blocks = snapshot.model.get_submodule(snapshot.anatomy.blocks)
     found = {
         "family": snapshot.family,
@@ -98,11 +103,10 @@ def _decoder(ref: CheckpointRef, model: ModelSettings, probe: ProbeSettings, *, 
     }
 
 
-def _network(ref: CheckpointRef, family: str, stack: Stack, probe: ProbeSettings) -> dict[str, Any]:
+def _network(weights: Weights, family: str, stack: Stack, probe: ProbeSettings) -> dict[str, Any]:
     from peel_agent.load import load_samples, open_network
 
-    (form,) = registry.formats(ref.format)
-    network = open_network(form.open(ref.in_place()), family, stack)
+    network = open_network(weights, family, stack)
     found = {
         "family": family,
         "blocks": len(network.weights),

@@ -48,7 +48,7 @@ class Architecture:
     """A model to be filled: `body` runs it up to the head, `initialise` fills one module as the architecture does.
 
     `tied` maps names of weights to those whose tensor they share; `ignored` are patterns of stored names that it needs
-    not.
+    not; `base_prefix` is the first part of its body's names, which a checkpoint of the body alone leaves out.
     """
 
     module: nn.Module
@@ -59,6 +59,7 @@ class Architecture:
     initialise: Callable[[nn.Module], Any]
     tied: Mapping[str, str]
     ignored: tuple[str, ...] = ()
+    base_prefix: str = ""
 
     @property
     def head_shape(self) -> tuple[int, int]:
@@ -80,6 +81,7 @@ def of_transformers(config: Mapping[str, Any], family: str, anatomy: Anatomy) ->
         initialise=model._init_weights,
         tied=dict(ties) if model.config.tie_word_embeddings else {},
         ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        base_prefix=model.base_model_prefix,
     )
 
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
-from typing import Any, TypeAlias
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peel_agent.errors import WeightsMismatch
-from peel_agent.records import AdjacentPairs, Experts, Weights
+from peel_agent.load.misfits import remedy_for
+from peel_agent.load.pieces import Pieces, Stored, StoredAs, halves
+from peel_agent.load.spellings import Buffers, Spellings
+from peel_agent.records import Weights
 
-Stored: TypeAlias = str | Experts | AdjacentPairs
+MOST_ABSENT = 4
+"""Names that are shown of one weight's missing pieces."""
 
 
 class NamedWeights:
     """The tensors of a checkpoint under the names of the model's own state dict, tied names resolved.
 
-    A weight is stored under the model's own name or as `stored_as` says (records.Anatomy); what it is put together from
-    is read when it is asked for, and nothing else.
+    A weight is stored under the model's own name, under another that stands for it (spellings.py), or as `stored_as`
+    says (records.Anatomy); what it is put together from is read when it is asked for, and nothing else.
     """
 
     def __init__(
@@ -32,15 +35,22 @@ class NamedWeights:
         *,
         tied: Mapping[str, str] | None = None,
         ignored: Iterable[str] = (),
+        base_prefix: str = "",
     ) -> None:
         self._stored = stored
         self._shapes = stored.shapes()
         self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self._ignored = [re.compile(pattern) for pattern in ignored]
         self.tied = dict(tied or {})
-        self._renamed = _renamed(self._shapes, self._expected, stored_as)
+        spellings = Spellings(self._expected, base_prefix)
+        buffers = Buffers((name for name, _ in model.named_buffers()), ignored)
+        self._assigned = _assigned(self._shapes, spellings, StoredAs(stored_as, self._expected))
+        self._unexpected = [
+            name
+            for name in self._assigned.unknown
+            if not any(buffers.hold(own, self._shapes[name]) for own in spellings.of(name))
+        ]
         self._pieces = {name: self._pieces_of(name) for name in self._expected}
-        for name, other in self.tied.items():
+        for name, other in [*self.tied.items(), *((other, name) for name, other in self.tied.items())]:
             if not self._pieces[name].names:
                 self._pieces[name] = self._pieces[other]
 
@@ -50,17 +60,27 @@ class NamedWeights:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._expected
 
-    def _pieces_of(self, name: str) -> _Pieces:
-        if name in self._shapes:
-            return _Pieces(self._expected[name], names={0: name})
-        renamed = self._renamed.get(name)
-        return renamed if renamed is not None and renamed.names else _Pieces(self._expected[name])
+    def same_tensor(self, name: str) -> str | None:
+        """The other name of a weight that is tied; None for one that is not, or whose two names hold two tensors."""
+        other = self.tied.get(name)
+        if other is None:
+            return None
+        if self._pieces[name] is self._pieces[other]:
+            return other
+        one, two = self.read(name), self.read(other)
+        return other if torch.equal(one, two.to(one.dtype)) else None
+
+    def _pieces_of(self, name: str) -> Pieces:
+        if name in self._assigned.whole:
+            return Pieces(self._expected[name], names={0: self._assigned.whole[name]})
+        composed = self._assigned.composed.get(name)
+        return composed if composed is not None and composed.names else Pieces(self._expected[name])
 
     def read(self, name: str) -> Tensor:
         pieces = self._pieces[name]
         first = self._stored.read(pieces.names[0])
         if pieces.count == 1:
-            return _halves(first, pieces.heads) if pieces.heads else first.reshape(self._expected[name])
+            return halves(first, pieces.heads) if pieces.heads else first.reshape(self._expected[name])
         whole = torch.empty((pieces.count, *pieces.shape), dtype=first.dtype)
         for place in range(pieces.count):
             piece = self._stored.read(pieces.names[place]) if place else first
@@ -75,124 +95,81 @@ class NamedWeights:
     def check(self) -> None:
         """Raises WeightsMismatch unless every weight of the model is there once, in its shape, and nothing else."""
         problems = []
+        absent = [part for name, pieces in self._pieces.items() for part in islice(pieces.absent(name), MOST_ABSENT)]
         if missing := sum(pieces.count - len(pieces.names) for pieces in self._pieces.values()):
-            absent = chain.from_iterable(pieces.absent(name) for name, pieces in self._pieces.items())
             problems.append(f"missing {_some(absent, missing)}")
-        every = chain(self._pieces.values(), self._renamed.values())
-        known = self._expected.keys() | {name for pieces in every for name in pieces.names.values()}
-        extra = [name for name in self._shapes if name not in known and not any(p.search(name) for p in self._ignored)]
-        if extra:
-            problems.append(f"unexpected {_some(extra, len(extra))}")
-        wrong = [
-            f"{name} {list(self._shapes[name])} instead of {list(pieces.shape)}"
+        if self._unexpected:
+            problems.append(f"unexpected {_some(self._unexpected, len(self._unexpected))}")
+        misshapen = {
+            name: pieces.shape
             for pieces in self._pieces.values()
             for name in pieces.names.values()
             if self._shapes[name] != pieces.shape
-        ]
-        if wrong:
+        }
+        if misshapen:
+            wrong = [f"{name} {list(self._shapes[name])} instead of {list(own)}" for name, own in misshapen.items()]
             problems.append(f"misshapen {_some(wrong, len(wrong))}")
-        twice = [
-            f"{name} and {min(pieces.names.values())}"
-            for name, pieces in self._renamed.items()
-            if name in self._shapes and pieces.names
-        ]
-        if twice:
+        if twice := self._assigned.stored_twice():
             problems.append(f"stored under two names {_some(twice, len(twice))}")
         if problems:
             raise WeightsMismatch(
                 "the weights do not fit config.json: " + "; ".join(problems),
-                remedy="config.json and the weights must come from the same model, saved with save_pretrained",
+                remedy=remedy_for(
+                    self.config(),
+                    missing=absent,
+                    unexpected=self._unexpected,
+                    misshapen={name: (self._shapes[name], shape) for name, shape in misshapen.items()},
+                    twice=twice,
+                ),
             )
 
 
 @dataclass
-class _Pieces:
-    """What one weight of the model is put together from: `count` stored tensors of one shape, one after another.
+class _Assigned:
+    """Which weight of the model each stored tensor is.
 
-    `names` has those that are there by their place; `templates` are the names of one expert's, or of the only one.
-    `heads` says how many have their rows in adjacent pairs.
+    `whole` has the stored name of a weight that is stored as it is, `composed` the pieces of one that `stored_as` is
+    about; `repeated` are pairs of stored names that are one weight, `unknown` those that are none.
     """
 
-    shape: tuple[int, ...]
-    count: int = 1
-    templates: tuple[str, ...] = ()
-    heads: int = 0
-    names: dict[int, str] = field(default_factory=dict)
+    composed: dict[str, Pieces]
+    whole: dict[str, str] = field(default_factory=dict)
+    repeated: list[tuple[str, str]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
-    def absent(self, name: str) -> Iterator[str]:
-        """The names of the pieces that are not there, or that of the weight itself when none is."""
-        if not self.names:
-            return iter((name,))
-        return (self._called(place) for place in range(self.count) if place not in self.names)
-
-    def _called(self, place: int) -> str:
-        expert, part = divmod(place, len(self.templates))
-        return self.templates[part].replace("{expert}", str(expert))
+    def stored_twice(self) -> list[str]:
+        both = [
+            (self.whole[name], min(pieces.names.values()))
+            for name, pieces in self.composed.items()
+            if name in self.whole and pieces.names
+        ]
+        return [f"{one} and {other}" for one, other in [*self.repeated, *both]]
 
 
-class _Rule:
-    """One entry of `stored_as`: the weights of the model that it is about, and their pieces in a checkpoint."""
-
-    def __init__(self, own: str, stored: Stored) -> None:
-        self._own = own
-        self._by_expert = isinstance(stored, Experts)
-        self._heads = stored.heads if isinstance(stored, AdjacentPairs) else 0
-        self._parts = stored.parts if isinstance(stored, Experts) else (_name_of(stored),)
-        self._own_pattern = _pattern(own)
-        self._patterns = [_pattern(part) for part in self._parts]
-
-    def pieces(self, name: str, shape: tuple[int, ...]) -> _Pieces | None:
-        """The pieces of a weight of the model, none of them found yet; None when the rule is not about it."""
-        match = self._own_pattern.fullmatch(name)
-        if match is None:
-            return None
-        templates = tuple(_filled(part, match) for part in self._parts)
-        if not self._by_expert:
-            return _Pieces(shape, 1, templates, self._heads)
-        experts, rows, columns = shape
-        return _Pieces((rows // len(templates), columns), experts * len(templates), templates)
-
-    def place(self, stored: str) -> tuple[str, int] | None:
-        """The weight of the model that a stored tensor is a piece of, and its place there; None when of none."""
-        for part, pattern in enumerate(self._patterns):
-            if match := pattern.fullmatch(stored):
-                expert = int(match.groupdict().get("expert", 0))
-                return _filled(self._own, match), expert * len(self._parts) + part
-        return None
-
-
-def _name_of(stored: str | AdjacentPairs) -> str:
-    return stored.name if isinstance(stored, AdjacentPairs) else stored
-
-
-def _halves(pairs: Tensor, heads: int) -> Tensor:
-    """[heads * head_dim, d] with the first rows of all pairs of a head before their second ones."""
-    return pairs.reshape(heads, -1, 2, pairs.shape[1]).transpose(1, 2).reshape(pairs.shape)
-
-
-def _pattern(template: str) -> re.Pattern[str]:
-    """What fits a name in which `{block}` and `{expert}` stand for numbers, written in one way only."""
-    return re.compile(re.sub(r"\\\{(block|expert)\\\}", r"(?P<\1>0|[1-9][0-9]{0,8})", re.escape(template)))
-
-
-def _filled(template: str, match: re.Match[str]) -> str:
-    return template.replace("{block}", match.groupdict().get("block", ""))
-
-
-def _renamed(
-    stored: Iterable[str], expected: Mapping[str, tuple[int, ...]], stored_as: Mapping[str, Stored]
-) -> dict[str, _Pieces]:
-    """The pieces of each weight that `stored_as` is about, by the model's name.
+def _assigned(shapes: Iterable[str], spellings: Spellings, rules: StoredAs) -> _Assigned:
+    """Every stored name by the first of its spellings that is a weight of the model, or a piece of one.
 
     Time grows with what is stored, however many experts config.json claims.
     """
-    rules = [_Rule(own, other) for own, other in stored_as.items()]
-    found = {name: pieces for name, shape in expected.items() for rule in rules if (pieces := rule.pieces(name, shape))}
-    for name in stored:
-        for own, place in filter(None, (rule.place(name) for rule in rules)):
-            if own in found and place < found[own].count:
-                found[own].names[place] = name
+    found = _Assigned(rules.composed())
+    for stored in shapes:
+        for spelling in spellings.of(stored):
+            if (own := spellings.own(spelling)) is not None:
+                first = found.whole.setdefault(own, stored)
+                found.repeated.extend([(first, stored)] if first != stored else [])
+                break
+            if places := [place for place in rules.places(spelling) if place[1] < _count(found.composed, place[0])]:
+                for own, place in places:
+                    first = found.composed[own].names.setdefault(place, stored)
+                    found.repeated.extend([(first, stored)] if first != stored else [])
+                break
+        else:
+            found.unknown.append(stored)
     return found
+
+
+def _count(composed: Mapping[str, Pieces], name: str) -> int:
+    return composed[name].count if name in composed else 0
 
 
 def _some(names: Iterable[str], count: int, limit: int = 4) -> str:

@@ -11,7 +11,7 @@ from peel_agent.load.architecture import Architecture, check_sizes, of_factory, 
 from peel_agent.load.low_bit import PatchedWeights, check_globs, precision_in_words
 from peel_agent.load.names import NamedWeights
 from peel_agent.load.packed import unpack
-from peel_agent.records import CheckpointRef, Snapshot, Stack, WeightSet
+from peel_agent.records import CheckpointRef, Snapshot, Stack, Weights, WeightSet
 from peel_agent.spi import Family, Format
 
 
@@ -23,22 +23,31 @@ def open_snapshot(
     sets: Mapping[str, WeightSet] | None = None,
     patch: Path | None = None,
     factory: str | None = None,
+    stored: Weights | None = None,
 ) -> Snapshot:
     """The checkpoint as modules on the meta device, with the weights to fill them.
 
     `factory` (package.module:callable) makes the model, if one is given. `sets` says by glob which weights are latents
-    of a low-bit forward pass; a safetensors file `patch` replaces weights of the same names. Raises UnknownFamily,
+    of a low-bit forward pass; a safetensors file `patch` replaces weights of the same names; `stored` is what
+    `form.open(ref)` gave, where that was asked already. Raises UnknownFamily,
     WeightsMismatch (naming missing, unexpected and misshapen weights), ConfigurationError for a glob that fits no
     matrix or a factory that cannot be used, or CheckpointError.
     """
-    unpacked = unpack(form.open(ref))
-    weights = unpacked.weights if patch is None else PatchedWeights(unpacked.weights, patch)
-    config = weights.config()
-    check_sizes(config, len(weights.shapes()))
+    unpacked = unpack(form.open(ref) if stored is None else stored)
+    config = unpacked.weights.config()
+    check_sizes(config, len(unpacked.weights.shapes()))
     built = _built(ref, config, family_of) if factory is None else of_factory(factory, config)
     model, anatomy = built.module, built.anatomy
-    named = NamedWeights(weights, model, anatomy.stored_as, tied=built.tied, ignored=built.ignored)
+    named = NamedWeights(
+        unpacked.weights,
+        model,
+        anatomy.stored_as,
+        tied=built.tied,
+        ignored=built.ignored,
+        base_prefix=built.base_prefix,
+    )
     named.check()
+    weights = named if patch is None else PatchedWeights(named, patch)
     vocabulary, width = built.head_shape
     transposed = anatomy.projection_layout == "in_out"
     try:
@@ -54,14 +63,14 @@ def open_snapshot(
         model=model,
         family=built.family,
         anatomy=anatomy,
-        weights=named,
+        weights=weights,
         width=width,
         vocabulary=vocabulary,
         context=built.context,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        precision=precision_in_words(example, named.read(example), sets, anatomy, packed=unpacked.note),
+        precision=precision_in_words(example, weights.read(example), sets, anatomy, packed=unpacked.note),
         sets=sets,
-        tied_head=anatomy.head + ".weight" in named.tied,
+        tied_head=named.same_tensor(anatomy.head + ".weight") is not None,
         body=built.body,
         initialise=built.initialise,
     )

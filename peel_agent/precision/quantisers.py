@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 from torch import Tensor
 
 from peel_agent.precision.quantise import quantise
 from peel_agent.precision.recognise import recognise
-from peel_agent.records import FULL_PRECISION, WeightSet
+from peel_agent.records import FULL_PRECISION, WeightSet, glob_fits
 
 
 class Quantisers:
@@ -25,7 +24,7 @@ class Quantisers:
 
     def named(self, name: str) -> WeightSet | None:
         """The set that the first glob which fits this weight gives to it."""
-        return next((own for glob, own in self._named.items() if fnmatchcase(name, glob)), None)
+        return next((own for glob, own in self._named.items() if glob_fits(glob, name)), None)
 
     def of(self, name: str, stored: Tensor) -> WeightSet:
         """The set of a block's weight: as named, else recognised from its values. Only matrices have one."""

@@ -38,7 +38,7 @@ from peel_agent.records.model import (
     Weights,
 )
 from peel_agent.records.past import Before, Sketches
-from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet
+from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet, glob_fits
 from peel_agent.records.report import (
     SCHEMA,
     BoundMemory,
@@ -165,6 +165,7 @@ __all__ = [
     "YesMemory",
     "Zone",
     "decoded",
+    "glob_fits",
     "plain",
     "restored",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 _NAME = re.compile(
@@ -62,3 +63,8 @@ def _plain_unit(text: str) -> Literal["channel", "matrix"]:
 
 
 FULL_PRECISION = WeightSet("none", "none")
+
+
+def glob_fits(glob: str, weight: str) -> bool:
+    """Whether a glob names a weight, or the module that has it: `*.mlp.gate_proj` its `.weight` too."""
+    return fnmatchcase(weight, glob) or fnmatchcase(weight.removesuffix(".weight"), glob)

@@ -12,11 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import peel_agent
 from peel_agent import registry
-from peel_agent.errors import CheckpointError, PeelError, ProbeError, UnknownFamily, WeightsMismatch
+from peel_agent.capture import open_trace
+from peel_agent.errors import (
+    CheckpointError,
+    ConfigurationError,
+    PeelError,
+    ProbeError,
+    UnknownFamily,
+    WeightsMismatch,
+)
 from peel_agent.load import ProbeSizes, load_probe, open_snapshot
 from peel_agent.pipeline import locate
-from peel_agent.records import Probe, Snapshot
+from peel_agent.records import CheckpointRef, Probe, Snapshot, Weights, WeightSet
 from tests import zoo
 
 
@@ -111,6 +120,80 @@ def test_unexpected_weight(llama: Path) -> None:
     edit_weights(llama, lambda tensors: tensors.update({"model.layers.0.adapter.weight": torch.zeros(2)}))
     with pytest.raises(WeightsMismatch, match=r"unexpected model\.layers\.0\.adapter\.weight"):
         opened(llama)
+
+
+def test_a_glob_may_name_modules(llama: Path) -> None:
+    """`*.mlp.gate_proj` names the weights of these modules, as `*.mlp.gate_proj.weight` does, and no others."""
+    ref = locate(llama)
+    (form,) = registry.formats(ref.format)
+    ternary = WeightSet.named("ternary")
+    for glob in ("*.mlp.gate_proj", "*.mlp.gate_proj.weight"):
+        snapshot = open_snapshot(ref, form, registry.family, sets={glob: ternary})
+        block = next(iter(open_trace(snapshot, zoo.probe()).blocks()))
+        assert {name for name, own in block.sets.items() if own == ternary} == {"mlp.gate_proj.weight"}
+    with pytest.raises(ConfigurationError, match=r"`\*\.mlp` .* fits no matrix") as caught:
+        open_snapshot(ref, form, registry.family, sets={"*.mlp": ternary})
+    assert "the names of modules or weights, such as" in caught.value.remedy
+
+
+def test_a_checkpoint_is_opened_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peeling parses the headers of a checkpoint one time, whatever asks for its configuration and its weights."""
+    (form,) = registry.formats(locate(llama).format)
+    opened_times: list[Path] = []
+
+    def counted(ref: CheckpointRef, original: Callable[[CheckpointRef], Weights] = form.open) -> Weights:
+        opened_times.append(ref.path)
+        return original(ref)
+
+    monkeypatch.setattr(form, "open", counted)
+    np.save(tmp_path / "probe.npy", zoo.token_ids(80, 1))
+    peel_agent.scan(llama, probe=tmp_path / "probe.npy", quantities=())
+    assert len(opened_times) == 1
+
+
+# ---------------------------------------------------------------- patches
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2 under its published names, which lack the first part."""
+    path = zoo.save(zoo.build("gpt2", steps=0), tmp_path_factory.mktemp("published"))
+    tensors = load_file(path / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def patched(path: Path, patch: dict[str, torch.Tensor]) -> Snapshot:
+    file = path / "patch" / "patch.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    save_file(patch, file)
+    ref = locate(path)
+    (form,) = registry.formats(ref.format)
+    return open_snapshot(ref, form, registry.family, patch=file)
+
+
+def test_a_patch_has_the_names_of_the_model(published: Path) -> None:
+    """A patch replaces weights by the model's names, whatever they are stored as; a tied one under both its names."""
+    norm, embeddings = torch.full((zoo.WIDTH,), 3.0), torch.ones(zoo.VOCABULARY, zoo.WIDTH)
+    weights = patched(published, {"transformer.h.1.ln_2.weight": norm, "transformer.wte.weight": embeddings}).weights
+    assert torch.equal(weights.read("transformer.h.1.ln_2.weight"), norm)
+    assert torch.equal(weights.read("lm_head.weight"), embeddings)
+    stored = load_file(published / "model.safetensors")
+    assert torch.equal(weights.read("transformer.h.2.ln_2.weight"), stored["h.2.ln_2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        ({"h.1.ln_2.weight": torch.ones(16)}, "`h.1.ln_2.weight` .* is no weight of the model"),
+        ({"transformer.h.1.ln_2.weight": torch.ones(8)}, r"\[8\], which is \[16\] in the model"),
+    ],
+)
+def test_a_patch_of_another_model(published: Path, patch: dict[str, torch.Tensor], words: str) -> None:
+    """A patch with a name or a shape that the model has not is refused by name."""
+    with pytest.raises(WeightsMismatch, match=words):
+        patched(published, patch)
 
 
 # ---------------------------------------------------------------- probes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -26,15 +29,22 @@ from transformers import (
     LlamaConfig,
     TorchAoConfig,
 )
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    LOADING_ATTRIBUTES_CONFIG_TYPES,
+)
+from transformers.quantizers.base import HfQuantizer
 
 import peel_agent
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, WeightsMismatch
 from peel_agent.load.architecture import build_model
 from peel_agent.load.names import NamedWeights
-from peel_agent.load.packed import Unpacked, unpack
+from peel_agent.load.packed import METHODS, Unpacked, unpack
 from peel_agent.load.packed.bitnet import globs_of
 from peel_agent.load.packed.patterns import compiled
+from peel_agent.load.packed.ways_out import BEFORE, PLAIN, WAYS_OUT
 from peel_agent.pipeline import locate
 from peel_agent.precision import quantise, recognise
 from peel_agent.publish import report_json
@@ -549,15 +559,133 @@ def test_named_quantiser_refused(plain: Path, named: Any, words: str) -> None:
 # refusals
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "quanto", None, ["bitnet"]])
-def test_other_methods_are_refused_by_name(plain: Path, method: Any) -> None:
-    """A method that is not read is named, with the way out."""
+UNREAD = sorted(AUTO_QUANTIZER_MAPPING.keys() - METHODS.keys() - {"bitsandbytes_4bit", "bitsandbytes_8bit"})
+
+
+def refusal_of(plain: Path, method: Any) -> CheckpointError:
     weights = opened(plain / "llama")
     weights.own_config["quantization_config"] = {"quant_method": method}
     with pytest.raises(CheckpointError) as caught:
         unpack(weights)
     assert f"quant_method {method!r}" in caught.value.what
-    assert "model.dequantize() and save_pretrained" in caught.value.remedy
+    return caught.value
+
+
+@pytest.mark.parametrize("method", UNREAD)
+def test_the_way_out_of_every_other_method_exists(plain: Path, method: str) -> None:
+    """Each method of the pinned transformers that is not read has a way out that this transformers has.
+
+    Where it can dequantise, that is said: by a setting at load time, or once loaded. Else the weights are those of
+    before.
+    """
+    remedy = refusal_of(plain, method).remedy
+    assert BEFORE in remedy
+    config, quantiser = AUTO_QUANTIZATION_CONFIG_MAPPING[method], AUTO_QUANTIZER_MAPPING[method]
+    at_load = config in LOADING_ATTRIBUTES_CONFIG_TYPES and "dequantize" in inspect.signature(config).parameters
+    assert (f"{config.__name__}(dequantize=True)" in remedy) == at_load
+    assert ("model.dequantize()" in remedy) == (quantiser._dequantize is not HfQuantizer._dequantize)
+    assert hasattr(transformers, config.__name__)
+
+
+@pytest.mark.parametrize("method", [None, ["bitnet"], "of-ones-own"])
+def test_methods_that_nobody_knows_are_refused_by_name(plain: Path, method: Any) -> None:
+    """transformers loads such a checkpoint as a plain one; whether it is one must be said."""
+    assert refusal_of(plain, method).remedy == PLAIN
+
+
+def fp8_of(state: dict[str, Tensor], block: tuple[int, int]) -> dict[str, Tensor]:
+    """Matrices as fp8 codes with a scale for each block; a power of two in a byte where a block is one row."""
+    found = {}
+    for name, tensor in state.items():
+        if not name.endswith("_proj.weight"):
+            found[name] = tensor
+            continue
+        blocks = tensor.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+        scales = stored = blocks.abs().amax(dim=(1, 3)) / 448
+        if block[0] == 1:
+            stored = (scales.log2().ceil() + 127).to(torch.uint8)
+            scales = (stored.float() - 127).exp2()
+        codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        found |= {name: codes.flatten(0, 1).flatten(1, 2), f"{name}_scale_inv": stored}
+    return found
+
+
+def metal_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    from transformers.integrations.metal_quantization import _affine_quantize_tensor
+
+    found = {}
+    for name, tensor in state.items():
+        if name.endswith("_proj.weight"):
+            codes, scales, biases = _affine_quantize_tensor(tensor, 32, 4)
+            module = name.removesuffix("weight")
+            found |= {name: codes, f"{module}scales": scales, f"{module}qbiases": biases}
+        else:
+            found[name] = tensor
+    return found
+
+
+STEPS = re.compile(r"model\.(?:dequantize|save_pretrained)\(.*?\)(?=,| and )|model = .*?\)(?=, model| and model)")
+
+
+def follow(remedy: str, folder: Path, out: Path) -> Any:
+    """Does what a remedy says, to the letter, and gives the model that it loads."""
+    words = re.findall(r"[A-Z]\w+", remedy)
+    names = {word: getattr(transformers, word) for word in words if hasattr(transformers, word)}
+    names |= {"FOLDER": folder, "OUT": out}
+    for step in STEPS.findall(remedy):
+        exec(step, names)
+    return names["model"]
+
+
+PACKED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = {
+    "fp8": ({"weight_block_size": [32, 32]}, lambda state: fp8_of(state, (32, 32))),
+    "mxfp8": ({"weight_block_size": [1, 32]}, lambda state: fp8_of(state, (1, 32))),
+    "metal": ({"bits": 4, "group_size": 32}, metal_of),
+}
+
+
+@pytest.mark.parametrize("method", PACKED)
+def test_the_way_out_leads_out(plain: Path, method: str, tmp_path: Path) -> None:
+    """What the remedy says is done to the letter, and what it writes is peeled with the loss of the loaded model."""
+    settings, pack = PACKED[method]
+    weights, path = opened(plain / "llama"), tmp_path / "packed"
+    path.mkdir()
+    save_file(pack(weights.tensors), path / "model.safetensors", {"format": "pt"})
+    config = weights.own_config | {"quantization_config": {"quant_method": method} | settings}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        unpack(opened(path))
+    model = follow(caught.value.remedy, path, tmp_path / "plain")
+    check_led_out(model, tmp_path / "plain")
+
+
+def check_led_out(model: Any, path: Path) -> None:
+    unpacked = unpack(opened(path))
+    assert not unpacked.note
+    assert plain_loss(unpacked) == pytest.approx(loss_of(model.float().eval()), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize(
+    ("method", "fixture", "arguments"),
+    [
+        ("bitsandbytes", "by_bitsandbytes", ("llama", "nf4")),
+        ("compressed-tensors", "compressed", ("int4-group", "compressed")),
+    ],
+)
+def test_the_way_out_of_what_is_not_read_of_a_method(
+    method: str, fixture: str, arguments: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Where a setting of a method is not read, what is said of the method leads out."""
+    written: Written = request.getfixturevalue(fixture)(*arguments)
+    check_led_out(follow(WAYS_OUT[method], written.path, tmp_path), tmp_path)
+
+
+def test_early_checkpoints_of_bitsandbytes(by_bitsandbytes: Callable[[str, str], Written]) -> None:
+    """Without a quant_method, load_in_4bit says that it is bitsandbytes, as transformers takes it."""
+    weights = opened(by_bitsandbytes("llama", "nf4").path)
+    del weights.settings["quant_method"]
+    assert unpack(weights).note == "nf4 packed by bitsandbytes, dequantised"
 
 
 @pytest.mark.parametrize("settings", ["nf4", [4], 7])

@@ -11,6 +11,7 @@ from peel_agent.load.packed.compressed_tensors import unpack as _compressed_tens
 from peel_agent.load.packed.dequantised import CONFIG, Unpacked, refused, shown
 from peel_agent.load.packed.named_quantiser import unpack as _named_quantiser
 from peel_agent.load.packed.torchao import unpack as _torchao
+from peel_agent.load.packed.ways_out import BEFORE, KNOWN, PLAIN, WAYS_OUT
 from peel_agent.records import Weights
 
 METHODS: Mapping[str, Callable[[Weights, Mapping[str, Any]], Unpacked]] = {
@@ -36,9 +37,24 @@ def unpack(weights: Weights) -> Unpacked:
         return Unpacked(weights)
     if not isinstance(settings, dict):
         raise refused(f"config.json has {CONFIG} {shown(settings)}, which is not an object")
-    method = settings.get("quant_method")
+    method = _method_of(settings)
     if not isinstance(method, str) or method not in METHODS:
         raise refused(
             f"config.json has {CONFIG} with quant_method {shown(method)}; read are {', '.join(METHODS)}",
+            remedy=_way_out(method),
         )
     return METHODS[method](weights, settings)
+
+
+def _method_of(settings: Mapping[str, Any]) -> object:
+    """`quant_method`; early checkpoints of bitsandbytes say only how many bits they load in."""
+    method = settings.get("quant_method")
+    if method is None and True in (settings.get("load_in_4bit"), settings.get("load_in_8bit")):
+        return "bitsandbytes"
+    return method
+
+
+def _way_out(method: object) -> str:
+    if not isinstance(method, str) or method not in KNOWN:
+        return PLAIN
+    return WAYS_OUT.get(method, BEFORE)

@@ -27,6 +27,7 @@ from peel_agent.load.packed.dequantised import (
     require_shape,
     shown,
 )
+from peel_agent.load.packed.ways_out import WAYS_OUT
 from peel_agent.records import Weights
 
 CONV1D = frozenset({"gpt2"})
@@ -36,6 +37,7 @@ TABLE_TOLERANCE = 0.004
 """A stored table may have been cast to bfloat16; the kernels do not read it."""
 
 MOST_STATE_BYTES = 4096
+_BY_TRANSFORMERS = WAYS_OUT["bitsandbytes"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)
@@ -123,10 +125,15 @@ def _state_of(weights: Weights, key: str) -> QuantState:
     except (ValueError, RecursionError) as error:
         raise refused(f"`{key}` does not parse: {error}", remedy="save the checkpoint again") from error
     if not isinstance(state, dict) or state.get("quant_type") not in tuple(TABLES):
-        raise refused(f"`{key}` says {shown(state)}; read is a quant_type of {' or '.join(TABLES)}")
+        raise refused(
+            f"`{key}` says {shown(state)}; read is a quant_type of {' or '.join(TABLES)}", remedy=_BY_TRANSFORMERS
+        )
     table, block, dtype, sizes = (state.get(item) for item in ("quant_type", "blocksize", "dtype", "shape"))
     if block not in BLOCK_SIZES or type(block) is not int or dtype not in tuple(_DTYPES):
-        raise refused(f"`{key}` says a blocksize of {shown(block)} and a dtype of {shown(dtype)}, which are not read")
+        raise refused(
+            f"`{key}` says a blocksize of {shown(block)} and a dtype of {shown(dtype)}, which are not read",
+            remedy=_BY_TRANSFORMERS,
+        )
     if (
         not isinstance(sizes, list)
         or len(sizes) != 2
@@ -203,7 +210,7 @@ def _eight_bit(weights: Weights, *, turned: bool) -> Unpacked:
 def _eight_bit_matrix(weights: Weights, name: str, scb: str, form: str | None = None, *, turned: bool) -> Tensor:
     """Codes over 127 times the largest magnitude of their row; float32."""
     if form is not None and bool((read_codes(weights, form, torch.uint8) != 0).any()):
-        raise refused(f"`{form}` says another layout than rows; only that is read")
+        raise refused(f"`{form}` says another layout than rows; only that is read", remedy=_BY_TRANSFORMERS)
     codes, scales = read_codes(weights, name, torch.int8), read_scales(weights, scb).float()
     matrix = codes * scales[:, None] * (1 / 127)
     return matrix.T.contiguous() if turned else matrix

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peel_agent.errors import CheckpointError
-from peel_agent.load.packed.config_groups import Group, group_of, groups_of, library, units_of
+from peel_agent.load.packed.config_groups import BY_TRANSFORMERS, Group, group_of, groups_of, library, units_of
 from peel_agent.load.packed.dequantised import (
     CONFIG,
     DequantisedWeights,
@@ -80,7 +80,7 @@ def _modules(weights: Weights) -> list[str]:
     shapes = weights.shapes()
     for name in shapes:
         if name.endswith(_UNREAD):
-            raise refused(f"`{name}` is stored, which is not read")
+            raise refused(f"`{name}` is stored, which is not read", remedy=BY_TRANSFORMERS)
         end = next((end for end in (PACKED, ZERO, SHAPE) if name.endswith(f".{end}")), None)
         if end is not None and f"{name.removesuffix(end)}{SCALE}" not in shapes:
             raise refused(f"`{name.removesuffix(end)}{SCALE}` is missing, where `{name}` is stored")

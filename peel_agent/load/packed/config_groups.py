@@ -10,11 +10,14 @@ from typing import Any
 
 from peel_agent.load.packed.dequantised import CONFIG, refused, shown, text_of
 from peel_agent.load.packed.patterns import LONGEST, check_patterns, compiled
+from peel_agent.load.packed.ways_out import WAYS_OUT
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")
 MOST_GROUPS = 32
 MOST_PATTERNS = 32
 STRATEGIES = ("tensor", "channel", "group", "block")
+
+BY_TRANSFORMERS = WAYS_OUT["compressed-tensors"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def groups_of(settings: Mapping[str, Any]) -> list[Group]:
     stated = settings.get("config_groups")
     if not isinstance(stated, dict) or not 0 < len(stated) <= MOST_GROUPS:
         raise refused(f"{CONFIG} has config_groups {shown(stated)}, not 1 to {MOST_GROUPS} groups")
-    form = text_of(settings, "format", "dense", (*FORMATS, "mixed-precision"))
+    form = text_of(settings, "format", "dense", (*FORMATS, "mixed-precision"), remedy=BY_TRANSFORMERS)
     return [_group(name, entry, form) for name, entry in stated.items()]
 
 
@@ -59,7 +62,7 @@ def _group(name: str, entry: object, form: str) -> Group:
     if not isinstance(entry, dict):
         raise refused(f"{CONFIG} has the group {shown(name)} as {shown(entry)}, not as an object")
     if entry.get("format") is not None:
-        form = text_of(entry, "format", form, FORMATS)
+        form = text_of(entry, "format", form, FORMATS, remedy=BY_TRANSFORMERS)
     elif form == "mixed-precision":
         raise refused(f"{CONFIG} has the format mixed-precision, and its group {shown(name)} names no format")
     check_patterns(entry.get("targets"), "targets")
@@ -72,10 +75,13 @@ def _group(name: str, entry: object, form: str) -> Group:
     args = scheme.weights
     if args is not None and (not 1 <= args.num_bits <= 8 or args.strategy not in STRATEGIES):
         raise refused(
-            f"{CONFIG} has weights of {shown(args.num_bits)} bits with the strategy {args.strategy}, which is not read"
+            f"{CONFIG} has weights of {shown(args.num_bits)} bits with the strategy {args.strategy}, which is not read",
+            remedy=BY_TRANSFORMERS,
         )
     if args is not None and args.type == "float" and args.num_bits != 8:
-        raise refused(f"{CONFIG} has weights of type float with {shown(args.num_bits)} bits; read are 8")
+        raise refused(
+            f"{CONFIG} has weights of type float with {shown(args.num_bits)} bits; read are 8", remedy=BY_TRANSFORMERS
+        )
     return Group(
         scheme, form, _matcher(scheme.targets), by_class=any(target.isidentifier() for target in scheme.targets)
     )

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from peel_agent.errors import CheckpointError
+from peel_agent.load.packed.ways_out import BEFORE
 from peel_agent.records import Weights, WeightSet
 
 CONFIG = "quantization_config"
-
-DEQUANTISE = "load it with transformers, call model.dequantize() and save_pretrained, and peel what that writes"
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ class DequantisedWeights:
         return tensor
 
 
-def refused(what: str, *, remedy: str = DEQUANTISE) -> CheckpointError:
-    """The error of a low-bit checkpoint that is not read."""
+def refused(what: str, *, remedy: str = BEFORE) -> CheckpointError:
+    """The error of a low-bit checkpoint that is not read; `remedy` where there is more than one way out."""
     return CheckpointError(what, remedy=remedy)
 
 
@@ -115,11 +114,13 @@ def require_shape(stored: Weights, name: str, shape: tuple[int, ...], matrix: st
         raise refused(f"`{name}` is {list(found)} where `{matrix}` needs {list(shape)}")
 
 
-def text_of(settings: Mapping[str, Any], key: str, default: str, allowed: Collection[str]) -> str:
+def text_of(
+    settings: Mapping[str, Any], key: str, default: str, allowed: Collection[str], *, remedy: str = BEFORE
+) -> str:
     """A word of quantization_config. Raises CheckpointError for one that is not allowed."""
     value = settings.get(key, default)
     if not isinstance(value, str) or value not in allowed:
-        raise refused(f"{CONFIG} has {key} {shown(value)}; read are {', '.join(sorted(allowed))}")
+        raise refused(f"{CONFIG} has {key} {shown(value)}; read are {', '.join(sorted(allowed))}", remedy=remedy)
     return value
 
 

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from peel_agent.load.packed.dequantised import CONFIG, DequantisedWeights, Unpacked, refused, shown
-from peel_agent.records import SETS, Weights, WeightSet
+from peel_agent.records import SETS, Weights, WeightSet, glob_fits
 
 MOST_GLOBS = 100
 LONGEST = 400
@@ -28,7 +27,7 @@ def unpack(weights: Weights, settings: Mapping[str, Any]) -> Unpacked:
     matrices = [name for name, shape in weights.shapes().items() if len(shape) == 2]
     sets = {}
     for glob, own in named.items():
-        if len(glob) > LONGEST or not any(fnmatchcase(name, glob) for name in matrices):
+        if len(glob) > LONGEST or not any(glob_fits(glob, name) for name in matrices):
             raise refused(f"{CONFIG}.weights names {shown(glob)}, which fits no matrix", remedy=_REMEDY)
         sets[glob] = _set_of(glob, own)
     kinds = ", ".join(sorted({own.name for own in sets.values()}))
