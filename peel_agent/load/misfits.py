@@ -24,8 +24,13 @@ def remedy_for(
     """The way out that fits the names; `misshapen` has the stored shape and the model's."""
     if twice:
         return "save each weight once: two of the stored names are one weight of the model"
-    if misshapen and not missing and not unexpected:
-        return _of_shapes(config.get("vocab_size"), misshapen.values())
+    if misshapen and all(len(stored) == 2 and stored == own[::-1] for stored, own in misshapen.values()):
+        return (
+            "the matrices are stored the other way round, as nanoGPT's are: transpose them, or build the model that "
+            "wrote them with `[model] factory`"
+        )
+    if (rows := _rows_of_vocabulary(config.get("vocab_size"), misshapen.values())) and not missing and not unexpected:
+        return f"set vocab_size to {rows} in config.json: the embeddings have as many rows; the probe stays as it is"
     if set(missing) == {"lm_head.weight"} and not unexpected and not misshapen:
         return (
             "save the causal language model (AutoModelForCausalLM), not its body alone; where the head is the "
@@ -39,19 +44,10 @@ def remedy_for(
     return SAME_MODEL
 
 
-def _of_shapes(vocabulary: object, shapes: Collection[tuple[Shape, Shape]]) -> str:
-    rows = {stored[0] for stored, own in shapes if _only_rows_differ(stored, own) and own[0] == vocabulary}
-    if len(rows) == 1 and all(_only_rows_differ(stored, own) and own[0] == vocabulary for stored, own in shapes):
-        return (
-            f"set vocab_size to {rows.pop()} in config.json: the embeddings have as many rows; the probe stays as it is"
-        )
-    if all(len(stored) == 2 and stored == own[::-1] for stored, own in shapes):
-        return (
-            "the matrices are stored the other way round, as nanoGPT's are: transpose them, or build the model that "
-            "wrote them with `[model] factory`"
-        )
-    return SAME_MODEL
-
-
-def _only_rows_differ(stored: Shape, own: Shape) -> bool:
-    return len(stored) == len(own) > 0 and stored[1:] == own[1:]
+def _rows_of_vocabulary(vocabulary: object, shapes: Collection[tuple[Shape, Shape]]) -> int | None:
+    """The rows that embeddings and head have instead of `vocabulary`; None where another size differs as well."""
+    rows = {
+        stored[0] if len(stored) == len(own) and own[:1] == (vocabulary,) and stored[1:] == own[1:] else None
+        for stored, own in shapes
+    }
+    return rows.pop() if len(rows) == 1 else None

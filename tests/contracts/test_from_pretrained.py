@@ -289,6 +289,34 @@ def test_older_names_of_norms(saved: Callable[[str], Saved], kind: str, tmp_path
     assert _peeled_loss(_write(tmp_path, own.config, state)) == pytest.approx(own.loss, abs=1e-5)
 
 
+OLDER_CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "pretraining_tp": 1}),
+    ("llama", {"rope_theta": 500.0, "rope_scaling": None, "pad_token_id": -1}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2, "rope_theta": 1e6}),
+    ("gemma3", {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 2}),
+    ("gpt_neox", {"rotary_pct": 1.0, "rotary_emb_base": 100}),
+    (
+        "phi3",
+        {
+            "rope_scaling": {"type": "longrope", "short_factor": [1.1, 1.2], "long_factor": [2.0, 3.0]},
+            "original_max_position_embeddings": 8,
+            "rope_theta": 1e4,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "keys"), OLDER_CONFIGS, ids=lambda value: value if isinstance(value, str) else "")
+def test_config_json_of_older_releases(
+    saved: Callable[[str], Saved], kind: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rotary settings and windows are what older keys of config.json say, as transformers takes them."""
+    today = {"rope_parameters", "layer_types", "dtype", "transformers_version"}
+    config = {key: value for key, value in saved(kind).config.items() if key not in today} | keys
+    path = _write(tmp_path, config | {"torch_dtype": "float16"}, saved(kind).state)
+    assert _peeled_loss(path) == pytest.approx(_loads_whole(path), abs=1e-5)
+
+
 # what from_pretrained refuses, or initialises anew
 
 
