@@ -31,7 +31,7 @@ from peel_agent.leases import Leases
 from peel_agent.ledger import Ledger
 from peel_agent.records import DeviceLease, Peeled, Request
 from peel_agent.run import Run
-from peel_agent.signals import handling
+from peel_agent.signals import exit_status, handling
 from peel_agent.sources import source_of
 from peel_agent.spi import Engine
 from peel_agent.watcher import Watcher
@@ -93,6 +93,7 @@ class Agent:
         self._notifier = Notifier(socket, watchdog, monotonic=time.monotonic)
         self._figures = Figures(ledger.state_dir, time.time(), self._is_ready, self._engine.memory_bytes, time.time)
         self._stopping = False
+        self._stopped_by: int | None = None
         self._hangup = False
         self._turns = threading.Condition()
         self._last_turn = time.monotonic()
@@ -103,7 +104,7 @@ class Agent:
     def run(self, *, once: bool) -> int:
         """Watches until a signal, or with `once` until everything that is there now is done.
 
-        Returns 0, or 3 when `once` found nothing readable. Raises ConfigurationError.
+        Returns 0, or 3 when `once` found nothing readable; 130 for Ctrl-C. Raises ConfigurationError.
         """
         if not self._settings.runs:
             raise ConfigurationError(
@@ -115,7 +116,8 @@ class Agent:
                 self._begin(once=once)
                 self._notifier.ready(f"watching {len(self._watchers)} runs")
                 self._tend(once=once)
-                return self._outcome() if once else 0
+                status = self._outcome() if once and self._stopped_by is None else 0
+                return self._status_of_signal(once=once) or status
             finally:
                 self._end()
                 if health is not None:
@@ -123,7 +125,7 @@ class Agent:
 
     def _outcome(self) -> int:
         """At the end of a back-fill: its exit status, and where everything is."""
-        tell_where(self._dispatch, self._ledger, self.journal, self._name_of)
+        tell_where(self._dispatch, self._ledger, self.journal, self._name_of, stopping=lambda: self._stopping)
         return max(tell_what_was_read(watcher.run, self.journal) for watcher in self._watchers.values())
 
     def _begin(self, *, once: bool) -> None:
@@ -297,7 +299,13 @@ class Agent:
         if number == signal.SIGHUP:
             self._hangup = True
         else:
+            self._stopped_by = number
             self._stopping = True
+
+    def _status_of_signal(self, *, once: bool) -> int:
+        """A watch ends well by SIGTERM; a back-fill that is not at its end, and Ctrl-C, do not."""
+        is_well = self._stopped_by is None or (self._stopped_by == signal.SIGTERM and not once)
+        return 0 if is_well else exit_status(self._stopped_by or 0)
 
     def _turn(self) -> None:
         with self._turns:

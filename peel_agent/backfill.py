@@ -28,9 +28,16 @@ def tell_what_was_read(run: Run, journal: Journal) -> int:
     return 3
 
 
-def tell_where(dispatch: Dispatch, ledger: Ledger, journal: Journal, name_of: Callable[[str], str]) -> None:
+def tell_where(
+    dispatch: Dispatch,
+    ledger: Ledger,
+    journal: Journal,
+    name_of: Callable[[str], str],
+    *,
+    stopping: Callable[[], bool],
+) -> None:
     """Everything owed is sent once more, and where it is is told; or where that waits which could not be sent."""
-    for end in dispatch.drain(DRAIN_SECONDS) or ():
+    for end in dispatch.drain(DRAIN_SECONDS, stopping=stopping) or ():
         lane = Lane(**end["lane"])
         waiting = sum(ledger.outbox.owed().get(lane, (0, 0)))
         if waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -24,6 +25,9 @@ RESTART_SECONDS = 10.0
 """A courier that died is not started again sooner."""
 
 DUE_SECONDS = 1.0
+
+DRAIN_LOOK_SECONDS = 0.5
+"""While everything is sent at the end, the agent looks so often whether it was told to stop."""
 
 
 class Dispatch:
@@ -84,8 +88,8 @@ class Dispatch:
             if self._child is None and self._addresses and self._is_due():
                 self._start()
 
-    def drain(self, seconds: float) -> list[Any] | None:
-        """Everything is tried once, now; where it is afterwards, None when that took longer."""
+    def drain(self, seconds: float, *, stopping: Callable[[], bool] = lambda: False) -> list[Any] | None:
+        """Everything is tried once, now; where it is afterwards, None when that took longer, or we are to stop."""
         with self._lock:
             self._has_drained.clear()
             if self._child is None:
@@ -93,7 +97,9 @@ class Dispatch:
                     return None
                 self._start()
             self._say("drain")
-        return self._drained if self._has_drained.wait(seconds) else None
+        looks = max(1, math.ceil(seconds / DRAIN_LOOK_SECONDS))
+        any(self._has_drained.wait(seconds / looks) or stopping() for _ in range(looks))
+        return self._drained if self._has_drained.is_set() else None
 
     def close(self) -> None:
         """Lets the courier end what it is sending."""
@@ -120,6 +126,7 @@ class Dispatch:
             stdout=subprocess.PIPE,
             text=True,
             env=self._environment,
+            process_group=0,  # Ctrl-C is for the agent, which lets the courier end what it is sending
         )
         self._child = child
         self._write(json.dumps(plain(Orders(self._ledger.state_dir, self._addresses))))

@@ -7,9 +7,11 @@ strict=False)` is all it takes. A low-bit block's latents are written, so that t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import ExitStack
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peel_agent import registry
 from peel_agent.before import check_earlier, open_past
@@ -27,6 +29,15 @@ from peel_agent.records import (
     Progress,
     Request,
 )
+from peel_agent.signals import Interrupted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peel_agent.peel import Improvement
+
+END_SECONDS = 2.0
+"""How long a process that is ended may take."""
 
 TOLERANCE = 0.05
 """A loss measured from the file may differ from what was promised by this fraction of the win."""
@@ -60,8 +71,10 @@ def witness(
     """Writes better weights for block `layer` (0-based) to `out`, and measures them from there in a fresh process.
 
     They are the block's own weights of the checkpoint `earlier`, if it is given, else those that its headroom was
-    measured with. Raises NoWitness, leaving no file, when the win cannot be told from 0 or the file does not win it.
+    measured with. `out` is there only once it is proven, and a file that is there already is never touched. Raises
+    NoWitness when the win cannot be told from 0 or the file does not win it, Interrupted for Ctrl-C.
     """
+    _check_out(out)
     with ExitStack() as places:
         ref = places.enter_context(located(path))
         before = None if earlier is None else places.enter_context(located(earlier))
@@ -92,8 +105,6 @@ def _witness(
     clock: Callable[[], float],
     progress: Progress | None,
 ) -> Witness:
-    from safetensors.torch import save_file
-
     from peel_agent.capture import open_trace
     from peel_agent.load import open_snapshot
     from peel_agent.peel import earlier_block, improve
@@ -105,17 +116,11 @@ def _witness(
         raise ConfigurationError(
             f"there is no block {layer}", remedy=f"this model has blocks 0 to {len(trace.block_names) - 1}"
         )
-    if not out.absolute().parent.is_dir():
-        raise ConfigurationError(f"cannot write {out}: its folder is not there", remedy="check the path of --out")
     if earlier is None:
         better = improve(trace, layer, clock, progress)
     else:
         better = earlier_block(trace, open_past(earlier, earlier.step, trace, model), layer, clock, progress)
     patch = {name: weight.cpu().to(snapshot.weights.read(name).dtype) for name, weight in better.weights.items()}
-    try:
-        save_file(patch, out)
-    except OSError as error:
-        raise ConfigurationError(f"cannot write {out}: {error}", remedy="check the path of --out") from error
     request = Request(
         ref=ref,
         probe=probe,
@@ -123,15 +128,57 @@ def _witness(
         model=model,
         lease=DeviceLease(device, visible_gpus() or "", device, "the command's own"),
         nice=0,
-        patch=out.absolute(),
     )
-    patched = registry.engine("local").open(worker_environment).submit(request).result().report.loss
+    with _unproven(patch, out) as file:
+        patched = _proven(better, dataclasses.replace(request, patch=file), snapshot.precision)
+        _check_out(out)  # somebody may have made it meanwhile
+        file.replace(out)
+    return Witness(better.loss, patched, better.headroom, tuple(sorted(patch)))
+
+
+def _proven(better: Improvement, request: Request, precision: str) -> Estimate:
+    """The loss with the patch, by a fresh process that is ended with us; raises NoWitness when it does not win."""
+    engine = registry.engine("local").open(worker_environment)
+    try:
+        patched = engine.submit(request).result().report.loss
+    except KeyboardInterrupt:
+        words = f"a headroom of {better.headroom} nats per token is not proven, and no patch is left"
+        raise Interrupted(f"interrupted while the patch was measured again: {words}") from None
+    finally:
+        engine.close(END_SECONDS)
     won = better.loss.value - patched.value
     if abs(won - better.headroom.value) > TOLERANCE * better.headroom.value:
-        out.unlink()
         raise NoWitness(
             f"the weights win {won:.4f} nats per token from the file, not {better.headroom.value:.4f}: "
-            f"{snapshot.precision} does not hold them",
+            f"{precision} does not hold them",
             remedy="nothing was left; take a checkpoint of higher precision",
         )
-    return Witness(better.loss, patched, better.headroom, tuple(sorted(patch)))
+    return patched
+
+
+def _check_out(out: Path) -> None:
+    """Raises ConfigurationError for a patch that would take another file's place, or has no folder to be in."""
+    if out.exists() or out.is_symlink():
+        raise ConfigurationError(
+            f"{out} is there already, and is not written over",
+            remedy="give --out the name of a file that is not there, or move that one away",
+        )
+    if not out.absolute().parent.is_dir():
+        raise ConfigurationError(f"cannot write {out}: its folder is not there", remedy="check the path of --out")
+
+
+@contextmanager
+def _unproven(patch: Mapping[str, Tensor], out: Path) -> Iterator[Path]:
+    """The patch in a file beside `out`, under a name of its own; it is gone afterwards, unless it took its place."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    file = out.absolute().with_name(f".{out.name}.unproven-{os.getpid()}")
+    try:
+        try:
+            save_file(dict(patch), file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigurationError(f"cannot write {out}: {error}", remedy="check the path of --out") from error
+        yield file
+    finally:
+        file.unlink(missing_ok=True)

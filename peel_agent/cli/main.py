@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +15,30 @@ from peel_agent.cli.setup import add_doctor, add_init
 from peel_agent.cli.watch import add_watch
 from peel_agent.config import load_settings
 from peel_agent.errors import PeelError
+from peel_agent.signals import Interrupted, exit_status, interruptible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status is the contract's."""
+    """Runs one command, that of the process itself without `arguments`; the exit status is the contract's.
+
+    Ctrl-C ends it with status 130 and one sentence, which says what is kept.
+    """
+    with interruptible(to_the_end=arguments is None) as interruption:
+        words = "interrupted"
+        try:
+            status = _run(arguments)
+            if interruption.number is None:
+                return status
+        except Interrupted as interrupted:
+            words = interrupted.words
+        except BaseException as error:  # a library may make anything of an interrupt
+            if interruption.number is None or isinstance(error, SystemExit):
+                raise
+        say(f"peel-agent: {words}")
+        return exit_status(signal.SIGINT)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -21,9 +23,11 @@ from peel_agent.cli.options import (
     say,
 )
 from peel_agent.config import Settings, load_settings
-from peel_agent.errors import ConfigurationError, PeelError
+from peel_agent.errors import ConfigurationError, PeelError, printable
 from peel_agent.pipeline import plan_of
+from peel_agent.publish import Meter
 from peel_agent.records import FindingKind, PeelReport
+from peel_agent.signals import Interrupted
 
 
 def add_scan(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +44,14 @@ def _scan(options: argparse.Namespace) -> int:
     settings = load_settings(options.config, common_flags(options))
     check_probe(settings.probe)
     _check_fail_on(settings, options.fail_on, options.since)
+    with _Reports.open(options.out, len(options.checkpoints)) as reports:
+        try:
+            return _scan_each(options, settings, reports)
+        except KeyboardInterrupt:
+            raise Interrupted(reports.after_interrupt()) from None
+
+
+def _scan_each(options: argparse.Namespace, settings: Settings, reports: _Reports) -> int:
     from peel_agent.pipeline import scan
     from peel_agent.publish import report_line, table
     from peel_agent.worker import quiet_libraries
@@ -47,42 +59,79 @@ def _scan(options: argparse.Namespace) -> int:
     form = report_line if options.format == "json" else table
     status = 0
     device = own_device(settings.device)
-    with _output(options.out) as output:
-        for path in options.checkpoints:
-            progress = meter()
-            try:
-                with quiet_libraries():
-                    report = scan(
-                        path,
-                        probe=settings.probe,
-                        peeling=settings.peel,
-                        model=settings.model,
-                        device=device,
-                        since=options.since,
-                        clock=time.perf_counter,
-                        progress=progress,
-                    )
-            except PeelError as error:
-                say(f"peel-agent: {error}")
-                status = max(status, error.exit_code)
-                continue
-            finally:
-                progress.close()
-            print(form(report), file=output, flush=True)
-            status = max(status, int(meets(report, options.fail_on)))
+    for path in options.checkpoints:
+        progress = reports.begin(path)
+        try:
+            with quiet_libraries():
+                report = scan(
+                    path,
+                    probe=settings.probe,
+                    peeling=settings.peel,
+                    model=settings.model,
+                    device=device,
+                    since=options.since,
+                    clock=time.perf_counter,
+                    progress=progress,
+                )
+        except PeelError as error:
+            say(f"peel-agent: {error}")
+            status = max(status, error.exit_code)
+            continue
+        finally:
+            progress.close()
+        reports.add(form(report))
+        status = max(status, int(meets(report, options.fail_on)))
     return status
 
 
-def _output(file: Path | None) -> AbstractContextManager[TextIO]:
-    """The file, opened before anything is computed, or stdout."""
-    if file is None:
-        return nullcontext(sys.stdout)
-    try:
-        return file.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot write to {file}: {error.strerror}", remedy="check the path of --out"
-        ) from error
+@dataclass
+class _Reports:
+    """Where reports go, each as soon as it is there: stdout, or a file, whose earlier text goes when the first comes.
+
+    `total` are to come; `path` is the checkpoint that is peeled now.
+    """
+
+    output: TextIO
+    file: Path | None
+    total: int
+    count: int = 0
+    path: str = ""
+    progress: Meter | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, file: Path | None, total: int) -> Iterator[_Reports]:
+        """Opened before anything is computed; raises ConfigurationError for a file that cannot be written to."""
+        if file is None:
+            yield cls(sys.stdout, None, total)
+            return
+        try:
+            output = file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot write to {file}: {error.strerror}", remedy="check the path of --out"
+            ) from error
+        with output:
+            yield cls(output, file, total)
+
+    def begin(self, path: str) -> Meter:
+        self.path, self.progress = path, meter()
+        return self.progress
+
+    def add(self, text: str) -> None:
+        if not self.count and self.file is not None and self.file.is_file():
+            self.output.truncate(0)
+        print(text, file=self.output, flush=True)
+        self.count, self.path = self.count + 1, ""
+
+    def after_interrupt(self) -> str:
+        """What is kept, in one sentence."""
+        at = f" ({self.progress.at})" if self.progress is not None and self.progress.at else ""
+        words = f"interrupted while {self.path} was peeled{at}: it has no report" if self.path else "interrupted"
+        if self.count:
+            where = "above" if self.file is None else f"in {self.file}"
+            words += f"; the reports of {self.count} of {self.total} checkpoints are {where}"
+        return printable(words)
 
 
 NEEDED = {
@@ -145,7 +194,9 @@ def add_witness(parser: argparse.ArgumentParser) -> None:
         metavar="CKPT",
         help="an earlier checkpoint of the run, whose block is taken as the better one",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the patch, a .safetensors file")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the patch, a .safetensors file that is not there yet"
+    )
     parser.set_defaults(run=_witness)
 
 
@@ -169,6 +220,11 @@ def _witness(options: argparse.Namespace) -> int:
                 earlier=options.earlier,
                 progress=progress,
             )
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        at = f" ({progress.at})" if progress.at else ""
+        raise Interrupted(f"interrupted before better weights were found{at}; no patch is written") from None
     finally:
         progress.close()
     print(f"loss as trained     {proven.trained} nats per token, on held-out tokens of the probe")

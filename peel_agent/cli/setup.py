@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from peel_agent.cli.options import add_model, add_probe, probe_flags, say
 from peel_agent.errors import ConfigurationError, printable
 from peel_agent.records import Check, plain
+from peel_agent.signals import Interrupted
 from peel_agent.watch import is_url
 
 MARKS = {True: "ok", False: "WRONG", None: "?"}
@@ -37,25 +38,29 @@ def _doctor(options: argparse.Namespace) -> int:
         "tracker.*.tracking_uri": options.tracking_uri,
         "state.path": options.state,
     }
-    checks = examine(options.config, flags, now=time.time)
-    return _print_json(tuple(checks)) if options.json else _print_lines(checks)
-
-
-def _print_json(checks: tuple[Check, ...]) -> int:
-    is_well = all(check.ok is not False for check in checks)
-    print(json.dumps({"ok": is_well, "checks": [plain(check) for check in checks]}, indent=2))
-    return 0 if is_well else 1
-
-
-def _print_lines(checks: Iterable[Check]) -> int:
-    """A line for each check as soon as it is known."""
-    wrong = 0
-    for check in checks:
-        remedy = "" if check.remedy is None else f" -> {check.remedy}"
-        print(f"{MARKS[check.ok]:<6}{check.what}: {check.words}{remedy}", flush=True)
-        wrong += check.ok is False
-    print(f"{wrong} wrong" if wrong else "nothing is wrong")
+    checks: list[Check] = []
+    try:
+        for check in examine(options.config, flags, now=time.time):
+            checks.append(check)
+            if not options.json:
+                print(_line(check), flush=True)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted after {len(checks)} checks, {_wrong(checks)} wrong; there are more") from None
+    wrong = _wrong(checks)
+    if options.json:
+        print(json.dumps({"ok": not wrong, "checks": [plain(check) for check in checks]}, indent=2))
+    else:
+        print(f"{wrong} wrong" if wrong else "nothing is wrong")
     return 1 if wrong else 0
+
+
+def _line(check: Check) -> str:
+    remedy = "" if check.remedy is None else f" -> {check.remedy}"
+    return f"{MARKS[check.ok]:<6}{check.what}: {check.words}{remedy}"
+
+
+def _wrong(checks: Sequence[Check]) -> int:
+    return sum(check.ok is False for check in checks)
 
 
 def add_init(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,23 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    """Text; a number stands for itself, since an id may be all digits."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Path)):
+        raise TypeError
+    return str(value)
+
+
+def _path(value: Any) -> Path:
+    return Path(value).expanduser()
+
+
 def _device(value: Any) -> str:
     if not re.fullmatch(r"auto|cpu|cuda:\d+|(GPU|MIG)-[\w-]+", str(value)):
         raise ValueError
@@ -66,22 +83,20 @@ def _truth(value: Any) -> bool:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    return (
-        tuple(entry.strip() for entry in value.split(","))
-        if isinstance(value, str)
-        else tuple(str(entry) for entry in value)
-    )
+    if isinstance(value, Mapping):
+        raise TypeError
+    return tuple(_text(entry).strip() for entry in (value.split(",") if isinstance(value, str) else value))
 
 
 CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "str": (str, "text"),
-    "str | None": (str, "text"),
+    "str": (_text, "text"),
+    "str | None": (_text, "text"),
     "bool": (_truth, "true or false"),
     "int": (_whole, "a whole number"),
     "int | None": (_whole, "a whole number"),
-    "float": (float, "a number"),
-    "float | None": (float, "a number"),
-    "Path | None": (lambda value: Path(value).expanduser(), "a path"),
+    "float": (_number, "a number"),
+    "float | None": (_number, "a number"),
+    "Path | None": (_path, "a path"),
     "tuple[str, ...]": (_texts, "a list of names"),
     "tuple[str, ...] | None": (_texts, "a list of names"),
     "str | tuple[tuple[int, ...], ...]": (_maps, "the name of a suite or a list of maps such as [[1, 4], [2, 4]]"),
@@ -89,8 +104,8 @@ CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "Backlog | None": (_backlog, "latest, all, or every:N with a whole number N"),
     "Factory | None": (_factory, "auto, or package.module:callable"),
     "Device": (_device, "auto, cpu, cuda:N, or a GPU's uuid as nvidia-smi -L prints it"),
-    "RuleKind": (str, "a rule kind"),
-    "Severity": (str, "a severity"),
+    "RuleKind": (_text, "a rule kind"),
+    "Severity": (_text, "a severity"),
 }
 
 

@@ -129,7 +129,7 @@ def _sink(entry: Mapping[str, Any]) -> SinkSettings:
     if not isinstance(use, str):
         raise ConfigurationError("a [[sink]] does not say what it is", remedy='add a line such as use = "stderr"')
     options = {key: value for key, value in entry.items() if key not in ("use", "name")}
-    return SinkSettings(use=use, name=str(entry.get("name", use)), options=options)
+    return SinkSettings(use=use, name=converted("sink.name", "str", entry.get("name", use)), options=options)
 
 
 def _runs(raw: Mapping[str, Any]) -> tuple[RunSettings, ...]:
@@ -153,7 +153,7 @@ def _run(raw: Mapping[str, Any], name: object) -> RunSettings:
             f"[[run]] {name or ''} names no directory to watch", remedy="add it: [run.watch] path = ..."
         )
     derived = str(path).rstrip("/").rpartition("/")[2] or "run"
-    return RunSettings(name=str(name or derived), rules=_rules(raw), **sections)
+    return RunSettings(name=converted("run.name", "str", name or derived), rules=_rules(raw), **sections)
 
 
 def _over(general: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def ask_child(request: dict[str, Any]) -> dict[str, Any]:
             check=False,
             env=worker_environment(""),
             timeout=CHILD_SECONDS,
+            process_group=0,  # Ctrl-C is for the command, not for its children
         )
     except subprocess.TimeoutExpired as error:
         raise WorkerError(

@@ -20,6 +20,8 @@ class Meter:
         self._now = now
         self._terminal = terminal
         self._stage = ""
+        self.at = ""
+        """How far it is: the stage, and its finished pieces."""
         self._began = self._told = now()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -28,7 +30,8 @@ class Meter:
         if stage != self._stage:
             self._stage, self._began = stage, now
         left = (now - self._began) * (total - done) / done if done else 0.0
-        words = f"{stage}: {done} of {total}" + (f", about {left:.0f} s left" if 0 < done < total else "")
+        self.at = f"{stage}: {done} of {total}"
+        words = self.at + (f", about {left:.0f} s left" if 0 < done < total else "")
         if self._terminal:
             filled = BAR_WIDTH * done // total
             self._write(f"\r[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {words}\x1b[K")

@@ -503,9 +503,12 @@ def test_a_reader_that_hangs_up_ends_the_agent(station: Station) -> None:
     assert station.engine.steps == [("a", 10), ("a", 20)]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_while_it_peels(station: Station, stop: signal.Signals) -> None:
-    """The worker is ended, and the checkpoint, rotated meanwhile, is peeled at the next start without any blame."""
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_stop_while_it_peels(station: Station, stop: signal.Signals, status: int) -> None:
+    """The worker is ended, and the checkpoint, rotated meanwhile, is peeled at the next start without any blame.
+
+    SIGTERM is how a service is ended well; Ctrl-C ends with the status that shells give it.
+    """
     station.put("a", 10)
     station.engine.let = lambda _: len(station.engine.asked) > INTERRUPTIONS + 1
 
@@ -514,7 +517,7 @@ def test_a_stop_while_it_peels(station: Station, stop: signal.Signals) -> None:
         os.kill(os.getpid(), stop)
 
     for number in range(INTERRUPTIONS + 1):
-        assert station.watch(script) == 0
+        assert station.watch(script) == status
         shutil.rmtree(station.folder / "a" / "checkpoint-10", ignore_errors=True)
         assert station.rows("SELECT state, deaths, interruptions FROM jobs") == [("waiting", 0, 0)], number
     assert station.watch(lambda: station.wait_peeled("a", 1)) == 0

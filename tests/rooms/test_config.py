@@ -254,6 +254,43 @@ def test_wrong_configuration(tmp_path: Path, text: str, words: str) -> None:
     assert caught.value.remedy
 
 
+WRONG_TYPES = {
+    "watch.path": [True, ["a"], {"a": 1}],
+    "watch.format": [True, ["torch"]],
+    "watch.settle_seconds": [True, "soon", ["1"]],
+    "watch.ready_markers": [True, {"a": 1}, [True], [["a"]]],
+    "model.factory": [True],
+    "probe.path": [True, 3, ["a"]],
+    "probe.fit_tokens": [True, 1.5, "many"],
+    "peel.effort": [True],
+    "peel.quantities": [True, [True]],
+    "peel.maps": [True, [[True]]],
+    "peel.time_budget_seconds": [True, "long"],
+    "device.memory_fraction": [True, "half"],
+    "device.nice": [True, 0.5],
+    "tracker.max_series": [True],
+    "state.path": [True, 3],
+    "health.listen": [False, ["127.0.0.1:1"]],
+    "log.format": [True],
+}
+
+
+@pytest.mark.parametrize("key", WRONG_TYPES)
+def test_a_value_of_another_type(key: str) -> None:
+    """No key takes a truth value for a number or for text, nor a list or a table for either: it is named."""
+    for value in WRONG_TYPES[key]:
+        with pytest.raises(ConfigurationError, match=f"`{key}` is ") as caught:
+            load_settings(None, {key: value})
+        assert caught.value.remedy.startswith("it must be ")
+
+
+def test_a_name_of_digits_is_text(tmp_path: Path) -> None:
+    """An id or a name may be all digits, and nobody quotes those."""
+    text = '[tracker.mlflow]\nrun_id = 7\n[[run]]\nname = 3\n[run.watch]\npath = "/data"\n'
+    (run,) = load_settings(toml(tmp_path, text), {}).runs
+    assert run.name == "3"
+
+
 def test_missing_file(tmp_path: Path) -> None:
     """A configuration file that is not there is named."""
     with pytest.raises(ConfigurationError, match=r"cannot read the configuration .*nowhere\.toml"):
