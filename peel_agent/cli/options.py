@@ -74,7 +74,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="GLOB=SET",
-        help="weights that hold low-bit latents, e.g. 'model.layers.*_proj.weight=ternary' (repeatable)",
+        help="weights or modules that hold low-bit latents, e.g. 'model.layers.*_proj.weight=ternary' (repeatable)",
     )
     parser.add_argument("--device", metavar="D", help="cpu, cuda:N or a GPU uuid that the training does not use")
 

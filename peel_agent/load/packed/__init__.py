@@ -10,14 +10,17 @@ from peel_agent.load.packed.bitsandbytes import unpack as _bitsandbytes
 from peel_agent.load.packed.compressed_tensors import unpack as _compressed_tensors
 from peel_agent.load.packed.dequantised import CONFIG, Unpacked, refused, shown
 from peel_agent.load.packed.named_quantiser import unpack as _named_quantiser
+from peel_agent.load.packed.packed_words import unpack_awq, unpack_gptq
 from peel_agent.load.packed.torchao import unpack as _torchao
 from peel_agent.load.packed.ways_out import BEFORE, KNOWN, PLAIN, WAYS_OUT
 from peel_agent.records import Weights
 
 METHODS: Mapping[str, Callable[[Weights, Mapping[str, Any]], Unpacked]] = {
+    "awq": unpack_awq,
     "bitnet": _bitnet,
     "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed_tensors,
+    "gptq": unpack_gptq,
     "peel-agent": _named_quantiser,
     "torchao": _torchao,
 }
