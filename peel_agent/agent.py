@@ -183,6 +183,7 @@ class Agent:
 
     def _apply(self, settings: Settings, *, once: bool = False) -> None:
         """These runs are watched from now on, and no others. Raises TimeoutError for one whose place hangs."""
+        self.journal.speaker = settings.runs[0].name if settings.runs else None
         wanted: dict[str, tuple[RunSettings, tuple[Address, ...]]] = {}
         for run in settings.runs:
             trackers = tracker_settings(run.tracker, alone=len(settings.runs) == 1)

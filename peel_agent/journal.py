@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from peel_agent.errors import printable
@@ -16,6 +17,13 @@ AGAIN_SECONDS = 60.0
 REMEMBERED = 1000
 
 _LEVELS: tuple[Level, ...] = ("info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    words: str
+    since: float
+    run: str | None
 
 
 class Journal:
@@ -35,19 +43,21 @@ class Journal:
         keep: Callable[[Event], None] = lambda _event: None,
     ) -> None:
         self._write = write
-        self._now = now
+        self.now = now
         self._as_json = form == "json"
         self._written = _LEVELS[_LEVELS.index(level) if level in _LEVELS else 0 :]
         self._keep = keep
         self._told: dict[tuple[str, str | None, str], float] = {}
-        self._troubles: dict[str, str] = {}
+        self._troubles: dict[str, _Trouble] = {}
+        self.speaker: str | None = None
+        """The run whose alerts also tell what is wrong with the agent itself."""
         self._lock = threading.RLock()
 
     def tell(
         self, kind: EventKind, words: str, *, run: str | None = None, step: int | None = None, level: Level = "info"
     ) -> None:
         """One sentence of what happened, to a run or to the agent."""
-        event = Event(kind, printable(words), self._now(), run, step, level)
+        event = Event(kind, printable(words), self.now(), run, step, level)
         with self._lock:
             if not self._is_news(event):
                 return
@@ -68,8 +78,10 @@ class Journal:
     def begin(self, trouble: str, words: str, *, run: str | None = None) -> None:
         """Something is wrong that may pass: told when it begins, and again when its words change."""
         with self._lock:
-            if self._troubles.get(trouble) != words:
-                self._troubles[trouble] = words
+            before = self._troubles.get(trouble)
+            if before is None or before.words != words:
+                since = self.now() if before is None else before.since
+                self._troubles[trouble] = _Trouble(words, since, run)
                 self.tell("trouble began", words, run=run, level="warning")
 
     def end(self, trouble: str, words: str, *, run: str | None = None) -> None:
@@ -81,13 +93,20 @@ class Journal:
     def drop(self, prefix: str) -> None:
         """Nobody is concerned any more with troubles whose names begin so."""
         with self._lock:
-            self._troubles = {key: words for key, words in self._troubles.items() if not key.startswith(prefix)}
+            kept = {key: one for key, one in self._troubles.items() if not key.startswith(prefix)}
+            self._troubles = kept
 
     @property
     def troubles(self) -> tuple[str, ...]:
         """What is wrong now, in sentences."""
         with self._lock:
-            return tuple(self._troubles.values())
+            return tuple(one.words for one in self._troubles.values())
+
+    def troubles_of(self, run: str) -> tuple[tuple[str, float], ...]:
+        """What is wrong now with a run, and with the agent if the run speaks for it; since when, in Unix seconds."""
+        with self._lock:
+            concerned = {run, None} if run == self.speaker else {run}
+            return tuple((one.words, one.since) for one in self._troubles.values() if one.run in concerned)
 
 
 def _time(at: float) -> str:

@@ -1,21 +1,34 @@
-"""What comes of a peel: diagnosed, judged, on disk with all that is owed for it, and told."""
+"""What comes of a peel, and of time passing: diagnosed, judged, told, and on disk with all that is owed for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peel_agent.config import RunSettings
-from peel_agent.diagnose import lineage
+from peel_agent.diagnose import diagnose, lineage
 from peel_agent.errors import CheckpointError
 from peel_agent.journal import Journal
-from peel_agent.judge import withdraw
+from peel_agent.judge import judge, withdrawn
 from peel_agent.ledger import RunLedger
-from peel_agent.pipeline import conclude
-from peel_agent.publish import alert_line, report_from_json, report_line, to_sinks, to_trackers
-from peel_agent.records import CheckpointRef, Debt, Level, Notice, Peeled, PeelReport, Publication, Verdict
-
-RULE_GONE = "its rule was renamed or removed"
+from peel_agent.notify import tell, to_sinks
+from peel_agent.publish import alert_line, publication, report_from_json, report_line, series_of, to_trackers
+from peel_agent.records import (
+    CheckpointRef,
+    Debt,
+    Level,
+    Moment,
+    Notice,
+    Peeled,
+    PeelReport,
+    Publication,
+    ReportObservation,
+    RuleState,
+    TickObservation,
+    Verdict,
+)
 
 
 @dataclass(frozen=True)
@@ -44,21 +57,24 @@ class Judging:
         self._journal = journal
         self._owed = owed
 
-    def finish(self, ref: CheckpointRef, peeled: Peeled, *, observed: bool) -> Finished:
+    def finish(self, ref: CheckpointRef, peeled: Peeled, *, observed: bool, now: float) -> Finished:
         """Judged and made final in the ledger; what destinations get is owed by then.
 
-        Raises CheckpointError for numbers that cannot be judged, sqlite3.Error and OSError.
+        One that is not `observed` (it has no place in the order of the run) is kept, and changes no alert. Raises
+        CheckpointError for numbers that cannot be judged, sqlite3.Error and OSError.
         """
-        history, states = self._ledger.history(), self._ledger.rule_states()
+        earlier = tuple(lineage(map(report_from_json, self._ledger.history()), ref.step)) if observed else ()
+        states = self._ledger.rule_states()
+        loss = self._ledger.alerting.training_loss() if observed else ()
         try:
-            report, verdict, sent = conclude(
-                peeled.report,
-                ref,
-                observed=observed,
-                history=lineage(map(report_from_json, history), ref.step),
-                rules=self._settings.rules,
-                states=states,
-                max_series=self._settings.tracker.max_series,
+            report = diagnose(peeled.report, earlier)
+            if observed:
+                seen = ReportObservation(report, earlier, series_of(report), loss)
+                states = judge(seen, self._settings.rules, states)
+            verdict = self._told(states, self._moment(ref, report, now)) if observed else Verdict(states, ())
+            report = dataclasses.replace(report, alerts=verdict.notices)
+            sent = publication(
+                report, verdict, committed_at=ref.committed_at, max_series=self._settings.tracker.max_series
             )
         except Exception as error:  # it is pure: what fails once fails for ever, and must not hold up the next
             what = f"its numbers cannot be judged: {type(error).__name__}: {error}"
@@ -70,27 +86,23 @@ class Judging:
             verdict=verdict,
             alert_lines=_alert_lines(verdict),
             memory=peeled.memory if observed else None,
-            debts=self._debts(sent, verdict, ref.fingerprint),
+            debts=self._debts(sent, verdict, ref.fingerprint, ref.committed_at),
             observed=observed,
             sketches=peeled.sketches,
         )
         return Finished(report, line, verdict.notices)
 
-    def withdraw(self, rules: set[str], reason: str) -> None:
-        """What these rules fire is resolved, for this reason; the trackers' tags follow."""
-        if not rules:
-            return
+    def tick(self, now: float) -> None:
+        """Time has passed: rules that go by the clock are judged, and what was held back until now is told."""
         states = self._ledger.rule_states()
-        last = self._ledger.last_peeled()
-        severities = {rule: self._ledger.severity(rule) for rule in rules}
-        step, committed_at = last if last is not None else (None, 0.0)
-        verdict = withdraw(states, dict.fromkeys(rules, reason), severities, step)
-        firing = {state.rule for state in states if state.phase == "firing"} & rules
-        tags = dict.fromkeys((f"peel.alert.{rule}" for rule in sorted(firing)), "inactive")
-        sent = Publication(step or 0, round(committed_at * 1000), metrics={}, tags=tags)
-        self._ledger.keep_verdict(verdict, _alert_lines(verdict), self._debts(sent, verdict, f"withdrawn/{step}"))
-        self.tell(verdict.notices)
-        self._owed()
+        after = judge(self._observed(now), self._settings.rules, states)
+        self._keep(self._told(after, Moment(now, self._last_step())), states, now, key=f"tick/{now:.3f}")
+
+    def withdraw_all(self, reason: str, now: float) -> None:
+        """Nothing of this run is watched any more: what was told firing is resolved, for this reason."""
+        states = self._ledger.rule_states()
+        told = tell(withdrawn(states, reason), (), (), Moment(now, self._last_step()), run=self._settings.name)
+        self._keep(told, states, now, key=f"withdrawn/{now:.3f}")
 
     def tell(self, notices: Sequence[Notice]) -> None:
         """Notices, in the log."""
@@ -99,14 +111,56 @@ class Judging:
             words = f"ALERT {notice.state}: {notice.text}"
             self._journal.tell("alert", words, run=self._settings.name, step=notice.step, level=level)
 
-    def _debts(self, sent: Publication, verdict: Verdict, key: str) -> tuple[Debt, ...]:
-        """What trackers and sinks are owed."""
-        notices = verdict.notices
-        at = sent.timestamp_ms / 1000
-        return (
-            *to_trackers(sent, self._settings.tracker.use, key=key, with_alerts=bool(notices)),
-            *to_sinks(notices, self._sinks(), run=self._settings.name, at=at),
+    def _observed(self, now: float) -> TickObservation:
+        standing = self._ledger.alerting.standing()
+        return TickObservation(
+            now=now, troubles=self._journal.troubles_of(self._settings.name), **dataclasses.asdict(standing)
         )
+
+    def _last_step(self) -> int | None:
+        last = self._ledger.last_peeled()
+        return None if last is None else last[0]
+
+    def _moment(self, ref: CheckpointRef, report: PeelReport, now: float) -> Moment:
+        probe = self._settings.probe.path
+        command = ["peel-agent", "scan", ref.label, *([] if probe is None else ["--probe", str(probe)])]
+        unchecked = tuple(f"{skipped.what} ({skipped.why})" for skipped in report.skipped)
+        return Moment(now, ref.step, is_checkpoint=True, unchecked=unchecked, command=shlex.join(command))
+
+    def _told(self, states: Sequence[RuleState], moment: Moment) -> Verdict:
+        silences = self._ledger.alerting.silences(moment.now)
+        return tell(states, self._settings.rules, silences, moment, run=self._settings.name)
+
+    def _keep(self, verdict: Verdict, before: Sequence[RuleState], now: float, *, key: str) -> None:
+        """What changed without a checkpoint; the trackers' tags follow."""
+        if set(verdict.states) == set(before) and not verdict.notices:
+            return
+        was, now_firing = _firing_by_rule(before), _firing_by_rule(verdict.states)
+        changed = sorted(rule for rule in was.keys() | now_firing.keys() if was.get(rule) != now_firing.get(rule))
+        tags = {f"peel.alert.{rule}": now_firing.get(rule, "inactive") for rule in changed}
+        last = self._ledger.last_peeled()
+        step, committed_at = last if last is not None else (None, now)
+        sent = Publication(step or 0, round(committed_at * 1000), metrics={}, tags=tags)
+        self._ledger.keep_verdict(verdict, _alert_lines(verdict), self._debts(sent, verdict, key, now))
+        self.tell(verdict.notices)
+        self._owed()
+
+    def _debts(self, sent: Publication, verdict: Verdict, key: str, at: float) -> tuple[Debt, ...]:
+        """What trackers and sinks are owed."""
+        notices, own = verdict.notices, self._settings
+        return (
+            *to_trackers(sent, own.tracker.use, key=key, with_alerts=bool(notices)),
+            *to_sinks(notices, self._sinks(), own.rules, run=own.name, at=at),
+        )
+
+
+def _firing_by_rule(states: Sequence[RuleState]) -> Mapping[str, str]:
+    """What the tag of each rule says that fires."""
+    subjects: dict[str, list[str]] = {}
+    for state in states:
+        if state.phase == "firing":
+            subjects.setdefault(state.rule, []).append(state.subject)
+    return {rule: f"firing: {', '.join(sorted(own))}" for rule, own in subjects.items()}
 
 
 def _alert_lines(verdict: Verdict) -> dict[str, str]:

@@ -1,13 +1,13 @@
 """One checkpoint through every room; the only module that knows the order.
 
-`measure` needs torch and runs where the numbers are computed. `locate` and `conclude` run in the parent, which needs
+`measure` needs torch and runs where the numbers are computed. `locate` runs in the parent, which needs
 neither torch nor a tracker's library.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,7 @@ from peel_agent.errors import (
     TornCheckpoint,
     WorkerError,
 )
-from peel_agent.judge import judge
 from peel_agent.probing import probe_for, probe_path, probe_sizes
-from peel_agent.publish import publication
 from peel_agent.records import (
     Before,
     BoundMemory,
@@ -41,11 +39,7 @@ from peel_agent.records import (
     ProbeInfo,
     ProbeSettings,
     Progress,
-    Publication,
-    Rule,
-    RuleState,
     Stack,
-    Verdict,
     Weights,
     YesMemory,
 )
@@ -286,27 +280,6 @@ def plan_of(peeling: PeelSettings) -> Plan:
         parts=not quick,
         seconds=peeling.time_budget_seconds,
     )
-
-
-def conclude(
-    report: PeelReport,
-    ref: CheckpointRef,
-    *,
-    observed: bool,
-    history: Sequence[PeelReport],
-    rules: Sequence[Rule],
-    states: Sequence[RuleState],
-    max_series: int,
-) -> tuple[PeelReport, Verdict, Publication]:
-    """Diagnoses a report beside those before it, judges it, if it is an observation, and composes what trackers get.
-
-    `history` holds earlier reports of the run, oldest first.
-    """
-    diagnosed = diagnose(report, history if observed else ())
-    verdict = judge(diagnosed, rules, states) if observed else Verdict(tuple(states), ())
-    judged = dataclasses.replace(diagnosed, alerts=verdict.notices)
-    sent = publication(judged, verdict, committed_at=ref.committed_at, max_series=max_series)
-    return judged, verdict, sent
 
 
 def scan(

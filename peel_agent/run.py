@@ -23,7 +23,7 @@ from peel_agent.errors import (
     WorkerError,
     printable,
 )
-from peel_agent.judging import RULE_GONE, Judging
+from peel_agent.judging import Judging
 from peel_agent.ledger import RunLedger
 from peel_agent.publish import headline
 from peel_agent.records import CheckpointRef, DeviceLease, EventKind, Level, Peeled, Request
@@ -84,8 +84,6 @@ class Run:
             self.let_go()
             return
         self._take_up()
-        configured = {rule.name for rule in self.settings.rules}
-        self._judging.withdraw({state.rule for state in self.ledger.rule_states()} - configured, RULE_GONE)
 
     def _take_up(self) -> None:
         """What an earlier agent left: an answer is judged, what was held waits on, the rest is looked for."""
@@ -111,7 +109,7 @@ class Run:
 
     def withdraw_all(self, reason: str) -> None:
         """Nothing of this run is watched any more: what fires is resolved."""
-        self._judging.withdraw({state.rule for state in self.ledger.rule_states()}, reason)
+        self._judging.withdraw_all(reason, self.services.journal.now())
 
     def let_go(self) -> None:
         """No file is held for it any more."""
@@ -146,6 +144,7 @@ class Run:
         observed = self.source.look(now)
         self._take(observed)
         self._start(now)
+        self._judging.tick(now)
         return observed
 
     def is_idle(self, observed: Observed) -> bool:
@@ -381,7 +380,7 @@ class Run:
         """Judged, made final in the ledger, and told; what destinations get is owed by then."""
         observed = self._is_observation(ref)
         try:
-            finished = self._judging.finish(ref, peeled, observed=observed)
+            finished = self._judging.finish(ref, peeled, observed=observed, now=now)
         except CheckpointError as error:
             self._went_wrong(ref, error, now)
             return

@@ -1,5 +1,6 @@
-"""PeelReport and what was known before in, Verdict out: which alerts begin and which end. No clock, no I/O."""
+"""An observation and the rules' states in, their next states out: which alerts begin and end. No clock, no I/O."""
 
-from peel_agent.judge.verdict import judge, withdraw
+from peel_agent.judge.convergence import fall_of
+from peel_agent.judge.judge import LAYER_GONE, RULE_GONE, judge, withdrawn
 
-__all__ = ["judge", "withdraw"]
+__all__ = ["LAYER_GONE", "RULE_GONE", "fall_of", "judge", "withdrawn"]

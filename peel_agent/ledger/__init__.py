@@ -4,6 +4,7 @@ A checkpoint's report, the states it left, its alerts and everything to be sent 
 the end of its job. What is sent leaves only after the destination took it. Others may read and send beside the agent.
 """
 
+from peel_agent.ledger.alerting import Alerting, Standing, silence, silences, unsilence
 from peel_agent.ledger.database import COPY, FILE, is_held, open_beside
 from peel_agent.ledger.files import read_json, write_durably
 from peel_agent.ledger.ledger import Ledger
@@ -17,6 +18,7 @@ __all__ = [
     "FILE",
     "HISTORY",
     "SCHEMA_VERSION",
+    "Alerting",
     "Job",
     "Lane",
     "LastObserved",
@@ -27,8 +29,12 @@ __all__ = [
     "Reader",
     "RunLedger",
     "RunState",
+    "Standing",
     "is_held",
     "open_beside",
     "read_json",
+    "silence",
+    "silences",
+    "unsilence",
     "write_durably",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from peel_agent.errors import printable
+from peel_agent.ledger.alerting import Alerting
 from peel_agent.ledger.database import Database
 from peel_agent.ledger.files import read_json, write_durably
 from peel_agent.records import (
@@ -18,7 +19,6 @@ from peel_agent.records import (
     Memory,
     Peeled,
     RuleState,
-    Severity,
     Sketches,
     Verdict,
     decoded,
@@ -67,6 +67,7 @@ class RunLedger:
         self.run = run
         self.folder = folder
         self.reports_dir = folder / "reports"
+        self.alerting = Alerting(database, run)
 
     # ---------------------------------------------------------------- what is known
 
@@ -98,15 +99,6 @@ class RunLedger:
         )
         return (rows[0][0], rows[0][1]) if rows else None
 
-    def severity(self, rule: str) -> Severity:
-        """What the last alert of a rule was told with."""
-        rows = self._rows(
-            "SELECT json_extract(line, '$.severity') FROM alerts WHERE run = ? AND json_extract(line, '$.rule') = ? "
-            "ORDER BY position DESC LIMIT 1",
-            rule,
-        )
-        return cast(Severity, rows[0][0]) if rows else "warning"
-
     def refused(self) -> tuple[tuple[str, str], ...]:
         """Path and reason of every checkpoint that could not be used."""
         return tuple(
@@ -118,9 +110,10 @@ class RunLedger:
 
     def rule_states(self) -> tuple[RuleState, ...]:
         rows = self._rows(
-            "SELECT rule, subject, phase, streak, since_step FROM rule_states WHERE run = ? ORDER BY rule, subject"
+            "SELECT rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold "
+            "FROM rule_states WHERE run = ? ORDER BY rule, subject"
         )
-        return tuple(RuleState(*row) for row in rows)
+        return tuple(map(_state_of, rows))
 
     def bound_memory(self) -> Memory | None:
         """The running minimum of the bounds, None before the first."""
@@ -262,8 +255,8 @@ class RunLedger:
     def _keep_verdict(self, db: sqlite3.Connection, verdict: Verdict, alert_lines: Mapping[str, str]) -> None:
         db.execute("DELETE FROM rule_states WHERE run = ?", (self.run,))
         db.executemany(
-            "INSERT INTO rule_states VALUES (?, ?, ?, ?, ?, ?)",
-            [(self.run, s.rule, s.subject, s.phase, s.streak, s.since_step) for s in verdict.states],
+            "INSERT INTO rule_states VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [(self.run, *_row_of(state)) for state in verdict.states],
         )
         db.executemany(
             "INSERT OR IGNORE INTO alerts (run, id, line) VALUES (?, ?, ?)",
@@ -313,6 +306,17 @@ class RunLedger:
         row = (self.run, ref.fingerprint, printable(ref.label), ref.step, ref.committed_at, outcome, detail)
         db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         tally(db, self.run, outcome.replace(" ", "_"))
+
+
+def _state_of(row: Sequence[Any]) -> RuleState:
+    rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold = row
+    known = tuple(json.loads(causes))
+    return RuleState(rule, subject, phase, streak, since_step, began, words, known, severity, told, untold)
+
+
+def _row_of(state: RuleState) -> tuple[Any, ...]:
+    *known, causes, severity, told, untold = astuple(state)
+    return (*known, json.dumps(causes), severity, told, untold)
 
 
 def tally(db: sqlite3.Connection, run: str, what: str, amount: float = 1.0) -> None:

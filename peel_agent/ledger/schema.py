@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _CHECKPOINTS = """
 CREATE TABLE checkpoints (
@@ -16,6 +16,13 @@ _RULE_STATES = """
 CREATE TABLE rule_states (
     run TEXT NOT NULL, rule TEXT NOT NULL, subject TEXT NOT NULL, phase TEXT NOT NULL, streak INTEGER NOT NULL,
     since_step INTEGER, PRIMARY KEY (run, rule, subject)
+);
+"""
+_RULE_STATES_5 = """
+CREATE TABLE rule_states (
+    run TEXT NOT NULL, rule TEXT NOT NULL, subject TEXT NOT NULL, phase TEXT NOT NULL, streak INTEGER NOT NULL,
+    since_step INTEGER, began TEXT NOT NULL, words TEXT NOT NULL, causes TEXT NOT NULL, severity TEXT NOT NULL,
+    told INTEGER NOT NULL, untold INTEGER NOT NULL, PRIMARY KEY (run, rule, subject)
 );
 """
 _ALERTS = """
@@ -46,7 +53,16 @@ CREATE TABLE events (
 );
 """
 
-TABLES = _CHECKPOINTS + _RULE_STATES + _ALERTS + _BOUND_MEMORY + _LAST_OBSERVED + _NEW_IN_4
+_NEW_IN_5 = """
+CREATE TABLE silences (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, rule TEXT NOT NULL, subject TEXT NOT NULL, until REAL NOT NULL,
+    why TEXT NOT NULL
+);
+CREATE TABLE training_loss (run TEXT NOT NULL, step INTEGER NOT NULL, value REAL NOT NULL, PRIMARY KEY (run, step));
+CREATE TABLE training (run TEXT PRIMARY KEY, status TEXT NOT NULL);
+"""
+
+TABLES = _CHECKPOINTS + _RULE_STATES_5 + _ALERTS + _BOUND_MEMORY + _LAST_OBSERVED + _NEW_IN_4 + _NEW_IN_5
 
 UNCLAIMED = ""
 """The run of what a ledger of one watched place held: the first run that watches that place takes it over."""
@@ -88,6 +104,13 @@ CREATE TABLE last_observed (
 );
 """,
     3: _TO_4,
+    4: f"""
+ALTER TABLE rule_states RENAME TO old_rule_states;{_RULE_STATES_5}
+INSERT INTO rule_states
+    SELECT run, rule, subject, phase, streak, since_step, coalesce(since_step, ''), '', '[]', 'warning',
+        phase = 'firing', 0
+    FROM old_rule_states;
+DROP TABLE old_rule_states;{_NEW_IN_5}""",
 }
 """What brings a ledger of each version to the next one; 2 is that of the first version that was released."""
 

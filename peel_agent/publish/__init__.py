@@ -1,9 +1,9 @@
 """What a report becomes outside: its JSON form, and the Publication that trackers write. No network."""
 
-from peel_agent.publish.debts import to_sinks, to_trackers
+from peel_agent.publish.debts import to_trackers
 from peel_agent.publish.form import alert_line, report_from_json, report_json, report_line
 from peel_agent.publish.meter import Meter
-from peel_agent.publish.publication import publication
+from peel_agent.publish.publication import publication, series_of
 from peel_agent.publish.words import ACCUSING, headline, table
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "report_from_json",
     "report_json",
     "report_line",
+    "series_of",
     "table",
-    "to_sinks",
     "to_trackers",
 ]

@@ -32,15 +32,20 @@ def publication(report: PeelReport, verdict: Verdict, *, committed_at: float, ma
 
 def _metrics(report: PeelReport, verdict: Verdict, max_series: int) -> dict[str, float]:
     """Summaries, then layers from the worst on, then maps: what does not fit is cut from the end, by whole kinds."""
-    metrics = _summaries(report, verdict)
-    layers = dict(_layer_series(report))
+    firing = {"peel/alerts_firing": float(len(verdict.firing))}
+    every = firing | series_of(report)
+    if len(every) <= max_series:
+        return every
+    return dict(islice((firing | _summaries(report) | dict(_layer_series(report))).items(), max_series))
+
+
+def series_of(report: PeelReport) -> dict[str, float]:
+    """Every number of a report that trackers may get, by its key; not capped, and without the count of alerts."""
     maps = {f"peel/yes/{bound.label}": bound.value.value for bound in report.bounds}
-    if len(metrics) + len(layers) + len(maps) <= max_series:
-        return {**metrics, **layers, **maps}
-    return dict(islice((metrics | layers).items(), max_series))
+    return {**_summaries(report), **dict(_layer_series(report)), **maps}
 
 
-def _summaries(report: PeelReport, verdict: Verdict) -> dict[str, float]:
+def _summaries(report: PeelReport) -> dict[str, float]:
     timing = report.timing
     statuses = _measured(layer.status for layer in report.layers)
     parts = _measured(part.status for layer in report.layers for part in layer.parts.values())
@@ -53,7 +58,6 @@ def _summaries(report: PeelReport, verdict: Verdict) -> dict[str, float]:
         "peel/layers_undecided": float(statuses.count("undecided")) if statuses else None,
         "peel/parts_below": float(parts.count("below")) if parts else None,
         "peel/worst_margin": min(margins, default=None),
-        "peel/alerts_firing": float(len(verdict.firing)),
         "peel/seconds": timing.load + timing.capture + timing.solve + timing.score,
     }
     return {key: value for key, value in summaries.items() if value is not None}

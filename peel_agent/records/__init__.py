@@ -6,6 +6,7 @@
 Importing this module imports neither torch nor numpy: the parent daemon lives on these records alone.
 """
 
+from peel_agent.records.alert import Moment, Phase, ReportObservation, RuleState, Silence, TickObservation, Verdict
 from peel_agent.records.check import Check
 from peel_agent.records.checkpoint import (
     CheckpointRef,
@@ -39,6 +40,8 @@ from peel_agent.records.model import (
 )
 from peel_agent.records.past import Before, Sketches
 from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet, glob_fits
+from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet
+from peel_agent.records.publication import NoticeGroup, Publication
 from peel_agent.records.report import (
     SCHEMA,
     BoundMemory,
@@ -68,22 +71,27 @@ from peel_agent.records.report import (
     Zone,
 )
 from peel_agent.records.request import Request
-from peel_agent.records.settings import ModelSettings, PeelSettings, Precision, ProbeSettings
-from peel_agent.records.verdict import (
+from peel_agent.records.rule import (
     CHECKPOINTS,
-    NoticeGroup,
-    Publication,
+    CLEARED_AFTER,
+    OF_TIME,
+    THRESHOLDS,
+    Operator,
     Rule,
     RuleKind,
-    RuleState,
-    Verdict,
+    Threshold,
+    threshold_of,
 )
+from peel_agent.records.settings import ModelSettings, PeelSettings, Precision, ProbeSettings
 
 __all__ = [
     "CHECKPOINTS",
+    "CLEARED_AFTER",
     "FULL_PRECISION",
+    "OF_TIME",
     "SCHEMA",
     "SETS",
+    "THRESHOLDS",
     "AdjacentPairs",
     "AgentFigures",
     "Anatomy",
@@ -120,10 +128,12 @@ __all__ = [
     "Memory",
     "ModelInfo",
     "ModelSettings",
+    "Moment",
     "Network",
     "Notice",
     "NoticeGroup",
     "Observation",
+    "Operator",
     "Part",
     "PartName",
     "PartReport",
@@ -132,6 +142,7 @@ __all__ = [
     "PeelReport",
     "PeelSettings",
     "Peeled",
+    "Phase",
     "Plan",
     "Precision",
     "Probe",
@@ -141,6 +152,7 @@ __all__ = [
     "Projection",
     "Publication",
     "Readiness",
+    "ReportObservation",
     "Request",
     "Rule",
     "RuleKind",
@@ -149,12 +161,15 @@ __all__ = [
     "Samples",
     "SeenDevice",
     "Severity",
+    "Silence",
     "Sketches",
     "Skipped",
     "Snapshot",
     "Stack",
     "Status",
     "Strength",
+    "Threshold",
+    "TickObservation",
     "Timing",
     "TokenIds",
     "Trace",
@@ -168,4 +183,5 @@ __all__ = [
     "glob_fits",
     "plain",
     "restored",
+    "threshold_of",
 ]

@@ -270,9 +270,10 @@ class PeelReport:
 
 @dataclass(frozen=True)
 class Notice:
-    """An alert that began or ended at a checkpoint. `id` is stable: delivered twice, it is one alert.
+    """An alert that began, goes on or ended. `id` is stable: delivered twice, it is one notice.
 
-    `subject` is a block, a part of one (`model.layers.3/mlp`) or `run`.
+    `subject` is a block, a part of one (`model.layers.3/mlp`), `run` or `agent`. `unchecked` are checks that were not
+    made, in words; `command` shows more.
     """
 
     id: str
@@ -284,6 +285,8 @@ class Notice:
     text: str
     since_step: int | None = None
     causes: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+    command: str | None = None
 
 
 @dataclass(frozen=True)

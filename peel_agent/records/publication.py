@@ -1,0 +1,36 @@
+"""What a tracker and a sink are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from peel_agent.records.report import Notice
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Everything one checkpoint sends to a tracker. Sending it twice changes nothing.
+
+    `timestamp_ms` comes from the checkpoint, never from the clock. `files` maps artifact paths to text.
+    """
+
+    step: int
+    timestamp_ms: int
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NoticeGroup:
+    """All notices of one checkpoint, or of one moment, that one sink is to get; `id` is the same when it comes again.
+
+    `text` is for people, one line a notice; `at` is in Unix seconds.
+    """
+
+    id: str
+    run: str
+    at: float
+    notices: tuple[Notice, ...]
+    text: str
