@@ -24,7 +24,8 @@ from peel_agent.destinations import Address
 from peel_agent.dispatch import Dispatch
 from peel_agent.journal import Journal
 from peel_agent.ledger import COPY, FILE, Lane, Ledger, RunLedger
-from peel_agent.publish import to_sinks, to_trackers
+from peel_agent.notify import to_sinks
+from peel_agent.publish import to_trackers
 from peel_agent.records import CheckpointRef, Notice, Publication, Verdict, plain
 from tests.waiting import wait_for
 
@@ -52,7 +53,7 @@ def owe(run: RunLedger, steps: range, trackers: tuple[str, ...] = ("jsonl",)) ->
             memory=None,
             debts=(
                 *to_trackers(sent, trackers, key=f"f{step}", with_alerts=True),
-                *to_sinks([notice], ["jsonl-sink"], run="mine", at=float(step)),
+                *to_sinks([notice], ["jsonl-sink"], (), run="mine", at=float(step)),
             ),
         )
 

@@ -19,7 +19,8 @@ from peel_agent.deliver import ALERTS_FILE, AWAY_SECONDS, DENIED_SECONDS, LONGES
 from peel_agent.destinations import Address
 from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable
 from peel_agent.ledger import Lane, Ledger, Outbox, RunLedger, open_beside
-from peel_agent.publish import to_sinks, to_trackers
+from peel_agent.notify import to_sinks
+from peel_agent.publish import to_trackers
 from peel_agent.records import CheckpointRef, Debt, Notice, NoticeGroup, Publication, Verdict, plain
 from peel_agent.spi import Sink, Tracker
 from peel_plugins.durable_lines import DurableLines
@@ -108,7 +109,7 @@ def finish(run: RunLedger, step: int, *names: str, destinations: bool = True) ->
     notices = [notice(name, step) for name in names]
     debts = (
         *to_trackers(publication(step), ["there"], key=f"f{step}", with_alerts=bool(names)),
-        *to_sinks(notices, ["there"], run="mine", at=float(step)),
+        *to_sinks(notices, ["there"], (), run="mine", at=float(step)),
     )
     run.record(
         CheckpointRef(Path(f"/c-{step}"), step, "f", f"f{step}", float(step)),
@@ -189,15 +190,15 @@ def test_a_publication_is_owed_in_two_lanes() -> None:
 
 def test_notices_of_one_moment_are_one_group_for_each_sink() -> None:
     """Its id is that of its notices and its run, its text has a line for each; without a notice nothing is owed."""
-    assert to_sinks([], ["a"], run="mine", at=1.0) == ()
-    one, other = to_sinks([notice("a"), notice("b")], ["a", "b"], run="mine", at=1.0)
+    assert to_sinks([], ["a"], (), run="mine", at=1.0) == ()
+    one, other = to_sinks([notice("a"), notice("b")], ["a", "b"], (), run="mine", at=1.0)
     assert (one.destination, other.destination, one.lane) == ("a", "b", "notices")
     assert one.body == other.body
-    assert one.body["text"] == "mine: firing: text of a\nmine: firing: text of b"
+    assert one.body["text"] == "mine: WARNING firing: text of a\nmine: WARNING firing: text of b"
     assert (one.body["run"], one.body["at"], one.key) == ("mine", 1.0, one.body["id"])
-    (later,) = to_sinks([notice("a"), notice("b")], ["a"], run="mine", at=9.0)
-    (shorter,) = to_sinks([notice("a")], ["a"], run="mine", at=1.0)
-    (elsewhere,) = to_sinks([notice("a"), notice("b")], ["a"], run="another", at=1.0)
+    (later,) = to_sinks([notice("a"), notice("b")], ["a"], (), run="mine", at=9.0)
+    (shorter,) = to_sinks([notice("a")], ["a"], (), run="mine", at=1.0)
+    (elsewhere,) = to_sinks([notice("a"), notice("b")], ["a"], (), run="another", at=1.0)
     assert later.key == one.key
     assert len({one.key, shorter.key, elsewhere.key}) == 3
 

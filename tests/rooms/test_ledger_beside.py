@@ -188,14 +188,6 @@ def test_a_reader_tells_how_things_stand(tmp_path: Path) -> None:
             assert reader.events(1) == (Event("missed", "second", 2.0, None, None, "warning"),)
 
 
-def test_severities_are_those_of_the_last_alert(tmp_path: Path) -> None:
-    """A rule that is no longer configured is resolved with the severity that it was told with."""
-    with opened(tmp_path) as run:
-        lines = {"a": '{"rule": "r", "severity": "info"}', "b": '{"rule": "r", "severity": "critical"}'}
-        record(run, alert_lines=lines)
-        assert (run.severity("r"), run.severity("other")) == ("critical", "warning")
-
-
 def test_retention_keeps_every_alert_and_everything_peeled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old events, and old rows of checkpoints that came to nothing, are dropped; what was found stays."""
     monkeypatch.setattr(keeping, "EVENTS_KEPT", 3)

@@ -91,8 +91,8 @@ def held_by_0_1(folder: Path, root: Path) -> CheckpointRef:
 
 def check_all_of_it(run: RunLedger, version: int, memory: Memory) -> None:
     assert run.rule_states() == (
-        RuleState("layer_below", "model.layers.2", "inactive", 0, None),
-        RuleState("layer_below", "model.layers.3", "firing", 1, 3),
+        RuleState("layer_below", "model.layers.2", "inactive", 0, None, ""),
+        RuleState("layer_below", "model.layers.3", "firing", 1, 3, "3", told=1),
     )
     assert run.bound_memory() == memory
     assert [run.outcome(one) for one in ("f1", "f0", "f-", "f=")] == ["peeled", "refused", "passed over", "vanished"]

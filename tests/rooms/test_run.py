@@ -495,7 +495,7 @@ def story(desk: Desk) -> dict[str, Any]:
         "jobs": query("SELECT * FROM jobs"),
         "tallies": desk.tallies,
         "peels": Counter(desk.steps),
-        "states": desk.run.ledger.rule_states(),
+        "states": [(s.rule, s.subject, s.phase, s.streak, s.since_step, s.told) for s in desk.run.ledger.rule_states()],
         "alerts": len(desk.alerts()),
         "owed": Counter((destination, lane) for destination, lane, *_ in desk.owed()),
         "reports": len(desk.lines),
@@ -927,6 +927,8 @@ def test_what_fires_is_resolved_once_with_the_reason(firing: Desk, change: dict[
     """The notice says why and keeps its severity, and the tracker's tag follows; a further start adds nothing."""
     before = firing.owed()
     firing.stopped(**change)
+    if "ended" not in change:
+        firing.round()
     (words,) = firing.told("alert")
     assert f"ALERT resolved: model.layers.1: {reason}" in words
     assert "since step 10" in words
@@ -939,6 +941,7 @@ def test_what_fires_is_resolved_once_with_the_reason(firing: Desk, change: dict[
     assert reason in firing.alerts()[-1]
     alerts = firing.alerts()
     firing.stopped()
+    firing.round()
     assert (firing.alerts(), firing.owed()[len(before) :]) == (alerts, owed)
 
 
