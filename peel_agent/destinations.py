@@ -89,8 +89,19 @@ def addresses(run: RunSettings, settings: Settings, *, key: str, folder: Path, s
     place = str(run.watch.path)
     trackers = tracker_settings(run.tracker, alone=len(settings.runs) == 1)
     to_trackers = (Address("tracker", name, name, plain(own), key, place, folder) for name, own in trackers.items())
-    to_sinks = []
+    return (*to_trackers, *sink_addresses(settings, key=key, place=place, state_dir=state_dir))
+
+
+def sink_addresses(settings: Settings, *, key: str, place: str, state_dir: Path) -> tuple[Address, ...]:
+    """Every sink, for the run `key` of this place. Raises ConfigurationError."""
+    found = []
     for sink in settings.sinks:
-        own = plugin_settings(registry.sink(sink.use).settings, f"sink.{sink.name}", sink.options, from_environment={})
-        to_sinks.append(Address("sink", sink.name, sink.use, plain(own), key, place, state_dir))
-    return (*to_trackers, *to_sinks)
+        plugin = registry.sink(sink.use)
+        environment = {
+            field.name: field.metadata["environment"]
+            for field in dataclasses.fields(plugin.settings)
+            if field.metadata.get("environment")
+        }
+        own = plugin_settings(plugin.settings, f"sink.{sink.name}", sink.options, from_environment=environment)
+        found.append(Address("sink", sink.name, sink.use, plain(own), key, place, state_dir))
+    return tuple(found)

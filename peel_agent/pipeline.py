@@ -270,10 +270,8 @@ def _measure_network(
 def plan_of(peeling: PeelSettings) -> Plan:
     """What the settings ask for: `quick` is margins of blocks from `skip` and `affine`; `quantities` overrides."""
     quick = peeling.effort == "quick"
-    default = {"quick": ("margin",), "full": ("margin", "bounds", "headroom", "redundancy")}
-    usual = default.get(peeling.effort, ("margin", "bounds"))
     return Plan(
-        quantities=frozenset(usual if peeling.quantities is None else peeling.quantities),
+        quantities=frozenset(peeling.computed),
         references=("skip", "affine") if quick else ("skip", "affine", "previous"),
         maps=peeling.maps,
         solver=peeling.solver,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from peel_agent.cli.alerts import add_alerts
 from peel_agent.cli.operate import add_deliveries, add_status
 from peel_agent.cli.options import say
 from peel_agent.cli.scan import add_scan, add_witness
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add_scan(commands.add_parser("scan", help="peel checkpoints once, without a tracker"))
     add_witness(commands.add_parser("witness", help="write a better block's weights, and prove them"))
     add_status(commands.add_parser("status", help="what the sidecar is doing, and whether all is well"))
+    add_alerts(commands.add_parser("alerts", help="what fires, a test of the sinks, silence for a while"))
     add_deliveries(commands.add_parser("deliveries", help="what could not be sent, and sending it again"))
     add_doctor(commands.add_parser("doctor", help="look at everything that a run needs, before it is needed"))
     add_init(commands.add_parser("init", help="write a commented configuration from what is found"))

@@ -35,12 +35,12 @@ def add_status(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    standing = _read(lambda: standing_of(state_folder(options), time.time()))
+    standing = reading(lambda: standing_of(state_folder(options), time.time()))
     print(json.dumps(standing.form(), indent=2) if options.json else _in_words(standing))
     return 0 if standing.is_ready else 1
 
 
-def _read(do: Callable[[], Answer]) -> Answer:
+def reading(do: Callable[[], Answer]) -> Answer:
     try:
         return do()
     except sqlite3.Error as error:
@@ -113,7 +113,7 @@ def _deliveries(options: argparse.Namespace) -> int:
     database = open_beside(state_folder(options), writing=options.action == "resend")
     outbox = Outbox(database)
     try:
-        return _read(lambda: _act(outbox, options.action, tuple(options.numbers)))
+        return reading(lambda: _act(outbox, options.action, tuple(options.numbers)))
     finally:
         database.close()
 

@@ -16,6 +16,7 @@ CHOICES = {
     "peel.quantities": ("margin", "bounds", "headroom", "redundancy"),
     "rule.kind": tuple(CHECKPOINTS),
     "rule.severity": ("info", "warning", "critical"),
+    "rule.op": ("<", "<=", ">", ">="),
     "log.format": ("text", "json"),
     "log.level": ("info", "warning", "error"),
 }
@@ -106,6 +107,9 @@ CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "Device": (_device, "auto, cpu, cuda:N, or a GPU's uuid as nvidia-smi -L prints it"),
     "RuleKind": (_text, "a rule kind"),
     "Severity": (_text, "a severity"),
+    "RuleKind": (str, "a rule kind"),
+    "Severity": (str, "a severity"),
+    "Operator": (str, "an operator"),
 }
 
 

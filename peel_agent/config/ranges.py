@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from peel_agent.config.rules import check_rules
 from peel_agent.config.sections import RunSettings, Settings
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import Rule
 
 
 def check_ranges(settings: Settings) -> None:
@@ -20,7 +19,8 @@ def check_ranges(settings: Settings) -> None:
     both: tuple[Settings | RunSettings, ...] = (settings, *settings.runs)
     for own in both:
         _check_least(own)
-        _check_rules(own.rules)
+        _check_names("rule", [rule.name for rule in own.rules])
+    check_rules(settings)
     _check_names("run", [run.name for run in settings.runs])
     _check_names("sink", [sink.name for sink in settings.sinks])
 
@@ -35,23 +35,11 @@ def _check_least(own: Settings | RunSettings) -> None:
         "probe.confirm_tokens": (probe.confirm_tokens, 1),
         "tracker.max_series": (own.tracker.max_series, 10),
     }
-    for rule in own.rules:
-        least[f"rule.{rule.name}.for_checkpoints"] = (rule.raised_after, 1)
-        least[f"rule.{rule.name}.clear_checkpoints"] = (rule.cleared_after, 1)
     if own.peel.time_budget_seconds is not None:
         least["peel.time_budget_seconds"] = (own.peel.time_budget_seconds, 0)
     for dotted, (value, bound) in least.items():
         if not bound <= value < float("inf"):
             raise ConfigurationError(f"`{dotted}` is {value:g}", remedy=f"it must be {bound:g} or more")
-
-
-def _check_rules(rules: Sequence[Rule]) -> None:
-    for rule in rules:
-        if not re.fullmatch(r"[\w.-]{1,100}", rule.name):
-            raise ConfigurationError(
-                f"a rule is called `{rule.name}`", remedy="letters, digits, `_`, `-` and `.` make a rule's name"
-            )
-    _check_names("rule", [rule.name for rule in rules])
 
 
 def _check_names(what: str, names: Iterable[str]) -> None:

@@ -106,8 +106,11 @@ SHIPPED_RULES: tuple[RuleKind, ...] = (
     "layer_dropped",
     "layer_stalled",
     "layer_flooding",
+    "run_below_bound",
+    "no_checkpoint",
+    "agent_error",
 )
-"""The rules without a configuration, chosen by the gallery (docs/proof.md)."""
+"""The rules without a configuration. Those of layers were chosen by the gallery (docs/proof.md)."""
 
 
 DEFAULT_RULES = tuple(Rule(name=kind, kind=kind) for kind in SHIPPED_RULES)

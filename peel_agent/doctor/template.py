@@ -95,7 +95,7 @@ BODY = """
 # name = "for_others"      # by default as `use`
 # path = "notices.jsonl"   # by default in the state folder
 
-# Alerts. Without any [[rule]] the first six are in force; a [[rule]] of your own replaces them all.
+# Alerts. Without any [[rule]] the first nine are in force; a [[rule]] of your own replaces them all.
 # Each names a block or a part of one (model.layers.3/mlp) by what the peel found of it.
 # [[rule]]
 # name = "layer_below"     # a cheap stand-in is as good as the block, or as its attention or MLP
@@ -104,6 +104,9 @@ BODY = """
 # clear_checkpoints = 2    # clear after so many in a row
 # after_step = 0           # nothing is raised before this step; while most blocks are idle, no layer is accused anyway
 # severity = "warning"     # info, warning or critical
+# threshold = 0.01         # only when the margin is at most so many nats per token; each kind has its own meaning
+# repeat_checkpoints = 20  # while it fires, told again so often (by default never)
+# sinks = ["for_others"]   # by name; by default every sink
 
 # [[rule]]
 # name = "layer_changed"   # its weights moved unusually since the checkpoint before: an event, one checkpoint is enough
@@ -124,6 +127,38 @@ BODY = """
 # [[rule]]
 # name = "layer_flooding"  # it drowns the stream, and every later block looks idle because of that
 # kind = "layer_flooding"
+
+# [[rule]]
+# name = "run_below_bound"   # a cheap construction from the run's own layers beats it by more than 1 % of the loss
+# kind = "run_below_bound"
+
+# [[rule]]
+# name = "no_checkpoint"   # none came for five times the longest pause so far, or for `threshold` seconds
+# kind = "no_checkpoint"
+
+# [[rule]]
+# name = "agent_error"     # a trouble that lasts 5 minutes, a checkpoint that cannot be used, a delivery given up
+# kind = "agent_error"
+
+# [[rule]]
+# name = "lag"             # so many checkpoints wait to be peeled
+# kind = "lag"
+# threshold = 5
+
+# [[rule]]
+# name = "loss_too_high"   # any number of the run in the tracker
+# kind = "metric"
+# metric = "peel/loss"
+# op = ">"                 # <, <=, > or >=
+# threshold = 8.0
+
+# [[rule]]
+# name = "false_convergence"  # the training loss is flat over 5 checkpoints while something better is proven to be near
+# kind = "false_convergence"
+
+# [[rule]]
+# name = "quantization_collapse"  # the weight set costs a low-bit layer more than 5 % of the loss; needs headroom
+# kind = "quantization_collapse"
 
 # [[rule]]
 # name = "layer_improvable"  # a better layer of its kind is proven while the loss is flat; needs [peel] effort = "full"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
+from typing import Any
 
 from peel_agent.ledger.database import Database
-from peel_agent.records import Silence
+from peel_agent.records import RuleState, Silence
 
 PACE_CHECKPOINTS = 200
 """The longest pause between checkpoints is looked for among so many of the last ones."""
@@ -98,6 +101,31 @@ def _unusable(outcome: str, step: int | None, path: str, detail: str) -> str | N
         return None
     which = f"the checkpoint of step {step}" if step is not None else path
     return f"{which} could not be peeled: {detail}"
+
+
+def rule_states(database: Database, run: str) -> tuple[RuleState, ...]:
+    """The state of every (rule, subject) of a run."""
+    rows = database.query(
+        "SELECT rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold "
+        "FROM rule_states WHERE run = ? ORDER BY rule, subject",
+        (run,),
+    )
+    return tuple(map(_state_of, rows))
+
+
+def _state_of(row: Sequence[Any]) -> RuleState:
+    rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold = row
+    parsed = tuple(json.loads(causes))
+    return RuleState(rule, subject, phase, streak, since_step, began, words, parsed, severity, told, untold)
+
+
+def keep_rule_states(db: sqlite3.Connection, run: str, states: Sequence[RuleState]) -> None:
+    """These states instead of those before."""
+    db.execute("DELETE FROM rule_states WHERE run = ?", (run,))
+    rows = [
+        (run, *(json.dumps(value) if isinstance(value, tuple) else value for value in astuple(one))) for one in states
+    ]
+    db.executemany("INSERT INTO rule_states VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def silences(database: Database, now: float) -> tuple[Silence, ...]:

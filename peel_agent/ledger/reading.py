@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from peel_agent.ledger.alerting import rule_states, silences
 from peel_agent.ledger.database import Database, open_beside
 from peel_agent.ledger.outbox import Lane, Outbox
-from peel_agent.records import Event
+from peel_agent.records import Event, RuleState, Silence
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,20 @@ class Reader:
             last_committed=last[0][1] if last else None,
             firing=tuple(firing),
         )
+
+    def alerts(self) -> tuple[tuple[str, RuleState], ...]:
+        """The name of its run, and the state, of every alert that fires or may fire soon."""
+        named = self._database.query("SELECT run, name FROM runs WHERE ended = 0 ORDER BY name")
+        return tuple(
+            (name, state)
+            for run, name in named
+            for state in rule_states(self._database, run)
+            if state.phase != "inactive"
+        )
+
+    def silences(self, now: float) -> tuple[Silence, ...]:
+        """Those in force at the time `now`, in Unix seconds."""
+        return silences(self._database, now)
 
     def owed(self) -> dict[Lane, tuple[int, int]]:
         """How much each lane owes, and how much of it was given up."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from peel_agent.errors import printable
-from peel_agent.ledger.alerting import Alerting
+from peel_agent.ledger.alerting import Alerting, keep_rule_states, rule_states
 from peel_agent.ledger.database import Database
 from peel_agent.ledger.files import read_json, write_durably
 from peel_agent.records import (
@@ -109,11 +109,7 @@ class RunLedger:
         )
 
     def rule_states(self) -> tuple[RuleState, ...]:
-        rows = self._rows(
-            "SELECT rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold "
-            "FROM rule_states WHERE run = ? ORDER BY rule, subject"
-        )
-        return tuple(map(_state_of, rows))
+        return rule_states(self._database, self.run)
 
     def bound_memory(self) -> Memory | None:
         """The running minimum of the bounds, None before the first."""
@@ -253,11 +249,7 @@ class RunLedger:
             self._owe(db, debts)
 
     def _keep_verdict(self, db: sqlite3.Connection, verdict: Verdict, alert_lines: Mapping[str, str]) -> None:
-        db.execute("DELETE FROM rule_states WHERE run = ?", (self.run,))
-        db.executemany(
-            "INSERT INTO rule_states VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [(self.run, *_row_of(state)) for state in verdict.states],
-        )
+        keep_rule_states(db, self.run, verdict.states)
         db.executemany(
             "INSERT OR IGNORE INTO alerts (run, id, line) VALUES (?, ?, ?)",
             [(self.run, *entry) for entry in alert_lines.items()],
@@ -306,17 +298,6 @@ class RunLedger:
         row = (self.run, ref.fingerprint, printable(ref.label), ref.step, ref.committed_at, outcome, detail)
         db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         tally(db, self.run, outcome.replace(" ", "_"))
-
-
-def _state_of(row: Sequence[Any]) -> RuleState:
-    rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold = row
-    known = tuple(json.loads(causes))
-    return RuleState(rule, subject, phase, streak, since_step, began, words, known, severity, told, untold)
-
-
-def _row_of(state: RuleState) -> tuple[Any, ...]:
-    *known, causes, severity, told, untold = astuple(state)
-    return (*known, json.dumps(causes), severity, told, untold)
 
 
 def tally(db: sqlite3.Connection, run: str, what: str, amount: float = 1.0) -> None:

@@ -74,6 +74,7 @@ from peel_agent.records.request import Request
 from peel_agent.records.rule import (
     CHECKPOINTS,
     CLEARED_AFTER,
+    NEEDS,
     OF_TIME,
     THRESHOLDS,
     Operator,
@@ -82,13 +83,15 @@ from peel_agent.records.rule import (
     Threshold,
     threshold_of,
 )
-from peel_agent.records.settings import ModelSettings, PeelSettings, Precision, ProbeSettings
+from peel_agent.records.settings import QUANTITIES, ModelSettings, PeelSettings, Precision, ProbeSettings
 
 __all__ = [
     "CHECKPOINTS",
     "CLEARED_AFTER",
     "FULL_PRECISION",
+    "NEEDS",
     "OF_TIME",
+    "QUANTITIES",
     "SCHEMA",
     "SETS",
     "THRESHOLDS",

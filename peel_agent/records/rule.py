@@ -51,6 +51,20 @@ False convergence looks back over so many checkpoints.
 CLEARED_AFTER: Mapping[RuleKind, int] = {**CHECKPOINTS, "false_convergence": 2}
 """And how many in a row clear it."""
 
+NEEDS: Mapping[RuleKind, tuple[str, ...]] = {
+    "layer_below": ("margin",),
+    "layer_changed": ("margin",),
+    "layer_regressed": ("margin",),
+    "layer_dropped": ("margin",),
+    "layer_stalled": ("margin",),
+    "layer_flooding": ("margin",),
+    "layer_improvable": ("headroom",),
+    "run_below_bound": ("bounds",),
+    "false_convergence": ("bounds", "headroom"),
+    "quantization_collapse": ("headroom",),
+}
+"""The quantities of a peel that a kind reads; one of them is enough."""
+
 OF_TIME: frozenset[RuleKind] = frozenset({"no_checkpoint", "agent_error", "lag"})
 """Kinds that go by the clock and by what waits, not by what a checkpoint's report says."""
 

@@ -36,6 +36,14 @@ class ProbeSettings:
     confirm_tokens: int = 16_384
 
 
+QUANTITIES: Mapping[str, tuple[str, ...]] = {
+    "quick": ("margin",),
+    "standard": ("margin", "bounds"),
+    "full": ("margin", "bounds", "headroom", "redundancy"),
+}
+"""What each effort computes."""
+
+
 @dataclass(frozen=True)
 class PeelSettings:
     """`[peel]`: what to compute; what `time_budget_seconds` do not suffice for is left out and said."""
@@ -45,3 +53,8 @@ class PeelSettings:
     maps: str | tuple[tuple[int, ...], ...] = "ends"
     solver: str = "closed_form"
     time_budget_seconds: float | None = None
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The quantities that are computed: those named, or the effort's own."""
+        return QUANTITIES[self.effort] if self.quantities is None else self.quantities

@@ -62,11 +62,18 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     return dict(actions.choices)
 
 
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The options of a command and of its own commands."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return options.union(*(options_of(one) for action in nested for one in action.choices.values()))
+
+
 def test_every_command_is_in_the_readme() -> None:
     """README's table has exactly the commands that there are, and shows no option that does not exist."""
     table = README.split("| command | does | exit |")[1].split("\n\n")[0]
     assert set(re.findall(r"`peel-agent (\w+)", table)) == set(commands())
-    known = {option for parser in commands().values() for action in parser._actions for option in action.option_strings}
+    known = {option for parser in commands().values() for option in options_of(parser)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
 
 
@@ -110,7 +117,7 @@ def test_the_example_has_every_key_with_its_default(tmp_path: Path) -> None:
             assert key in shown[section.name], f"{section.name}.{key}"
             if getattr(default, key) not in (None, (), {}, ""):
                 assert getattr(switched_on, key) == getattr(default, key), f"{section.name}.{key}"
-    assert set(shown["rule"][0]) == {field.name for field in dataclasses.fields(Rule)}
+    assert {key for rule in shown["rule"] for key in rule} == {field.name for field in dataclasses.fields(Rule)}
     assert [rule["kind"] for rule in shown["rule"][: len(DEFAULT_RULES)]] == [rule.kind for rule in DEFAULT_RULES]
     assert {rule["kind"] for rule in shown["rule"]} == set(CHECKPOINTS)
     assert [run.name for run in settings.runs] == [shown["run"][0]["name"]]

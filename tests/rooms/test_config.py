@@ -34,7 +34,7 @@ def toml(folder: Path, text: str) -> Path:
 
 
 def test_defaults() -> None:
-    """Without a file there is a rule for every kind but headroom's, the default suite, and MLflow."""
+    """Without a file: the rules that the gallery chose and those of the watching, the default suite, MLflow."""
     settings = load_settings(None, {})
     assert settings.tracker.use == ("mlflow",)
     assert [rule.kind for rule in settings.rules] == [
@@ -44,6 +44,9 @@ def test_defaults() -> None:
         "layer_dropped",
         "layer_stalled",
         "layer_flooding",
+        "run_below_bound",
+        "no_checkpoint",
+        "agent_error",
     ]
     assert [rule.name for rule in settings.rules] == [rule.kind for rule in settings.rules]
     assert all(rule.for_checkpoints is rule.clear_checkpoints is None for rule in settings.rules)
@@ -86,11 +89,16 @@ def test_tracker_tables_and_rules(tmp_path: Path) -> None:
         ("layer_stalled", 1),
         ("layer_flooding", 1),
         ("layer_improvable", 2),
+        ("run_below_bound", 2),
+        ("quantization_collapse", 2),
+        ("no_checkpoint", 1),
+        ("agent_error", 1),
+        ("lag", 1),
     ],
 )
 def test_a_rule_without_numbers_has_its_kinds(tmp_path: Path, kind: str, checkpoints: int) -> None:
     """Every kind can be configured; what a rule leaves out is the kind's own number, what it gives counts."""
-    text = f'[[rule]]\nname = "a"\nkind = "{kind}"\n[[rule]]\nname = "b"\nkind = "{kind}"\n'
+    text = f'[peel]\neffort = "full"\n[[rule]]\nname = "a"\nkind = "{kind}"\n[[rule]]\nname = "b"\nkind = "{kind}"\n'
     first, second = load_settings(toml(tmp_path, text + "for_checkpoints = 3\nclear_checkpoints = 4\n"), {}).rules
     assert (first.raised_after, first.cleared_after) == (checkpoints, checkpoints)
     assert (second.raised_after, second.cleared_after) == (3, 4)
@@ -233,12 +241,37 @@ def test_sections_of_the_agent(tmp_path: Path, text: str, name: str, expected: o
         ("[peel]\nmaps = [['a']]", "`peel.maps`"),
         ("watch = 3", "`watch` is 3, not a table"),
         ("[[rule]]\nname = 'x'", r"\[\[rule\]\] is not complete: .*kind"),
-        ("[[rule]]\nname = 'x'\nkind = 'metric'", "`rule.kind` is `metric`"),
+        ("[[rule]]\nname = 'x'\nkind = 'metrics'", "`rule.kind` is `metrics`"),
         ("[watch", "is not valid TOML"),
         ("[rule]\nname = 'x'", r"write each rule as \[\[rule\]\]"),
         ("[[rule]]\nname = 'x'\nkind = 'layer_below'\nfor_checkpoints = 0", r"`rule.x.for_checkpoints` is 0"),
         ("[[rule]]\nname = 'x'\nkind = 'layer_changed'\nclear_checkpoints = -1", r"`rule.x.clear_checkpoints` is -1"),
         ("[[rule]]\nname = 'x'\nkind = 'layer_below'\n" * 2, "two rules are called `x`"),
+        ("[[rule]]\nname = 'x'\nkind = 'lag'\nrepeat_checkpoints = 0", r"`rule.x.repeat_checkpoints` is 0"),
+        ("[[rule]]\nname = 'x'\nkind = 'metric'\nmetric = 'peel/loss'", r"has no threshold(.|\n)*compared with"),
+        ("[[rule]]\nname = 'x'\nkind = 'metric'\nthreshold = 1", "does not say which metric"),
+        ("[[rule]]\nname = 'x'\nkind = 'lag'\nmetric = 'peel/loss'", "of kind lag names a metric"),
+        ("[[rule]]\nname = 'x'\nkind = 'metric'\nop = '='", r"`rule.op` is `=`(.|\n)*<, <=, >, >="),
+        ("[[rule]]\nname = 'x'\nkind = 'no_checkpoint'\nthreshold = -5", r"threshold` is -5(.|\n)*0 or more: seconds"),
+        ("[[rule]]\nname = 'x'\nkind = 'layer_changed'\nthreshold = 0.5", r"threshold` is 0.5(.|\n)*1 or more"),
+        ("[[rule]]\nname = 'x'\nkind = 'layer_flooding'\nthreshold = 2", r"threshold` is 2(.|\n)*0 to 1"),
+        ("[[rule]]\nname = 'x'\nkind = 'lag'\nsinks = ['mail']", r"told to a sink `mail`(.|\n)*there is none"),
+        (
+            "[[sink]]\nuse = 'stderr'\n[[rule]]\nname = 'x'\nkind = 'lag'\nsinks = ['mail']",
+            r"told to a sink `mail`(.|\n)*there are: stderr",
+        ),
+        (
+            "[[sink]]\nuse = 'stderr'\n[[rule]]\nname = 'x'\nkind = 'lag'\nsinks = []",
+            "no rule tells the sink `stderr` anything",
+        ),
+        (
+            "[[rule]]\nname = 'x'\nkind = 'layer_improvable'",
+            r"reads headroom, and only margin, bounds(.|\n)*effort = \"full\"",
+        ),
+        (
+            "[peel]\neffort = 'quick'\n[[rule]]\nname = 'x'\nkind = 'run_below_bound'",
+            r"reads bounds, and only margin is(.|\n)*effort = \"standard\"",
+        ),
         ("[[rule]]\nname = 'a b(c)'\nkind = 'layer_below'", r"a rule is called `a b\(c\)`"),
         ("[tracker]\nmax_series = -1", "`tracker.max_series` is -1"),
         ("[probe]\nfit_tokens = inf", "`probe.fit_tokens` is inf"),
