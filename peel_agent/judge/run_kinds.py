@@ -47,30 +47,30 @@ def run_below_bound(observed: ReportObservation, rule: Rule) -> dict[str, Testim
     winner = _winner(report)
     if report.gap is None or winner is None:
         return {}
+    if report.finding is not None:  # an early run, or one in trouble: that is told, and explains the gap
+        return {RUN: SILENCE}
     floor = threshold_of(rule) * report.loss.value
     if report.gap.high <= floor:
         return {RUN: Testimony("against", f"the run is within {floor:.4f} nats/token of the best cheap construction")}
     if report.gap.low <= floor or not winner.within_class:
         return {RUN: SILENCE}
-    step = report.checkpoint.step
+    step = report.bound_step if report.bound_step is not None else report.checkpoint.step
     if winner.label == "head":
         words = (
-            f"a refitted output matrix alone beats the run by {report.gap} nats/token at step {step}: the gap is the "
-            "head's, not the layers'"
+            f"a refitted output matrix alone, built at step {step}, beats the run by {report.gap} nats/token: the gap "
+            "is the head's, not the layers'"
         )
         return {RUN: Testimony("for", words, causes=_HEAD)}
     words = (
-        f"a cheap construction from the run's own layers (map {winner.label}) beats it by {report.gap} nats/token at "
-        f"step {step}"
+        f"a cheap construction from the run's own layers (map {winner.label}, built at step {step}) beats it by "
+        f"{report.gap} nats/token"
     )
     return {RUN: Testimony("for", words, causes=_BELOW_BOUND)}
 
 
 def _winner(report: PeelReport) -> BoundReport | None:
-    """The construction that the bound is of; None when it is one of an earlier checkpoint."""
-    if report.bound is None or not report.bounds:
-        return None
-    return min(report.bounds, key=lambda bound: bound.best)
+    """The construction that the bound is of, as this report has it; None when there is none."""
+    return next((bound for bound in report.bounds if bound.label == report.bound_label), None)
 
 
 def false_convergence(observed: ReportObservation, rule: Rule) -> dict[str, Testimony]:

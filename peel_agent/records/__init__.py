@@ -40,7 +40,6 @@ from peel_agent.records.model import (
 )
 from peel_agent.records.past import Before, Sketches
 from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet, glob_fits
-from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet
 from peel_agent.records.publication import NoticeGroup, Publication
 from peel_agent.records.report import (
     SCHEMA,

@@ -17,6 +17,7 @@ from peel_agent.records import (
     OF_TIME,
     BoundReport,
     Estimate,
+    Finding,
     LayerReport,
     PeelReport,
     ReportObservation,
@@ -38,8 +39,9 @@ def bound(label: str, value: float, *, within: bool = True) -> BoundReport:
 
 
 def with_gap(gap: Estimate | None, *bounds: BoundReport, step: int = 100) -> PeelReport:
-    best = min((one.value for one in bounds), key=lambda one: one.value, default=None)
-    return replace(report(step), bounds=bounds, bound=best, gap=gap)
+    best = min(bounds, key=lambda one: one.best, default=None)
+    of_best = {} if best is None else {"bound": best.value, "bound_label": best.label, "bound_step": step}
+    return replace(report(step), bounds=bounds, gap=gap, **of_best)
 
 
 def spoken(rule: Rule, observed: ReportObservation | TickObservation) -> dict[str, str]:
@@ -84,8 +86,15 @@ def test_the_heads_gap_is_told_apart() -> None:
         ReportObservation(with_gap(around(0.02), bound("head", 0.99), bound("1-4", 0.98))), rule
     )["run"]
     assert "the gap is the head's, not the layers'" in of_head.words
-    assert "(map 1-4)" in of_layers.words
+    assert "(map 1-4, built at step 100)" in of_layers.words
     assert set(of_head.causes).isdisjoint(of_layers.causes)
+
+
+def test_an_early_run_explains_its_gap() -> None:
+    """While the run as a whole has a finding, a gap is no news of its own."""
+    early = Finding("early", "run", "the run is early")
+    seen = replace(with_gap(around(0.02), bound("ends", 0.98)), finding=early)
+    assert spoken(Rule("r", "run_below_bound"), ReportObservation(seen)) == {"run": "neither"}
 
 
 def test_without_bounds_nothing_is_said_of_them() -> None:
