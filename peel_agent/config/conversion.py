@@ -107,9 +107,7 @@ CONVERTERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "Device": (_device, "auto, cpu, cuda:N, or a GPU's uuid as nvidia-smi -L prints it"),
     "RuleKind": (_text, "a rule kind"),
     "Severity": (_text, "a severity"),
-    "RuleKind": (str, "a rule kind"),
-    "Severity": (str, "a severity"),
-    "Operator": (str, "an operator"),
+    "Operator": (_text, "an operator"),
 }
 
 
