@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peel_agent import registry
-from peel_agent.config import RunSettings, Settings, TrackerSettings, plugin_settings
+from peel_agent.config import RunSettings, Settings, SinkSettings, TrackerSettings, plugin_settings
 from peel_agent.errors import ConfigurationError
 from peel_agent.records import plain, restored
 from peel_agent.spi import Sink, Tracker
@@ -73,6 +73,17 @@ def tracker_settings(tracking: TrackerSettings, *, alone: bool) -> dict[str, Any
     return settings
 
 
+def sink_settings(sink: SinkSettings) -> Any:
+    """A sink's own settings, by its plug-in. Raises ConfigurationError, and PluginError where there is none."""
+    plugin = registry.sink(sink.use)
+    environment = {
+        field.name: field.metadata["environment"]
+        for field in dataclasses.fields(plugin.settings)
+        if field.metadata.get("environment")
+    }
+    return plugin_settings(plugin.settings, f"sink.{sink.name}", sink.options, from_environment=environment)
+
+
 def pinned_run(settings: Mapping[str, Any]) -> str:
     """What the user pinned of the trackers' own runs; another text is another run."""
     pins = {
@@ -94,14 +105,7 @@ def addresses(run: RunSettings, settings: Settings, *, key: str, folder: Path, s
 
 def sink_addresses(settings: Settings, *, key: str, place: str, state_dir: Path) -> tuple[Address, ...]:
     """Every sink, for the run `key` of this place. Raises ConfigurationError."""
-    found = []
-    for sink in settings.sinks:
-        plugin = registry.sink(sink.use)
-        environment = {
-            field.name: field.metadata["environment"]
-            for field in dataclasses.fields(plugin.settings)
-            if field.metadata.get("environment")
-        }
-        own = plugin_settings(plugin.settings, f"sink.{sink.name}", sink.options, from_environment=environment)
-        found.append(Address("sink", sink.name, sink.use, plain(own), key, place, state_dir))
-    return tuple(found)
+    return tuple(
+        Address("sink", sink.name, sink.use, plain(sink_settings(sink)), key, place, state_dir)
+        for sink in settings.sinks
+    )

@@ -78,13 +78,21 @@ class Family(Protocol):
         """Module names for a model of this configuration, or where the layers of a fully connected network are."""
 
 
-def setting(default: Any, *, environment: str | None = None, pins_run: bool = False) -> Any:
-    """A field of a plug-in's settings: a frozen dataclass of text, numbers, booleans and paths.
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    environment: str | None = None,
+    pins_run: bool = False,
+    secret: bool = False,
+) -> Any:
+    """A field of a plug-in's settings: a frozen dataclass of text, numbers, booleans, paths and lists of texts.
 
-    `environment` is a variable that it is taken from when the configuration leaves it out. A field that `pins_run`
-    names the tracker's own run: another value is another run, which inherits nothing of what is known.
+    One without a default must be given. `environment` is a variable that it is taken from when the configuration
+    leaves it out. A field that `pins_run` names the tracker's own run: another value is another run, which inherits
+    nothing of what is known. A `secret` is left out of the settings' repr; messages must not hold it either.
     """
-    return dataclasses.field(default=default, metadata={"environment": environment, "pins_run": pins_run})
+    metadata = {"environment": environment, "pins_run": pins_run, "secret": secret}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 class Tracker(Protocol):

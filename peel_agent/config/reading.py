@@ -191,8 +191,14 @@ def plugin_settings(
     `from_environment` maps fields to the environment variables that they are taken from.
     """
     looked_up = {key: os.environ[variable] for key, variable in from_environment.items() if os.environ.get(variable)}
-    revealed = {key: _revealed(f"{name}.{key}", one) if isinstance(one, str) else one for key, one in table.items()}
+    revealed = {key: _revealed_in(f"{name}.{key}", one) for key, one in table.items()}
     return section(kind, name, {**looked_up, **revealed})
+
+
+def _revealed_in(dotted: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_revealed_in(dotted, entry) for entry in value]
+    return _revealed(dotted, value) if isinstance(value, str) else value
 
 
 def _known(section: str, table: Mapping[str, Any], known: set[str]) -> None:

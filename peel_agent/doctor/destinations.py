@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peel_agent import registry
-from peel_agent.config import RunSettings, SinkSettings, TrackerSettings, plugin_settings
-from peel_agent.destinations import pinned_run, tracker_settings
+from peel_agent.config import RunSettings, SinkSettings, TrackerSettings
+from peel_agent.destinations import pinned_run, sink_settings, tracker_settings
 from peel_agent.doctor.configuration import failed
 from peel_agent.errors import PeelError
 from peel_agent.identity import run_key
@@ -58,9 +58,7 @@ def check_sinks(sinks: Sequence[SinkSettings], state_dir: Path | None, now: Call
     for sink in sinks:
         what = f"sink {sink.name}"
         try:
-            plugin = registry.sink(sink.use)
-            own = plugin_settings(plugin.settings, f"sink.{sink.name}", sink.options, from_environment={})
-            connected = plugin.connect(own, state_dir=state_dir or Path())
+            connected = registry.sink(sink.use).connect(sink_settings(sink), state_dir=state_dir or Path())
         except PeelError as error:
             yield failed(what, error)
             continue

@@ -87,13 +87,61 @@ BODY = """
 # use = "local"            # a child process of the agent
 
 # Where notices go, beside the trackers: each [[sink]] is one place; all keys but use and name are the plug-in's own.
+# A secret is "${NAME}", of the environment, or "file:/path"; also within a list.
 # [[sink]]
 # use = "stderr"
+# journal = false          # each line begins with a priority, as systemd's journal reads it
+# journal_stream = "8:1234"  # by default JOURNAL_STREAM, as systemd sets it: our stderr then has priorities too
 
 # [[sink]]
 # use = "jsonl"
 # name = "for_others"      # by default as `use`
 # path = "notices.jsonl"   # by default in the state folder
+
+# [[sink]]
+# use = "webhook"          # CloudEvents 1.0, posted as JSON
+# url = "https://hooks.example/peel"  # a secret if need be; redirects are not followed
+# signing_secret = "${PEEL_HOOK_SECRET}"  # signs each request: X-Peel-Signature, see the README
+# token = "${PEEL_HOOK_TOKEN}"  # sent as Authorization: Bearer
+# timeout_seconds = 10     # for all of it: name, connection, answer
+# allow_private = false    # addresses of private networks and of this machine, and http
+# ca_file = "/etc/ssl/own-ca.pem"  # these authorities instead of the system's
+# proxy = "http://proxy:3128"  # none without it, whatever the environment says
+
+# [[sink]]
+# use = "slack"            # and what takes the same: Mattermost, Rocket.Chat, Discord's address with /slack behind it
+# url = "${SLACK_WEBHOOK}"  # the address that the chat gave you: a secret
+# blocks = true            # Slack's own layout beside the plain text
+# timeout_seconds = 10
+# allow_private = false
+# ca_file = "/etc/ssl/own-ca.pem"
+# proxy = "http://proxy:3128"
+
+# [[sink]]
+# use = "email"
+# host = "smtp.example.org"
+# port = 587               # by default 587, 465 for "tls", 25 for "none"
+# security = "starttls"    # or "tls" from the first byte; "none" only to a private address, and without a password
+# user = "peel"
+# password = "${SMTP_PASSWORD}"
+# sender = "peel@example.org"
+# to = ["oncall@example.org"]
+# timeout_seconds = 30
+# ca_file = "/etc/ssl/own-ca.pem"
+
+# [[sink]]
+# use = "apprise"          # pip install "peel-agent[apprise]": over a hundred services
+# urls = ["${PUSHOVER_URL}"]  # Apprise's URLs, which hold secrets
+# timeout_seconds = 60     # for all of them together
+
+# [[sink]]
+# use = "exec"             # a program of yours gets each group as JSON on stdin; status 0 taken, 75 later, else never
+# command = ["/usr/local/bin/page", "--team", "training"]  # no shell
+# enabled = false          # nothing is run without it
+# timeout_seconds = 30     # then it is killed, with all that it started
+# path = "/usr/bin:/bin"   # by default PATH, HOME and LANG of the agent; it sees no other variable of ours
+# home = "/srv/peel"
+# lang = "C.UTF-8"
 
 # Alerts. Without any [[rule]] the first nine are in force; a [[rule]] of your own replaces them all.
 # Each names a block or a part of one (model.layers.3/mlp) by what the peel found of it.

@@ -17,6 +17,7 @@ from peel_agent import registry
 from peel_agent.cli.main import _parser
 from peel_agent.config import Settings, load_settings
 from peel_agent.config.sections import DEFAULT_RULES
+from peel_agent.destinations import sink_settings
 from peel_agent.doctor import configuration_text
 from peel_agent.publish import publication
 from peel_agent.records import CHECKPOINTS, Rule, RuleState, Verdict
@@ -134,6 +135,28 @@ def test_the_example_has_every_key_of_the_plug_ins() -> None:
         own = {field.name for field in dataclasses.fields(registry.sink(point.name).settings)}
         assert own <= sinks.get(point.name, set()), point.name
         assert point.name in sinks
+
+
+def test_the_sinks_that_the_readme_shows_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each [[sink]] in a code block is taken as it stands, once its secret is there."""
+    blocks = [block for block in re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL) if "[[sink]]" in block]
+    monkeypatch.setenv("PEEL_HOOK_SECRET", "a secret")
+    (tmp_path / "password").write_text("a secret")
+    text = "\n".join(blocks).replace("file:/etc/peel-agent/smtp-password", f"file:{tmp_path}/password")
+    (tmp_path / "peel.toml").write_text(text)
+    sinks = load_settings(tmp_path / "peel.toml", {}).sinks
+    assert [sink.use for sink in sinks] == ["webhook", "email"]
+    for sink in sinks:
+        assert "a secret" not in repr(sink_settings(sink))
+
+
+def test_every_sink_is_in_the_readme() -> None:
+    """The table of sinks has each first-party one, and no other."""
+    table = README.split("| `use` | what it does with a group |")[1].split("\n\n")[0]
+    points = entry_points(group="peel_agent.sinks")
+    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {
+        point.name for point in points if point.value.startswith("peel_plugins")
+    }
 
 
 def test_every_plug_in_is_in_the_readme() -> None:

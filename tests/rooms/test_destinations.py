@@ -143,7 +143,7 @@ def test_addresses_connect_what_is_configured(tmp_path: Path) -> None:
     [
         ("[[sink]]\nuse = 'pagr'", r"no plug-in `pagr` of kind sinks"),
         ("[[sink]]\nuse = 'jsonl'\nname = 'x'\npaht = 'p'", r"unknown key `sink.x.paht`(.|\n)*did you mean `path`"),
-        ("[[sink]]\nuse = 'stderr'\npath = 'p'", r"unknown key `sink.stderr.path`(.|\n)*no keys here"),
+        ("[[sink]]\nuse = 'stderr'\npath = 'p'", r"unknown key `sink.stderr.path`(.|\n)*known here: journal"),
     ],
 )
 def test_wrong_sinks(tmp_path: Path, text: str, words: str) -> None:
