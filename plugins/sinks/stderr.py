@@ -37,9 +37,7 @@ class StderrSink:
     def deliver(self, group: NoticeGroup) -> None:
         lines = group.text.splitlines()
         if self._settings.journal or _is_stderr(self._settings.journal_stream):
-            lines = [
-                f"<{priority}>{line}" for priority, line in zip(_priorities(group, len(lines)), lines, strict=True)
-            ]
+            lines = [f"<{priority}>{line}" for priority, line in zip(_priorities(group, lines), lines, strict=True)]
         try:
             sys.stderr.write("".join(f"{line}\n" for line in lines))
             sys.stderr.flush()
