@@ -26,7 +26,7 @@ def check_globs(sets: Mapping[str, WeightSet], shapes: Mapping[str, tuple[int, .
                 remedy="name the matrices outside the experts only; experts in low bits are not covered yet",
             )
     matrices = {name: shape[0 if transposed else 1] for name, shape in shapes.items() if len(shape) == 2}
-    for glob, own in sets.items():
+    for glob, weight_set in sets.items():
         fitting = [name for name in matrices if glob_fits(glob, name)]
         if not fitting:
             raise ConfigurationError(
@@ -34,9 +34,10 @@ def check_globs(sets: Mapping[str, WeightSet], shapes: Mapping[str, tuple[int, .
                 remedy=f"use a glob over the names of modules or weights, such as {list(matrices)[-1]}",
             )
         for name in fitting:
-            if own.unit == "group" and matrices[name] % own.group:
+            if weight_set.unit == "group" and matrices[name] % weight_set.group:
                 raise ConfigurationError(
-                    f"`{own.name}` cannot be used for {name}: groups of {own.group} do not divide {matrices[name]}",
+                    f"`{weight_set.name}` cannot be used for {name}: groups of {weight_set.group} do not divide "
+                    f"{matrices[name]}",
                     remedy="choose a group size that divides the matrix's inputs",
                 )
 
@@ -51,10 +52,10 @@ def precision_in_words(
     quantisers = Quantisers(sets, transposed=anatomy.projection_layout == "in_out")
     if packed:
         return packed + ("" if quantisers.of(name, stored).restricts else "; references are not held to that grid")
-    dtype, own = str(stored.dtype).removeprefix("torch."), quantisers.of(name, stored)
-    if not own.restricts:
+    dtype, weight_set = str(stored.dtype).removeprefix("torch."), quantisers.of(name, stored)
+    if not weight_set.restricts:
         return dtype
-    return f"{dtype} {'latents of' if quantisers.named(name) else 'in'} {own.name}"
+    return f"{dtype} {'latents of' if quantisers.named(name) else 'in'} {weight_set.name}"
 
 
 class PatchedWeights:

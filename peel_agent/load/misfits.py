@@ -24,7 +24,7 @@ def remedy_for(
     """The way out that fits the names; `misshapen` has the stored shape and the model's."""
     if twice:
         return "save each weight once: two of the stored names are one weight of the model"
-    if misshapen and all(len(stored) == 2 and stored == own[::-1] for stored, own in misshapen.values()):
+    if misshapen and all(len(stored) == 2 and stored == expected[::-1] for stored, expected in misshapen.values()):
         return (
             "the matrices are stored the other way round, as nanoGPT's are: transpose them, or build the model that "
             "wrote them with `[model] factory`"
@@ -47,7 +47,11 @@ def remedy_for(
 def _rows_of_vocabulary(vocabulary: object, shapes: Collection[tuple[Shape, Shape]]) -> int | None:
     """The rows that embeddings and head have instead of `vocabulary`; None where another size differs as well."""
     rows = {
-        stored[0] if len(stored) == len(own) and own[:1] == (vocabulary,) and stored[1:] == own[1:] else None
-        for stored, own in shapes
+        stored[0] if _differs_in_rows(stored, expected) and expected[0] == vocabulary else None
+        for stored, expected in shapes
     }
     return rows.pop() if len(rows) == 1 else None
+
+
+def _differs_in_rows(stored: Shape, expected: Shape) -> bool:
+    return len(stored) == len(expected) > 0 and stored[1:] == expected[1:]

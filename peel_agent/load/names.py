@@ -47,7 +47,7 @@ class NamedWeights:
         self._unexpected = [
             name
             for name in self._assigned.unknown
-            if not any(buffers.hold(own, self._shapes[name]) for own in spellings.of(name))
+            if not any(buffers.hold(spelling, self._shapes[name]) for spelling in spellings.of(name))
         ]
         self._pieces = {name: self._pieces_of(name) for name in self._expected}
         for name, other in [*self.tied.items(), *((other, name) for name, other in self.tied.items())]:
@@ -107,7 +107,7 @@ class NamedWeights:
             if self._shapes[name] != pieces.shape
         }
         if misshapen:
-            wrong = [f"{name} {list(self._shapes[name])} instead of {list(own)}" for name, own in misshapen.items()]
+            wrong = [f"{name} {list(self._shapes[name])} instead of {list(shape)}" for name, shape in misshapen.items()]
             problems.append(f"misshapen {_some(wrong, len(wrong))}")
         if twice := self._assigned.stored_twice():
             problems.append(f"stored under two names {_some(twice, len(twice))}")
@@ -154,13 +154,13 @@ def _assigned(shapes: Iterable[str], spellings: Spellings, rules: StoredAs) -> _
     found = _Assigned(rules.composed())
     for stored in shapes:
         for spelling in spellings.of(stored):
-            if (own := spellings.own(spelling)) is not None:
-                first = found.whole.setdefault(own, stored)
+            if (weight := spellings.meant(spelling)) is not None:
+                first = found.whole.setdefault(weight, stored)
                 found.repeated.extend([(first, stored)] if first != stored else [])
                 break
             if places := [place for place in rules.places(spelling) if place[1] < _count(found.composed, place[0])]:
-                for own, place in places:
-                    first = found.composed[own].names.setdefault(place, stored)
+                for weight, place in places:
+                    first = found.composed[weight].names.setdefault(place, stored)
                     found.repeated.extend([(first, stored)] if first != stored else [])
                 break
         else:

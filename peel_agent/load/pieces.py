@@ -39,20 +39,20 @@ class Pieces:
         return self.templates[part].replace("{expert}", str(expert))
 
 
-class Rule:
+class _Rule:
     """One entry of `stored_as`: the weights of the model that it is about, and their pieces in a checkpoint."""
 
-    def __init__(self, own: str, stored: Stored) -> None:
-        self._own = own
+    def __init__(self, weight: str, stored: Stored) -> None:
+        self._weight = weight
         self._by_expert = isinstance(stored, Experts)
         self._heads = stored.heads if isinstance(stored, AdjacentPairs) else 0
         self._parts = stored.parts if isinstance(stored, Experts) else (_name_of(stored),)
-        self._own_pattern = _pattern(own)
+        self._weight_pattern = _pattern(weight)
         self._patterns = [_pattern(part) for part in self._parts]
 
     def pieces(self, name: str, shape: tuple[int, ...]) -> Pieces | None:
         """The pieces of a weight of the model, none of them found yet; None when the rule is not about it."""
-        match = self._own_pattern.fullmatch(name)
+        match = self._weight_pattern.fullmatch(name)
         if match is None:
             return None
         templates = tuple(_filled(part, match) for part in self._parts)
@@ -66,7 +66,7 @@ class Rule:
         for part, pattern in enumerate(self._patterns):
             if match := pattern.fullmatch(stored):
                 expert = int(match.groupdict().get("expert", 0))
-                return _filled(self._own, match), expert * len(self._parts) + part
+                return _filled(self._weight, match), expert * len(self._parts) + part
         return None
 
 
@@ -92,7 +92,7 @@ class StoredAs:
     """All of `stored_as`."""
 
     def __init__(self, stored_as: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
-        self._rules = [Rule(own, other) for own, other in stored_as.items()]
+        self._rules = [_Rule(weight, stored) for weight, stored in stored_as.items()]
         self._expected = expected
 
     def composed(self) -> dict[str, Pieces]:

@@ -49,8 +49,8 @@ class Spellings:
         for name in self._names:
             self._by_bare.setdefault(without_wrappers(name), name)
 
-    def own(self, name: str) -> str | None:
-        """The model's own name for one spelling; None when it is none of its weights."""
+    def meant(self, name: str) -> str | None:
+        """The weight of the model that one spelling is the name of, None for none."""
         return name if name in self._names else self._by_bare.get(name)
 
     def of(self, stored: str) -> Iterator[str]:

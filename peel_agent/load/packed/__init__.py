@@ -9,6 +9,7 @@ from peel_agent.load.packed.bitnet import unpack as _bitnet
 from peel_agent.load.packed.bitsandbytes import unpack as _bitsandbytes
 from peel_agent.load.packed.compressed_tensors import unpack as _compressed_tensors
 from peel_agent.load.packed.dequantised import CONFIG, Unpacked, refused, shown
+from peel_agent.load.packed.fine_grained_fp8 import unpack as _fine_grained_fp8
 from peel_agent.load.packed.named_quantiser import unpack as _named_quantiser
 from peel_agent.load.packed.packed_words import unpack_awq, unpack_gptq
 from peel_agent.load.packed.torchao import unpack as _torchao
@@ -20,7 +21,9 @@ METHODS: Mapping[str, Callable[[Weights, Mapping[str, Any]], Unpacked]] = {
     "bitnet": _bitnet,
     "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed_tensors,
+    "fp8": _fine_grained_fp8,
     "gptq": unpack_gptq,
+    "mxfp8": _fine_grained_fp8,
     "peel-agent": _named_quantiser,
     "torchao": _torchao,
 }
