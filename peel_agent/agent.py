@@ -201,7 +201,7 @@ class Agent:
             self._addresses[key] = own
             watcher = self._watchers.get(key)
             if watcher is not None and watcher.run.settings == run and watcher.is_watching:
-                watcher.run.sinks = _names(settings)
+                watcher.run.sinks = _sinks(settings)
             elif watcher is not None and not self._stop(watcher):
                 hanging.append(watcher.name)
             else:
@@ -223,7 +223,7 @@ class Agent:
             emit=self._emit,
         )
         source = source_of(run, ledger.folder, policy, once=once, stopping=lambda: self._stopping)
-        made = Run(run, settings.device, source, policy, ledger, services, sinks=_names(settings), once=once)
+        made = Run(run, settings.device, source, policy, ledger, services, sinks=_sinks(settings), once=once)
         watcher = Watcher(key, made, self.journal, on_end=self._turn, on_damage=self._mend_ledger)
         self._watchers[key] = watcher
         watcher.start()
@@ -275,7 +275,7 @@ class Agent:
             gone = _gone(name, place, settings)
             source = source_of(gone, ledger.folder, "latest", once=True, stopping=lambda: True)
             services = Services(self.journal, lambda _: None, self._engine.submit, lambda _: None)
-            Run(gone, settings.device, source, "latest", ledger, services, sinks=_names(settings), ended=NOT_WATCHED)
+            Run(gone, settings.device, source, "latest", ledger, services, sinks=_sinks(settings), ended=NOT_WATCHED)
             self._addresses[key] = self._addresses_of_gone(key, name, place, settings)
             self._ledger.end(ledger)
 
@@ -395,5 +395,5 @@ def _gone(name: str, place: str, settings: Settings) -> RunSettings:
     return RunSettings(name=name, watch=dataclasses.replace(settings.watch, path=place), tracker=settings.tracker)
 
 
-def _names(settings: Settings) -> tuple[str, ...]:
-    return tuple(sink.name for sink in settings.sinks)
+def _sinks(settings: Settings) -> dict[str, float | None]:
+    return {sink.name: getattr(registry.sink(sink.use), "resend_seconds", None) for sink in settings.sinks}

@@ -13,7 +13,7 @@ from peel_agent.errors import CheckpointError
 from peel_agent.journal import Journal
 from peel_agent.judge import judge, withdrawn
 from peel_agent.ledger import RunLedger
-from peel_agent.notify import tell, to_sinks
+from peel_agent.notify import standing, still_firing, tell, to_sinks
 from peel_agent.publish import alert_line, publication, report_from_json, report_line, series_of, to_trackers
 from peel_agent.records import (
     CheckpointRef,
@@ -41,13 +41,17 @@ class Finished:
 
 
 class Judging:
-    """The judge of one run. `sinks` names those that get notices now; `owed` is called when they are owed any."""
+    """The judge of one run.
+
+    `sinks` names those that get notices now, with the seconds after which they are to be told again of all that fires,
+    None for never; `owed` is called when they are owed any.
+    """
 
     def __init__(
         self,
         settings: RunSettings,
         ledger: RunLedger,
-        sinks: Callable[[], Sequence[str]],
+        sinks: Callable[[], Mapping[str, float | None]],
         journal: Journal,
         owed: Callable[[], None],
     ) -> None:
@@ -56,6 +60,7 @@ class Judging:
         self._sinks = sinks
         self._journal = journal
         self._owed = owed
+        self._resent: dict[str, float] = {}
 
     def finish(self, ref: CheckpointRef, peeled: Peeled, *, observed: bool, now: float) -> Finished:
         """Judged and made final in the ledger; what destinations get is owed by then.
@@ -96,7 +101,22 @@ class Judging:
         """Time has passed: rules that go by the clock are judged, and what was held back until now is told."""
         states = self._ledger.rule_states()
         after = judge(self._observed(now), self._settings.rules, states)
-        self._keep(self._told(after, Moment(now, self._last_step())), states, now, key=f"tick/{now:.3f}")
+        moment = Moment(now, self._last_step())
+        verdict = self._told(after, moment)
+        self._keep(verdict, states, now, key=f"tick/{now:.3f}")
+        self._tell_again(verdict, moment)
+
+    def _tell_again(self, verdict: Verdict, moment: Moment) -> None:
+        """To sinks that would otherwise take silence for an end."""
+        rules, run = self._settings.rules, self._settings.name
+        debts: list[Debt] = []
+        for sink, seconds in self._sinks().items():
+            if seconds is not None and not 0 <= moment.now - self._resent.get(sink, -seconds) < seconds:
+                self._resent[sink] = moment.now
+                debts += still_firing(standing(verdict.states, moment), sink, rules, run=run, at=moment.now)
+        if debts:
+            self._ledger.owe(debts)
+            self._owed()
 
     def withdraw_all(self, reason: str, now: float) -> None:
         """Nothing of this run is watched any more: what was told firing is resolved, for this reason."""
@@ -150,7 +170,7 @@ class Judging:
         notices, own = verdict.notices, self._settings
         return (
             *to_trackers(sent, own.tracker.use, key=key, with_alerts=bool(notices)),
-            *to_sinks(notices, self._sinks(), own.rules, run=own.name, at=at),
+            *to_sinks(notices, tuple(self._sinks()), own.rules, run=own.name, at=at),
         )
 
 

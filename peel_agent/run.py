@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ from peel_agent.work import (
 class Run:
     """The rounds over one source, by a backlog's `policy`, which is not the settings' own with `once`.
 
-    `sinks` are the names of those that get notices; `ended` says why nothing of it is watched any more; no
+    `sinks` are those that get notices (see Judging); `ended` says why nothing of it is watched any more; no
     peel begins when it `is_ending`. Used by one thread.
     """
 
@@ -58,7 +58,7 @@ class Run:
     policy: str
     ledger: RunLedger
     services: Services
-    sinks: Sequence[str] = ()
+    sinks: Mapping[str, float | None] = field(default_factory=dict)
     once: bool = False
     ended: str | None = None
     work: Work | None = None

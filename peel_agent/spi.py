@@ -160,7 +160,11 @@ class Sink(Protocol):
 
 
 class SinkPlugin(Protocol):
-    """`peel_agent.sinks`: opens a Sink from a `[[sink]]` table of the configuration."""
+    """`peel_agent.sinks`: opens a Sink from a `[[sink]]` table of the configuration.
+
+    One whose place takes silence for the end of an alert has an attribute `resend_seconds`: it is given all that fires,
+    as a group that is `standing`, so often.
+    """
 
     name: str
     settings: type[Any]

@@ -248,6 +248,11 @@ class RunLedger:
             self._keep_verdict(db, verdict, alert_lines)
             self._owe(db, debts)
 
+    def owe(self, debts: Iterable[Debt]) -> None:
+        """What is owed for time that has passed."""
+        with self._database.transaction() as db:
+            self._owe(db, debts)
+
     def _keep_verdict(self, db: sqlite3.Connection, verdict: Verdict, alert_lines: Mapping[str, str]) -> None:
         keep_rule_states(db, self.run, verdict.states)
         db.executemany(
@@ -259,6 +264,11 @@ class RunLedger:
         """Freezes what is owed; the log of alerts, which is made at delivery, ends with those of now."""
         (position,) = db.execute("SELECT max(position) FROM alerts WHERE run = ?", (self.run,)).fetchone()
         for debt in debts:
+            if debt.replaces:
+                db.execute(
+                    "DELETE FROM deliveries WHERE run = ? AND destination = ? AND lane = ? AND key = ? AND dead = 0",
+                    (self.run, debt.destination, debt.lane, debt.key),
+                )
             body = dict(debt.body) | ({"alerts_until": position} if debt.with_alerts else {})
             db.execute(
                 "INSERT INTO deliveries (run, destination, lane, key, body) VALUES (?, ?, ?, ?, ?)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 
 from peel_agent.notify.tell import in_text
@@ -24,6 +25,16 @@ def to_sinks(
             body = group(own, run=run, at=at)
             debts.append(Debt(sink, "notices", body.id, plain(body)))
     return tuple(debts)
+
+
+def still_firing(
+    notices: Sequence[Notice], sink: str, rules: Sequence[Rule], *, run: str, at: float
+) -> tuple[Debt, ...]:
+    """All that goes on firing, for a sink that is to be told again and again; only the last such group is owed."""
+    return tuple(
+        replace(debt, key="standing", replaces=True, body={**debt.body, "standing": True})
+        for debt in to_sinks(notices, [sink], rules, run=run, at=at)
+    )
 
 
 def group(notices: Sequence[Notice], *, run: str, at: float) -> NoticeGroup:

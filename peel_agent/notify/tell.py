@@ -66,6 +66,11 @@ def silenced_by(silences: Sequence[Silence], run: str, state: RuleState, now: fl
     )
 
 
+def standing(states: Sequence[RuleState], moment: Moment) -> tuple[Notice, ...]:
+    """All that was told firing and goes on, as it was told last."""
+    return tuple(_notice(state, "firing", moment) for state in states if state.phase == "firing" and state.told)
+
+
 def _inhibited(states: Sequence[RuleState], rules: Mapping[str, Rule]) -> frozenset[RuleKind]:
     firing = {rules[state.rule].kind for state in states if state.phase == "firing" and state.rule in rules}
     return frozenset(kind for one in firing for kind in INHIBITED.get(one, ()))

@@ -55,7 +55,8 @@ class Event:
 class Debt:
     """One thing that a destination is to get; `body` is the frozen JSON form of a Publication or a NoticeGroup.
 
-    `key` is the same when it is sent again. With `with_alerts` the log of the run's alerts goes with it.
+    `key` is the same when it is sent again. With `with_alerts` the log of the run's alerts goes with it. One that
+    `replaces` is owed instead of what is still owed under the same key.
     """
 
     destination: str
@@ -63,3 +64,4 @@ class Debt:
     key: str
     body: Mapping[str, Any]
     with_alerts: bool = False
+    replaces: bool = False

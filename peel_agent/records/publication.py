@@ -26,7 +26,8 @@ class Publication:
 class NoticeGroup:
     """All notices of one checkpoint, or of one moment, that one sink is to get; `id` is the same when it comes again.
 
-    `text` is for people, one line a notice; `at` is in Unix seconds.
+    `text` is for people; `at` is in Unix seconds. A group that is `standing` holds all that goes on firing, for a place
+    that takes silence for an end.
     """
 
     id: str
@@ -34,3 +35,4 @@ class NoticeGroup:
     at: float
     notices: tuple[Notice, ...]
     text: str
+    standing: bool = False
