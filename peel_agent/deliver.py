@@ -11,7 +11,7 @@ from peel_agent.destinations import Address
 from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable, printable
 from peel_agent.ledger import Lane, Outbox, Owed
 from peel_agent.records import NoticeGroup, Publication, restored
-from peel_agent.spi import Sink, Tracker
+from peel_agent.spi import Sink, Tracker, TrainingReader
 
 AWAY_SECONDS = (5.0, 300.0)
 """The first and the longest pause before a destination that cannot be reached is tried again."""
@@ -48,6 +48,7 @@ class Carrier:
         self.lane = lane
         self._outbox = outbox
         self._now = now
+        self._loss_keys = address.loss_keys
         self._tracker: Tracker | None = address.tracker() if address.kind == "tracker" else None
         self._sink: Sink | None = address.sink() if address.kind == "sink" else None
 
@@ -93,6 +94,16 @@ class Carrier:
             body["files"] = {**body.get("files", {}), ALERTS_FILE: alerts}
         assert self._tracker is not None
         self._tracker.publish(_thawed(Publication, body))
+        if self.lane.kind == "numbers" and isinstance(self._tracker, TrainingReader):
+            self._read_training(self._tracker)
+
+    def _read_training(self, tracker: TrainingReader) -> None:
+        """What rules know of the training. It is no part of the delivery, which has been made."""
+        try:
+            log = tracker.training(self._loss_keys)
+        except Exception:  # rules go without: missing data neither raises nor clears
+            return
+        self._outbox.alerting(self.lane.run).keep_training(log.loss, ended=log.ended)
 
     def _postpone(self, owed: Owed, error: Exception) -> Outcome:
         """Exponential back-off with jitter."""

@@ -14,6 +14,9 @@ from peel_agent.errors import ConfigurationError
 from peel_agent.records import plain, restored
 from peel_agent.spi import Sink, Tracker
 
+USUAL_LOSSES = ("train/loss", "train_loss", "loss", "training_loss", "train/train_loss")
+"""Where trainings log their loss: transformers and nanoGPT, Lightning, loops of one's own."""
+
 
 @dataclass(frozen=True)
 class Address:
@@ -26,6 +29,8 @@ class Address:
     run: str
     checkpoint_dir: str
     state_dir: Path
+    loss_keys: tuple[str, ...] = ()
+    """The metrics of the training that rules of the run read, the likeliest first."""
 
     def tracker(self) -> Tracker:
         """A connection of its own to this tracker."""
@@ -99,8 +104,18 @@ def addresses(run: RunSettings, settings: Settings, *, key: str, folder: Path, s
     """Where this run's numbers, files and notices go. Raises ConfigurationError."""
     place = str(run.watch.path)
     trackers = tracker_settings(run.tracker, alone=len(settings.runs) == 1)
-    to_trackers = (Address("tracker", name, name, plain(own), key, place, folder) for name, own in trackers.items())
+    loss = _loss_keys(run)
+    to_trackers = (
+        Address("tracker", name, name, plain(own), key, place, folder, loss) for name, own in trackers.items()
+    )
     return (*to_trackers, *sink_addresses(settings, key=key, place=place, state_dir=state_dir))
+
+
+def _loss_keys(run: RunSettings) -> tuple[str, ...]:
+    """None where no rule reads it: a long history costs the tracking server something."""
+    if not any(rule.kind == "false_convergence" for rule in run.rules):
+        return ()
+    return USUAL_LOSSES if run.tracker.training_loss is None else (run.tracker.training_loss,)
 
 
 def sink_addresses(settings: Settings, *, key: str, place: str, state_dir: Path) -> tuple[Address, ...]:

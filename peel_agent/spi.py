@@ -8,7 +8,7 @@ kit for each kind.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,6 +26,7 @@ from peel_agent.records import (
     Readiness,
     Request,
     Stack,
+    TrainingLog,
     Weights,
 )
 
@@ -128,6 +129,17 @@ class Checking(Protocol):
 
         `now` gives Unix seconds. It is asked beside a running agent, with a connection of its own: it changes no result
         and creates no run; what it must write in order to know, it names.
+        """
+
+
+@runtime_checkable
+class TrainingReader(Protocol):
+    """What a Tracker may have too: it reads back what the training itself has logged to its run."""
+
+    def training(self, loss_keys: Sequence[str]) -> TrainingLog:
+        """Asked after a publication: the loss under the first of these keys that there is, and whether it has ended.
+
+        Without keys no history is read. Raises what it likes: then nothing is known.
         """
 
 

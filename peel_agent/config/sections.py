@@ -46,11 +46,13 @@ class DeviceSettings:
 class TrackerSettings:
     """`[tracker]`: which trackers to write to, and each one's own table, as it stands in the file.
 
-    `flags` are options of the command line, for every tracker in use that has them.
+    `training_loss` names the metric that the training logs its loss under; by default it is looked for under the usual
+    names. `flags` are options of the command line, for every tracker in use that has them.
     """
 
     use: tuple[str, ...] = ("mlflow",)
     max_series: int = 400
+    training_loss: str | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
 

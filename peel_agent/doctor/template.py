@@ -56,6 +56,7 @@ BODY = """
 # Where numbers are written.
 [tracker]
 # use = ["mlflow"]         # any of the tracker plug-ins: mlflow, jsonl
+# training_loss = "train/loss"   # where the training logs its loss, for the rule false_convergence (by default found)
 # max_series = 400         # never more metric keys than this
 
 # The MLflow server, and the run of it.

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from peel_agent.ledger.alerting import Alerting
 from peel_agent.ledger.database import Database
 from peel_agent.ledger.run import tally
 
@@ -37,6 +38,10 @@ class Outbox:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def alerting(self, run: str) -> Alerting:
+        """What is kept of a run for its rules."""
+        return Alerting(self._database, run)
 
     def lanes(self) -> tuple[Lane, ...]:
         """Those that owe anything."""

@@ -6,7 +6,16 @@
 Importing this module imports neither torch nor numpy: the parent daemon lives on these records alone.
 """
 
-from peel_agent.records.alert import Moment, Phase, ReportObservation, RuleState, Silence, TickObservation, Verdict
+from peel_agent.records.alert import (
+    Moment,
+    Phase,
+    ReportObservation,
+    RuleState,
+    Silence,
+    TickObservation,
+    TrainingLog,
+    Verdict,
+)
 from peel_agent.records.check import Check
 from peel_agent.records.checkpoint import (
     CheckpointRef,
@@ -175,6 +184,7 @@ __all__ = [
     "Timing",
     "TokenIds",
     "Trace",
+    "TrainingLog",
     "Verdict",
     "WeightSet",
     "Weights",

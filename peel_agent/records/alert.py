@@ -26,6 +26,14 @@ class ReportObservation:
 
 
 @dataclass(frozen=True)
+class TrainingLog:
+    """What a tracker knows of the training itself: its loss as (step, value), and its status once it has ended."""
+
+    loss: tuple[tuple[int, float], ...] = ()
+    ended: str | None = None
+
+
+@dataclass(frozen=True)
 class TickObservation:
     """How the watching itself stands at the time `now`; all times are Unix seconds.
 

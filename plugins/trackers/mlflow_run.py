@@ -11,14 +11,16 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable
-from peel_agent.records import Check, Publication
+from peel_agent.records import Check, Publication, TrainingLog
 from peel_agent.spi import TrackerPlugin, setting
+
+from .mlflow_training import training_log
 
 REQUEST_TIMEOUT_SECONDS = 15
 REQUEST_RETRIES = 1
@@ -106,6 +108,10 @@ class MlflowTracker:
         except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             # `from None`: the library's own message may hold the URI with its password.
             raise self.failure(error, stage) from None
+
+    def training(self, loss_keys: Sequence[str]) -> TrainingLog:
+        """As it was when it was written to last."""
+        return training_log(self._client, self._client.get_run(self._run_id), loss_keys)
 
     def where(self) -> str:
         at = _shown(self._uri) or "its default tracking URI"
