@@ -39,6 +39,7 @@ from peel_agent.records import (
     ProbeInfo,
     ProbeSettings,
     Progress,
+    Skipped,
     Stack,
     Weights,
     YesMemory,
@@ -60,10 +61,11 @@ def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
         if readiness.state == "complete":
             return checkpoint_ref(path, form.name, readiness, form.step(listing))
         if readiness.state == "damaged":
-            raise CheckpointError(f"{path} cannot be used: {readiness.reason}", remedy="take another checkpoint")
+            remedy = readiness.remedy or "take another checkpoint"
+            raise CheckpointError(f"{path} cannot be used: {readiness.reason}", remedy=remedy)
         raise IncompleteCheckpoint(
             f"{path} is {readiness.state}: {readiness.reason}",
-            remedy="wait until it is written, or take another checkpoint",
+            remedy=readiness.remedy or "wait until it is written, or take another checkpoint",
         )
     raise CheckpointError(
         f"{path} is no checkpoint of a known format",
@@ -133,7 +135,15 @@ def measure(
             raise
         raise full from error
     check_unchanged(ref, form)
-    return peeled
+    return with_what_was_beside(peeled, ref.beside)
+
+
+def with_what_was_beside(peeled: Peeled, beside: str) -> Peeled:
+    """The same, with what was in the checkpoint and is not read among what was skipped."""
+    if not beside:
+        return peeled
+    skipped = (*peeled.report.skipped, Skipped("other weights in the folder", beside))
+    return dataclasses.replace(peeled, report=dataclasses.replace(peeled.report, skipped=skipped))
 
 
 def _out_of_memory(error: Exception) -> WorkerError | None:

@@ -27,7 +27,7 @@ from peel_agent.judging import Judging
 from peel_agent.ledger import RunLedger
 from peel_agent.publish import headline
 from peel_agent.records import CheckpointRef, DeviceLease, EventKind, Level, Peeled, Request
-from peel_agent.watch import Earlier, Observed, Pins, Queue, Source
+from peel_agent.watch import Earlier, Observed, Pins, Queue, Source, Unread
 from peel_agent.work import (
     AWAY_PAUSE_SECONDS,
     DEATH_PAUSE_SECONDS,
@@ -65,7 +65,7 @@ class Run:
     is_ending: bool = False
     _refused: set[str] = field(default_factory=set)
     _rewritten: set[Path] = field(default_factory=set)
-    _unreadable: set[tuple[str, str]] = field(default_factory=set)
+    _unreadable: set[Unread] = field(default_factory=set)
     _left: dict[str, CheckpointRef] = field(default_factory=dict)
     """Found by an earlier agent, not held, and not seen again yet."""
     _gone: list[CheckpointRef] = field(default_factory=list)
@@ -165,10 +165,10 @@ class Run:
             if is_missed:
                 self._tell_missed(gone)
         self._mind_space()
-        for path, reason in observed.unreadable:
-            if (path, reason) not in self._unreadable:
-                self._unreadable.add((path, reason))
-                self._tell("unreadable", f"cannot read {printable(path)}: {reason}", level="warning")
+        for unread in observed.unreadable:
+            if unread not in self._unreadable:
+                self._unreadable.add(unread)
+                self._tell("unreadable", f"cannot read {printable(unread.place)}: {unread.words}", level="warning")
 
     def _tell_missed(self, ref: CheckpointRef) -> None:
         self._tell("missed", f"{name_of(ref)} was removed before it could be peeled", ref, level="warning")

@@ -15,7 +15,7 @@ from peel_agent.config import worker_environment
 from peel_agent.errors import ConfigurationError, PeelError, WorkerError
 from peel_agent.records import CheckpointRef, ModelSettings, ProbeSettings, plain
 from peel_agent.spi import Format
-from peel_agent.watch import Settling, scan
+from peel_agent.watch import Settling, Unread, scan
 from peel_agent.watch.nearby import contents, misplaced
 
 CHILD_SECONDS = 300.0
@@ -33,8 +33,8 @@ class Checkpoints:
     """
 
     whole: tuple[CheckpointRef, ...]
-    waiting: tuple[tuple[str, str], ...]
-    unreadable: tuple[tuple[str, str], ...]
+    waiting: tuple[Unread, ...]
+    unreadable: tuple[Unread, ...]
     misplaced: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
 
@@ -164,7 +164,7 @@ class Found:
         newest = self.checkpoints.newest
         if newest is None:
             others = (*self.checkpoints.unreadable, *self.checkpoints.waiting)
-            reasons = tuple(f"{path}: {reason}" for path, reason in others[:3])
+            reasons = tuple(f"{unread.place}: {unread.words}" for unread in others[:3])
             return (
                 f"{self.place} holds no whole checkpoint yet",
                 *reasons,

@@ -109,11 +109,13 @@ def _contents(root: Path, found: Checkpoints, what: str) -> Check:
         remedy = "see to that: [watch] path is the folder that a run's whole checkpoints are directly in"
         return Check(what, False, f"no checkpoint in {root}: {'; '.join(found.misplaced)}", remedy)
     if found.unreadable:
-        path, reason = found.unreadable[0]
-        return Check(what, False, f"nothing readable in {root}: {path}: {reason}", "save it in a format that is read")
+        path, reason, remedy = found.unreadable[0]
+        remedy = remedy or "save it in a format that is read"
+        return Check(what, False, f"nothing readable in {root}: {path}: {reason}", remedy)
     if found.waiting:
-        path, reason = found.waiting[0]
-        return Check(what, None, f"nothing whole in {root} yet: {path}: {reason}", "ask again once it is written")
+        path, reason, remedy = found.waiting[0]
+        remedy = remedy or "ask again once it is written"
+        return Check(what, None, f"nothing whole in {root} yet: {path}: {reason}", remedy)
     words = found.other[0] if found.other else f"{root} is empty as yet"
     return Check(what, None, words, "ask again once there is a checkpoint: then the model is tried")
 

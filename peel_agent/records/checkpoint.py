@@ -23,12 +23,15 @@ class Readiness:
     """What a format plug-in found at a path.
 
     `complete`: marker parses and every indexed file has its expected size. `incomplete`: may still become complete.
-    `damaged`: never will, whatever is written next. `reason` names the file and the two values that disagree.
+    `damaged`: never will, whatever is written next. `reason` names the file and the two values that disagree, `remedy`
+    says what to do. `beside` says what is there too and is not read, of a checkpoint that is.
     """
 
     state: Literal["complete", "incomplete", "damaged"]
     reason: str
     files: tuple[FileStamp, ...] = ()
+    remedy: str = ""
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class CheckpointRef:
     `step` is the training step (None when nothing in the checkpoint says so), `committed_at` the newest modification
     time of its files in Unix seconds, `fingerprint` a digest of names, sizes and times of its files. `held` is the path
     of a private copy, linked or real, that is to be read instead of `path`, if there is one. `url` is where it is in an
-    object store, if it came from one.
+    object store, if it came from one. `beside` is as of its Readiness.
     """
 
     path: Path
@@ -49,6 +52,7 @@ class CheckpointRef:
     files: tuple[FileStamp, ...] = ()
     held: Path | None = None
     url: str | None = None
+    beside: str = ""
 
     @property
     def label(self) -> str:

@@ -8,7 +8,7 @@ from peel_agent.watch.nearby import nearby
 from peel_agent.watch.pins import Pins, copied
 from peel_agent.watch.queue import Queue
 from peel_agent.watch.scan import Sighting, scan
-from peel_agent.watch.settle import GIVE_UP_SECONDS, Observed, Settling, checkpoint_ref, fingerprint
+from peel_agent.watch.settle import GIVE_UP_SECONDS, Observed, Settling, Unread, checkpoint_ref, fingerprint
 from peel_agent.watch.source import Bucket, Folder, Source
 from peel_agent.watch.store import Store, is_url
 
@@ -26,6 +26,7 @@ __all__ = [
     "Sighting",
     "Source",
     "Store",
+    "Unread",
     "checkpoint_ref",
     "copied",
     "fetch",

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from peel_agent.errors import CheckpointError, ConfigurationError, NoRoom
+from peel_agent.errors import CheckpointError, ConfigurationError, IncompleteCheckpoint, NoRoom
 from peel_agent.spi import Format
 from peel_agent.watch.pins import COMPANIONS, spare_bytes
 from peel_agent.watch.store import RemoteObject, Store, torn
-from peel_agent.watch.units import ROOT, Division, Unit, companions_of
+from peel_agent.watch.units import RENAME, ROOT, Division, Unit, companions_of
 
 
 def fetch(url: str, folder: Path, formats: Sequence[Format], options: Mapping[str, str] | None = None) -> Path:
@@ -59,8 +59,12 @@ def _one(store: Store, name: str, formats: Sequence[Format]) -> tuple[Unit, tupl
             "for a folder of checkpoints use `peel-agent watch --once`",
         )
     if unit.fault is not None:
-        raise CheckpointError(
-            f"{store.url}/{name} is refused: {unit.fault}", remedy="remove or rename the object, or save it again"
+        raise CheckpointError(f"{store.url}/{name} is refused: {unit.fault}", remedy=unit.remedy or RENAME)
+    if unit.awaits or not unit.objects:
+        missing = f"{', '.join(unit.awaits)} is not there yet" if unit.awaits else "no weights are there yet"
+        raise IncompleteCheckpoint(
+            f"{store.url}/{name} is incomplete: {missing}",
+            remedy="wait until it is written, or let whoever writes the checkpoint upload that too",
         )
     return unit, companions
 

@@ -22,32 +22,33 @@ from peel_agent.errors import CheckpointError, NoRoom, TornCheckpoint
 from peel_agent.spi import Format
 from peel_agent.watch.fetch import check_space, check_unchanged, download
 from peel_agent.watch.pins import COMPANIONS
-from peel_agent.watch.settle import waits_for
+from peel_agent.watch.settle import GIVE_UP_SECONDS, Unread, waits_for
 from peel_agent.watch.store import RemoteObject, Store, torn
 from peel_agent.watch.units import ROOT, Division, Unit, companions_of, identity
 
 PARTLY_SECONDS = 3600.0
 """So long an overwritten checkpoint with tensors of the old version beside new ones is held to be in the making."""
 
+REMEDY_FOR_AWAITED = "let whoever writes the checkpoint upload that too, or save the checkpoint again"
 REMEMBERED = 10_000
 
 
 @dataclass(frozen=True)
 class Synced:
-    """What one `sync` found: the local root for `scan`, and as (URL, reason) what waits and what is refused.
+    """What one `sync` found: the local root for `scan`, and by their URLs what waits and what is refused.
 
     `more` says that a further checkpoint is at rest and wanted: the next `sync` fetches it.
     """
 
     root: Path
-    waiting: tuple[tuple[str, str], ...]
-    refused: tuple[tuple[str, str], ...]
+    waiting: tuple[Unread, ...]
+    refused: tuple[Unread, ...]
     more: bool
 
 
 @dataclass(frozen=True)
 class _Done:
-    """A unit whose copy was dropped, as it was then."""
+    """A unit whose copy is held or was dropped, as it was then: `signature` is its `content`."""
 
     signature: str
     versions: dict[str, str]
@@ -116,13 +117,13 @@ class Mirror:
                     break
             except TornCheckpoint as error:
                 self._rests[unit.name] = ("", now)  # settles anew, as it is at the next look
-                waiting.append((self.url(unit.name), error.what))
+                waiting.append(self._unread(unit, error.what, error.remedy))
             except NoRoom as error:  # there may be when what is held is done with
-                (waiting if self._held else refused).append((self.url(unit.name), error.what))
+                (waiting if self._held else refused).append(self._unread(unit, error.what, error.remedy))
             except CheckpointError as error:
                 if error.retryable:
                     raise
-                refused.append((self.url(unit.name), error.what))
+                refused.append(self._unread(unit, error.what, error.remedy))
             if stopping():
                 break
         return Synced(self.root, tuple(waiting), tuple(refused), bool(due))
@@ -152,9 +153,9 @@ class Mirror:
 
     def _sort(
         self, units: Sequence[Unit], now: float, settle_seconds: float, names: AbstractSet[str]
-    ) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[Unit]]:
-        waiting: list[tuple[str, str]] = []
-        refused: list[tuple[str, str]] = []
+    ) -> tuple[list[Unread], list[Unread], list[Unit]]:
+        waiting: list[Unread] = []
+        refused: list[Unread] = []
         due: list[Unit] = []
         before, self._rests = self._rests, {}
         for unit in units:
@@ -164,17 +165,24 @@ class Mirror:
             if self._has(unit) or not (unit.objects or unit.fault):
                 continue
             if unit.fault is not None:
-                refused.append((self.url(unit.name), unit.fault))
+                refused.append(self._unread(unit, unit.fault, unit.remedy))
             elif lacking := self._lacking(unit, names):
                 is_over = now - since >= self._marker_seconds
-                (refused if is_over else waiting).append((self.url(unit.name), waits_for(lacking)))
+                (refused if is_over else waiting).append(self._unread(unit, waits_for(lacking)))
+            elif unit.awaits:
+                is_over = now - since >= GIVE_UP_SECONDS
+                words = waits_for(unit.awaits)
+                (refused if is_over else waiting).append(self._unread(unit, words, REMEDY_FOR_AWAITED))
             elif now - since < settle_seconds:
-                waiting.append((self.url(unit.name), f"it changed less than {settle_seconds:g} s ago"))
+                waiting.append(self._unread(unit, f"it changed less than {settle_seconds:g} s ago"))
             elif now - since < PARTLY_SECONDS and (old := self._left_over(unit)):
-                waiting.append((self.url(unit.name), f"it is overwritten in part: {old} is of the version before"))
+                waiting.append(self._unread(unit, f"it is overwritten in part: {old} is of the version before"))
             else:
                 due.append(unit)
         return waiting, refused, due
+
+    def _unread(self, unit: Unit, reason: str, remedy: str = "") -> Unread:
+        return Unread(self.url(unit.name), reason, remedy)
 
     def _lacking(self, unit: Unit, names: AbstractSet[str]) -> tuple[str, ...]:
         """The markers that are not in the unit's folder; a single object needs none."""
@@ -213,7 +221,7 @@ class Mirror:
         if self._held.pop(unit.name, None) is not None:
             self._remember()  # so that a copy half replaced is not taken for one after a crash
         self._link(unit, companions)
-        self._held[unit.name] = _Done(unit.signature, unit.versions())
+        self._held[unit.name] = _Done(unit.content, unit.versions())
         self._done.pop(unit.name, None)
         self._remember()
         return True
@@ -338,7 +346,7 @@ def _parsed(units: dict[str, Any]) -> dict[str, _Done]:
 
 
 def _same(known: _Done | None, unit: Unit) -> bool:
-    return known is not None and known.signature == unit.signature
+    return known is not None and known.signature == unit.content
 
 
 def _clear(place: Path) -> None:

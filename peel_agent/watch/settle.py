@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from peel_agent.records import CheckpointRef, FileStamp, Readiness
 from peel_agent.watch.queue import oldest_first
@@ -17,13 +18,26 @@ GIVE_UP_SECONDS = 600.0
 """So long a checkpoint that is not whole is waited for when nothing of it changes."""
 
 
+class Unread(NamedTuple):
+    """A place, a path or a URL, that is not read, why, and what to do about it; empty where nothing is to be done."""
+
+    place: str
+    reason: str
+    remedy: str = ""
+
+    @property
+    def words(self) -> str:
+        """The reason and the remedy in one line."""
+        return f"{self.reason} -> {self.remedy}" if self.remedy else self.reason
+
+
 @dataclass(frozen=True)
 class Observed:
-    """`ready` oldest first; `waiting` and `unreadable` as (path or URL, reason); `vanished` were whole, not settled."""
+    """`ready` oldest first; what is `waiting`, and what is `unreadable`; `vanished` were whole, not settled."""
 
     ready: tuple[CheckpointRef, ...]
-    waiting: tuple[tuple[str, str], ...]
-    unreadable: tuple[tuple[str, str], ...]
+    waiting: tuple[Unread, ...]
+    unreadable: tuple[Unread, ...]
     vanished: tuple[CheckpointRef, ...] = ()
 
 
@@ -64,10 +78,10 @@ class Settling:
         before, self._rests = self._rests, {}
         first, self._started = not self._started, True
         ready: list[CheckpointRef] = []
-        waiting: list[tuple[str, str]] = []
-        unreadable: list[tuple[str, str]] = []
+        waiting: list[Unread] = []
+        unreadable: list[Unread] = []
         for sighting in sightings:
-            path, readiness, label = sighting.path, sighting.readiness, str(sighting.path)
+            path, readiness = sighting.path, sighting.readiness
             since = _unchanged_since(before.get(path), readiness, now, trusted=first)
             offered = _is_whole(sighting) and now - since >= self._settle_seconds
             self._rests[path] = _Rest(sighting, since, offered)
@@ -75,7 +89,7 @@ class Settling:
                 ready.append(_ref(sighting))
                 continue
             reason, is_over = self._why_not(sighting, now - since)
-            (unreadable if is_over else waiting).append((label, reason))
+            (unreadable if is_over else waiting).append(Unread(str(path), reason, readiness.remedy))
         return Observed(
             tuple(sorted(ready, key=oldest_first)), tuple(waiting), tuple(unreadable), self._vanished(before)
         )
@@ -122,6 +136,7 @@ def checkpoint_ref(path: Path, format_name: str, readiness: Readiness, step: int
         fingerprint=fingerprint(readiness.files),
         committed_at=_newest(readiness.files, default=0.0),
         files=readiness.files,
+        beside=readiness.beside,
     )
 
 

@@ -13,7 +13,7 @@ from peel_agent.records import CheckpointRef
 from peel_agent.spi import Format
 from peel_agent.watch.mirror import Mirror
 from peel_agent.watch.scan import scan
-from peel_agent.watch.settle import Observed, Settling
+from peel_agent.watch.settle import Observed, Settling, Unread
 from peel_agent.watch.units import ROOT
 
 
@@ -49,7 +49,7 @@ class Folder:
         # An unmounted file system says nothing of what is on it.
         self.away = None if self.root.exists() else f"{self.label}: it is not there now"
         if self.away is not None:
-            return Observed((), ((self.label, "it is not there now"),), ())
+            return Observed((), (Unread(self.label, "it is not there now"),), ())
         return self._settling.observe(scan(self.root, self._formats, self._markers), now)
 
     def done(self, ref: CheckpointRef) -> None:
@@ -77,18 +77,18 @@ class Bucket:
             synced = self.mirror.sync(now, self.settle_seconds, newest_only=self.newest_only, stopping=self.stopping)
         except StoreUnavailable as error:
             self.away = error.what
-            waiting, refused = [(self.label, error.what)], []
+            waiting, refused = [Unread(self.label, error.what, error.remedy)], list[Unread]()
         else:
             self.away = None
-            more = [(self.label, "more checkpoints are to be fetched")] if synced.more else []
+            more = [Unread(self.label, "more checkpoints are to be fetched")] if synced.more else []
             waiting, refused = [*synced.waiting, *more], [*synced.refused]
         observed = self._settling.observe(scan(self.root, self.formats), now)
-        for path, _ in observed.unreadable:
-            self.mirror.drop(Path(path))
+        for unread in observed.unreadable:
+            self.mirror.drop(Path(unread.place))
         return Observed(
             ready=tuple(dataclasses.replace(ref, url=self._url(ref.path)) for ref in observed.ready),
             waiting=(*observed.waiting, *waiting),
-            unreadable=(*((self._url(Path(path)), reason) for path, reason in observed.unreadable), *refused),
+            unreadable=(*(one._replace(place=self._url(Path(one.place))) for one in observed.unreadable), *refused),
         )
 
     def done(self, ref: CheckpointRef) -> None:

@@ -21,6 +21,7 @@ ROOT = "."
 """The name of the unit that is the watched folder itself."""
 
 MAX_FILES = 20_000
+RENAME = "remove or rename the object, or save the checkpoint again"
 _MAX_JSON_BYTES = 100_000_000
 
 
@@ -29,7 +30,7 @@ class Unit:
     """What is fetched, and dropped, as one: a folder below the root, a single file in it, or the root's own files.
 
     `signature` is over names, sizes, versions and times of all its objects, `objects` are those that are needed, with
-    names below the root. `fault` says why it is refused.
+    names below the root. `fault` says why it is refused and `remedy` what to do, `awaits` what is yet to come.
     """
 
     name: str
@@ -37,6 +38,13 @@ class Unit:
     objects: tuple[RemoteObject, ...]
     newest_ns: int
     fault: str | None = None
+    remedy: str = ""
+    awaits: tuple[str, ...] = ()
+
+    @property
+    def content(self) -> str:
+        """What tells the needed objects from those of another version."""
+        return _signature(self.objects)
 
     @property
     def number(self) -> int | None:
@@ -123,7 +131,8 @@ class Division:
         if winner is not None:
             unit = _unit(ROOT, files, winner[1], None)  # what is below is a unit of its own
             if unit.fault is not None or any(remote.name in winner[1].needs for remote in files):
-                yield dataclasses.replace(unit, fault=unit.fault or fault_of(unit.objects))
+                fault = fault_of(unit.objects)
+                yield unit if fault is None else dataclasses.replace(unit, fault=fault, remedy=RENAME)
             return
         for remote in files:
             winner = claimed(root.folder(remote.name), self._formats)
@@ -136,8 +145,8 @@ def _unit(name: str, objects: Sequence[RemoteObject], claim: Claim, fault: str |
     wanted = {inside + below for below in (*claim.needs, *COMPANIONS)} if claim.needs else set()
     needed = tuple(remote for remote in objects if remote.name in wanted and _is_fit(remote))
     newest = max((remote.modified_ns for remote in objects), default=0)
-    against = f"{claim.fault}; {claim.remedy}" if claim.fault else None
-    return Unit(name, _signature(objects), needed, newest, fault or against)
+    remedy = RENAME if fault else claim.remedy
+    return Unit(name, _signature(objects), needed, newest, fault or claim.fault or None, remedy, claim.awaits)
 
 
 def _is_fit(remote: RemoteObject) -> bool:

@@ -71,6 +71,39 @@ DECLINED: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "Megatron-LM's older layout",
         "--ckpt-convert-format torch_dist",
     ),
+    "LitGPT": (
+        lambda root: lay_out(root / "step-500", "lit_model.pth", "model_config.yaml", "hyperparameters.yaml"),
+        "a checkpoint of LitGPT",
+        "litgpt convert_from_litgpt FOLDER NEW",
+    ),
+    "Meta": (
+        lambda root: lay_out(root / "7B", "consolidated.00.pth", "params.json", "checklist.chk"),
+        r"layout of Meta or Mistral",
+        r"convert_llama_weights_to_hf\.py",
+    ),
+    "Mistral": (
+        lambda root: lay_out(root / "checkpoint-9", "consolidated.safetensors", "params.json", "tekken.json"),
+        r"layout of Meta or Mistral",
+        r"convert_mistral_weights_to_hf\.py",
+    ),
+    "torchtune": (
+        lambda root: lay_out(root / "out", "hf_model_0001_0.pt", "hf_model_0002_0.pt", "recipe_state.pt"),
+        "files of torchtune",
+        "FullModelHFCheckpointer",
+    ),
+    "FSDP, one file a rank": (
+        lambda root: lay_out(root / "checkpoint-8", "pytorch_model_fsdp_rank0.bin", "pytorch_model_fsdp_rank1.bin"),
+        r"one a rank \(FSDP's LOCAL_STATE_DICT\)",
+        "SHARDED_STATE_DICT or FULL_STATE_DICT",
+    ),
+    "MLX": (lambda root: lay_out(root / "mlx", "weights.npz", "config.json"), "weights of MLX", r"mlx_lm\.convert"),
+    "MLX, an adapter": (
+        lambda root: lay_out(
+            root / "adapters", "adapters.safetensors", "adapter_config.json", "0000100_adapters.safetensors"
+        ),
+        "an adapter of MLX",
+        r"mlx_lm\.fuse",
+    ),
     "PEFT": (
         lambda root: lay_out(root / "tuned", "adapter_config.json", "adapter_model.safetensors"),
         r"an adapter of PEFT",
@@ -146,7 +179,7 @@ def test_declined_by_name(name: str, tmp_path: Path) -> None:
         FORMAT.open(CheckpointRef(path, None, "declined", "unchecked", 0.0))
     assert not isinstance(caught.value, IncompleteCheckpoint)
     assert caught.value.what.startswith(path.name)
-    assert readiness.reason == f"{caught.value.what}; {caught.value.remedy}"
+    assert (readiness.reason, readiness.remedy) == (caught.value.what, caught.value.remedy)
     with pytest.raises(CheckpointError, match=way_out):
         locate(path)
 

@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
+from peel_agent.pipeline import locate
 from peel_agent.records import CheckpointRef, Claim, Listing, LocalListing, Readiness, Weights
 from peel_agent.spi import Format
 from peel_agent.testing import formats as kit
@@ -90,7 +92,9 @@ def test_conformance(check: Callable[[FormatCase, Path], None], name: str, tmp_p
 
 
 def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
-    """Config, index, every shard and the Trainer's state are stamped; the optimizer, which may be deleted, is not."""
+    """Config, index and every shard are stamped: what is read. The optimizer, which may be deleted, is not, nor
+    Trainer's state, which may come later.
+    """
     path, _ = CASES["trainer, sharded"].write(tmp_path)
     shards = sorted(file.name for file in path.glob("model-*.safetensors"))
     assert len(shards) > 1
@@ -98,7 +102,6 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
         "config.json",
         *shards,
         "model.safetensors.index.json",
-        "trainer_state.json",
     ]
 
 
@@ -449,7 +452,14 @@ STATE = {"trainer_state.json": b'{"global_step": 5}'}
 @pytest.mark.parametrize(
     ("files", "state", "reason"),
     [
-        (WEIGHTS, "incomplete", "trainer_state.json is not there"),
+        (
+            WEIGHTS | {"training_args.bin": b""},
+            "incomplete",
+            "trainer_state.json is not there, which Trainer writes last",
+        ),
+        (WEIGHTS | {"optimizer.pt": b""}, "incomplete", r"writes last \(optimizer.pt is there\)"),
+        (WEIGHTS | {"rng_state_3.pth": b""}, "incomplete", "trainer_state.json is not there"),
+        (WEIGHTS | {"scheduler.pt": b""}, "incomplete", "trainer_state.json is not there"),
         (WEIGHTS | {"trainer_state.json": b'{"global_step": 5'}, "incomplete", "trainer_state.json does not parse"),
         (WEIGHTS | {"trainer_state.json": b'{"global_step": 6}'}, "damaged", "says global_step 6 in checkpoint-5"),
         (WEIGHTS | {"trainer_state.json": b'{"global_step": "5"}'}, "damaged", "global_step '5', not a count"),
@@ -473,6 +483,111 @@ def test_a_sound_trainer_checkpoint_beside_those(tmp_path: Path) -> None:
     assert (
         TRANSFORMERS.inspect(LocalListing(folder_with(tmp_path, WEIGHTS | STATE, "checkpoint-5"))).state == "complete"
     )
+
+
+ACCELERATES = {"random_states_0.pkl": b"x", "optimizer.bin": b"x", "scheduler.bin": b"x", "sampler.bin": b"x"}
+
+
+@pytest.mark.parametrize("beside", [{}, {"tokenizer.json": b"{}"}, ACCELERATES, {"user_content.pt": b"x"}])
+def test_a_checkpoint_of_ones_own_loop(beside: Mapping[str, bytes], tmp_path: Path) -> None:
+    """A `checkpoint-5` that Trainer did not write is whole without trainer_state.json, its step the N of its name; that
+    file, and an optimizer's, may come later and change nothing that is known of it.
+    """
+    folder = folder_with(tmp_path, {**WEIGHTS, **beside}, "checkpoint-5")
+    before = reference(TRANSFORMERS, folder)
+    assert before.step == 5
+    for name, content in {**STATE, "optimizer.pt": b"x", "training_args.bin": b"x"}.items():
+        (folder / name).write_bytes(content)
+        after = reference(TRANSFORMERS, folder)
+        assert (after.step, after.files) == (5, before.files)
+    assert TRANSFORMERS.open(before).read("v").tolist() == [0, 0, 0, 0]
+
+
+def test_accelerates_configuration_is_above(tmp_path: Path) -> None:
+    """A `checkpoint-5` of Accelerate's save_state is read with the config.json above; the mark of Accelerate is held
+    with it, so that what is held is read as it was.
+    """
+    folder = folder_with(tmp_path, {**WEIGHTS, **ACCELERATES}, "checkpoint-5")
+    (folder / "config.json").rename(tmp_path / "config.json")
+    (where := tmp_path / "held" / "checkpoint-5").mkdir(parents=True)
+    ref = reference(TRANSFORMERS, folder)
+    for stamp in ref.files:
+        shutil.copy2(folder / stamp.name, where / stamp.name)
+    refuses(TRANSFORMERS, where, "incomplete", "config.json is not there")
+    shutil.copy2(tmp_path / "config.json", where.parent)
+    assert [stamp.name for stamp in ref.files] == ["model.safetensors", "random_states_0.pkl"]
+    assert [stamp.name for stamp in reference(TRANSFORMERS, where).files] == [stamp.name for stamp in ref.files]
+
+
+NOT_YET: dict[str, tuple[dict[str, bytes], str, str]] = {
+    "an optimizer": (
+        {"optimizer.bin": b"x", "scheduler.bin": b"x"},
+        r"the state of a training \(opt.*and no weights",
+        "save",
+    ),
+    "random states": (
+        {"random_states_0.pkl": b"x"},
+        r"the state of a training \(random_states_0",
+        "model.save_pretrained",
+    ),
+    "Trainer's": (
+        {"optimizer.pt": b"x", "training_args.bin": b"x"},
+        "the state of a training",
+        "model.save_pretrained",
+    ),
+    "a tokenizer": (
+        {"tokenizer.json": b"{}", "merges.txt": b""},
+        "there is a tokenizer .* and no weights",
+        "save_pretrained",
+    ),
+    "shards": ({ONE: SHARDS[ONE]}, "neither .* which says what is in the shards", "saved again with save_pretrained"),
+    "a configuration": ({"config.json": b"{}"}, "neither model.safetensors nor", "wait"),
+}
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-5", "step_5"])
+@pytest.mark.parametrize("name", NOT_YET)
+def test_what_is_missing_is_named(name: str, folder: str, tmp_path: Path) -> None:
+    """A folder named by its step in which there are no weights, or not all, says what it holds and what to do."""
+    files, reason, remedy = NOT_YET[name]
+    path = folder_with(tmp_path, files, folder)
+    if "config.json" not in files:
+        (path / "config.json").unlink()
+    winner = registry.claimed(LocalListing(path), registry.formats())
+    if (folder, name) == ("step_5", "a configuration"):  # that is no checkpoint yet, whatever its name
+        assert winner is None
+        return
+    assert winner is not None
+    assert winner[1].strength == ("generic" if name == "shards" else "begun")
+    readiness = winner[0].inspect(LocalListing(path))
+    assert readiness.state == "incomplete"
+    assert re.search(reason, readiness.reason)
+    assert remedy in readiness.remedy
+
+
+@pytest.mark.parametrize(
+    ("beside", "newer", "said"),
+    [
+        ({}, False, ""),
+        ({INDEX: b"{}", ONE: SHARDS[ONE]}, False, f"{INDEX} is there too and is not read: model.safetensors is"),
+        ({ONE: SHARDS[ONE], INDEX: b"{}"}, True, "newer, and is not read.*remove model.safetensors if the shards are"),
+        (
+            {"pytorch_model.bin": b"x"},
+            True,
+            "pytorch_model.bin is there too and is not read: the weights in safetensors",
+        ),
+    ],
+)
+def test_other_weights_beside_are_said(beside: Mapping[str, bytes], newer: bool, said: str, tmp_path: Path) -> None:
+    """Weights of an earlier or later save beside those that are read, as transformers reads them, are said."""
+    path = folder_with(tmp_path, {**WEIGHTS, **beside})
+    for name in beside:
+        time = (path / "model.safetensors").stat().st_mtime_ns + (10**9 if newer else -(10**9))
+        os.utime(path / name, ns=(time, time))
+    readiness = SAFETENSORS.inspect(LocalListing(path))
+    assert readiness.state == "complete"
+    assert re.search(said, readiness.beside) if said else readiness.beside == ""
+    assert locate(path).beside == readiness.beside
 
 
 def test_the_state_is_read_again_when_it_changed(tmp_path: Path) -> None:
@@ -571,7 +686,7 @@ class TestTorn:
         for name, tensor in tiny_llama().state_dict().items():
             assert torch.equal(weights.read(name), tensor)
 
-    @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "trainer_state.json"])
+    @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
     def test_changed_before_it_was_opened(self, checkpoint: Path, file: str) -> None:
         """A file that changed between the look and the opening is torn, by name."""
         ref = reference(TRANSFORMERS, checkpoint)

@@ -403,7 +403,7 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
     """Config, index, shards and the Trainer's state are stamped; a config beside several files belongs to none."""
     path, _ = CASES["trainer, sharded"].write(tmp_path)
     shards = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
-    names = ["config.json", *shards, "pytorch_model.bin.index.json", "trainer_state.json"]
+    names = ["config.json", *shards, "pytorch_model.bin.index.json"]
     assert [stamp.name for stamp in TORCH.inspect(LocalListing(path)).files] == names
     file, _ = CASES["nanoGPT"].write(tmp_path / "single")
     assert [stamp.name for stamp in TORCH.inspect(LocalListing(file)).files] == ["ckpt.pt"]
@@ -937,7 +937,7 @@ STATE = {"trainer_state.json": b'{"global_step": 5}'}
 @pytest.mark.parametrize(
     ("files", "state", "reason"),
     [
-        (WHOLE, "incomplete", "trainer_state.json is not there"),
+        (WHOLE | {"training_args.bin": b""}, "incomplete", "trainer_state.json is not there"),
         (WHOLE | {"trainer_state.json": b'{"global_step": 6}'}, "damaged", "says global_step 6 in checkpoint-5"),
         (WHOLE | STATE | {"checkpoint-is-incomplete.txt": b""}, "incomplete", "checkpoint-is-incomplete.txt is there"),
         (STATE | {ONE: SHARDS[ONE]}, "incomplete", "neither pytorch_model.bin nor"),

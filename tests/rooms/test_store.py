@@ -22,9 +22,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from peel_agent import registry
-from peel_agent.errors import CheckpointError, ConfigurationError, StoreUnavailable, TornCheckpoint
+from peel_agent.errors import (
+    CheckpointError,
+    ConfigurationError,
+    IncompleteCheckpoint,
+    StoreUnavailable,
+    TornCheckpoint,
+)
 from peel_agent.pipeline import locate
-from peel_agent.watch import scan, store
+from peel_agent.watch import Unread, scan, store
 from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror, Synced
 from peel_agent.watch.store import RemoteObject, Store, name_fault
@@ -149,17 +155,47 @@ class TestUpload:
     @pytest.mark.parametrize(("name", "seed"), [("checkpoint-7", 0), ("checkpoint-7", 1), ("export", 2)])
     def test_whole_only_when_all_objects_are_there(self, side: Side, saved: Path, name: str, seed: int) -> None:
         """Uploaded object by object in any order, at rest after each, it is whole from the last needed object on;
-        then the bits are the producer's, each object was read once, and no optimizer or random state ever."""
+        then the bits are the producer's, each object was read once, and no optimizer or random state ever. Trainer's
+        state is waited for as soon as anything else of Trainer's is there."""
         files = sorted(path for path in (saved / name).iterdir())
         random.Random(seed).shuffle(files)
         mirror, missing = side.mirror(), wanted_names(saved / name)
+        put, is_whole = set[str](), False
         for file in files:
             side.put(f"{name}/{file.name}", file.read_bytes())
             missing.discard(file.name)
+            put.add(file.name)
             side.settle(mirror)
-            assert complete(mirror.root) == ([] if missing else [name])
+            # Without anything else of Trainer's, a checkpoint-N is a training loop's own.
+            is_whole |= not missing - (
+                {"trainer_state.json"} if put.isdisjoint(("optimizer.pt", "rng_state.pth")) else set()
+            )
+            assert complete(mirror.root) == ([name] if is_whole else [])
         assert are_same_bits(mirror.root / name, saved / name)
         assert sorted(side.gateway.gets) == sorted(f"{side.prefix}/{name}/{n}" for n in wanted_names(saved / name))
+
+    def test_trainers_state_is_waited_for(self, side: Side, saved: Path) -> None:
+        """With Trainer's optimizer there and its state not, nothing is fetched; after ten minutes it says what is
+        missing and what to do. A scan says it at once. What comes once it was fetched is not fetched for.
+        """
+        for file in sorted((saved / "checkpoint-7").iterdir()):
+            if file.name != "trainer_state.json":
+                side.put(f"checkpoint-7/{file.name}", file.read_bytes())
+        mirror, began = side.mirror(), time.time()
+        for later, kept in ((30.0, "waiting"), (700.0, "refused")):
+            ((_, reason, remedy),) = getattr(mirror.sync(began + later, SETTLE), kept)
+            assert (reason, "upload that too" in remedy) == ("waits for trainer_state.json", True)
+        with pytest.raises(IncompleteCheckpoint, match=r"trainer_state\.json is not there yet"):
+            fetch(f"{side.url}/checkpoint-7", side.folder, FORMATS)
+        assert side.gateway.gets == []
+        side.put("checkpoint-7/trainer_state.json", b'{"global_step": 7}')
+        side.settle(mirror)
+        before = locate(mirror.root / "checkpoint-7")
+        mirror.drop(mirror.root / "checkpoint-7")
+        side.gateway.gets.clear()
+        side.put("checkpoint-7/scaler.pt", b"x")
+        side.settle(mirror)
+        assert (before.step, side.gateway.gets) == (7, [])
 
     def test_nothing_is_fetched_before_it_is_at_rest(self, side: Side, saved: Path) -> None:
         """While the listing changes within the time to settle it waits, and nothing is read."""
@@ -169,7 +205,7 @@ class TestUpload:
             side.put(f"checkpoint-7/{file.name}", file.read_bytes())
             side.now += SETTLE - 1
             synced = mirror.sync(time.time() if file.name == "config.json" else side.now, SETTLE)
-        assert synced.waiting == ((f"{side.url}/checkpoint-7", "it changed less than 10 s ago"),)
+        assert synced.waiting == (Unread(f"{side.url}/checkpoint-7", "it changed less than 10 s ago"),)
         assert side.gateway.gets == []
         assert mirror.sync(side.now + SETTLE, SETTLE).waiting == ()
         assert complete(mirror.root) == ["checkpoint-7"]
@@ -196,7 +232,9 @@ class TestUpload:
         )
         mirror = side.mirror()
         synced = mirror.sync(side.now, SETTLE)
-        assert synced.waiting == ((f"{side.url}/export", f"{side.url}/export changed while it was fetched"),)
+        assert [(url, reason) for url, reason, _ in synced.waiting] == [
+            (f"{side.url}/export", f"{side.url}/export changed while it was fetched")
+        ]
         assert complete(mirror.root) == []
         side.gateway.before = lambda method, key: None
         side.settle(mirror)
@@ -309,9 +347,10 @@ class TestLayouts:
         """A layout that is known and not read is refused with its way out, before a byte of it is read."""
         side.put("100/_CHECKPOINT_METADATA", b"{}")
         side.put("100/d/abc", b"x" * 100)
-        ((url, reason),) = side.settle(side.mirror()).refused
+        ((url, reason, remedy),) = side.settle(side.mirror()).refused
         assert url == f"{side.url}/100"
         assert "Orbax" in reason
+        assert "to_huggingface.py" in remedy
         assert side.gateway.gets == []
 
 
@@ -643,9 +682,10 @@ class TestHostileNames:
         side.put(key, b"evil")
         mirror = side.mirror()
         before = set(side.folder.parent.rglob("*"))
-        ((url, reason),) = side.settle(mirror).refused
+        ((url, reason, remedy),) = side.settle(mirror).refused
         assert url == f"{side.url}/checkpoint-1"
         assert words in reason
+        assert "rename the object" in remedy
         assert complete(mirror.root) == ["export"]
         assert all(path.is_relative_to(side.folder) for path in set(side.folder.parent.rglob("*")) - before)
         assert not [read for read in side.gateway.gets if "checkpoint-1" in read]
@@ -654,7 +694,7 @@ class TestHostileNames:
     def test_names_of_children(self, side: Side, saved: Path, key: str) -> None:
         """A child without a name, or named `.` or `..`, is refused."""
         side.put(key, (saved / "export" / "model.safetensors").read_bytes())
-        assert [reason for _, reason in side.settle(side.mirror()).refused if "empty, `.` or `..`" in reason] or (
+        assert [reason for _, reason, _ in side.settle(side.mirror()).refused if "empty, `.` or `..`" in reason] or (
             key.startswith("./") and side.gateway.gets == []
         )
 
@@ -662,7 +702,9 @@ class TestHostileNames:
         """`checkpoint-7` beside `checkpoint-7/...`: a file system cannot hold both."""
         side.upload(saved / "checkpoint-7", "checkpoint-7")
         side.put("checkpoint-7", b"x")
-        assert [r for _, r in side.settle(side.mirror()).refused] == ["'checkpoint-7' is both an object and a folder"]
+        assert [r for _, r, _ in side.settle(side.mirror()).refused] == [
+            "'checkpoint-7' is both an object and a folder"
+        ]
 
     @pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "a\0b", "a\ud800b", "a\\b", "a/../b", "", "/", "a//b", "a/."])
     def test_no_such_name_is_written(self, name: str) -> None:
@@ -684,9 +726,10 @@ class TestRoom:
         usage = SimpleNamespace(total=1_000_000, used=880_000, free=120_000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
         mirror = side.mirror()
-        ((url, reason),) = side.settle(mirror).refused
+        ((url, reason, remedy),) = side.settle(mirror).refused
         size = sum((saved / "export" / name).stat().st_size for name in wanted_names(saved / "export"))
         assert f"{url} needs {size:,} bytes" in reason
+        assert "make room" in remedy
         assert side.gateway.gets == []
         usage.free = 1_000_000
         side.settle(mirror)

@@ -11,7 +11,7 @@ from peel_agent.errors import IncompleteCheckpoint, TornCheckpoint
 from peel_agent.records import FileStamp
 
 from ..files.checkpoint_folder import WAIT, opened, read_into, refused, stamp_of
-from ..transformers.format import check_written
+from ..files.trainer import check_written
 from .metadata import METADATA, StoredTensor
 
 MAX_METADATA_BYTES = 64 * 2**20

@@ -15,9 +15,9 @@ from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalLi
 
 from ..files.checkpoint_folder import as_found, by_name, not_whole, read_config, stamp_of, stamps_of
 from ..files.remembered import Remembered
+from ..files.steps import counts_savings, marks_of_accelerate, step_in_name
 from ..megatron.metadata import is_megatron_folder
-from ..safetensors.format import COUNTED_SAVES, step_in_name
-from ..safetensors.reader import INDEX, WEIGHTS, saved_by_accelerate
+from ..safetensors.reader import INDEX, WEIGHTS
 from .folder import Layout, check_shards, read_metadata
 from .metadata import METADATA, SHARD, read_contents
 
@@ -61,8 +61,9 @@ class DistributedFormat:
         Accelerate's own folder is named by the one it is in, but its `checkpoint_8` counts savings and not steps.
         """
         named = listing.parent if listing.name == ACCELERATE else listing
-        is_accelerate = named is not listing or _inside(listing.names()) or saved_by_accelerate(listing.names())
-        if is_accelerate and COUNTED_SAVES.fullmatch(named.name):
+        names = listing.names()
+        is_accelerate = named is not listing or _inside(names) or marks_of_accelerate(names)
+        if is_accelerate and counts_savings(named.name):
             return None
         return step_in_name(named.name.removesuffix(".ckpt"))
 

@@ -11,9 +11,10 @@ from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.records import CheckpointRef, Claim, Listing, LocalListing, Readiness, Weights
 
 from ..files.checkpoint_folder import keys_of, stamps_of
-from ..safetensors.format import step_in_name
+from ..files.steps import step_in_name
 
 UNFINISHED = "-unfinished"
+LATER = "wait until it is written; it is not read then either"
 _MAX_METADATA_BYTES = 1 << 16
 _ORBAX_MARKS = frozenset({"_CHECKPOINT_METADATA", "manifest.ocdbt"})
 _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
@@ -21,6 +22,10 @@ _FLAX_FILE = re.compile(r"checkpoint_[0-9]+")
 _FLAX_WEIGHTS = re.compile(r"flax_model(?:-\d+-of-\d+)?\.msgpack(?:\.index\.json)?")
 _TF_INDEX, _TF_DATA = re.compile(r"(.+)\.index"), re.compile(r"(.+)\.data-\d{5}-of-\d{5}")
 _KERAS = re.compile(r"(?:.+[._-])?(?:model|weights|checkpoint|ckpt)(?:[._-].+)?\.(?:h5|hdf5)|.+\.keras", re.IGNORECASE)
+_CONSOLIDATED = re.compile(r"consolidated(?:[.-].+)?\.(?:pth|safetensors)")
+_TORCHTUNE = re.compile(r"(?:hf|meta|torchtune)_model_\d+(?:_\d+)?\.pt")
+_FSDP_RANK = re.compile(r"pytorch_model_fsdp(?:_\d+)?_rank\d+\.bin")
+_MLX, _MLX_ADAPTER = re.compile(r"weights(?:\.\d+)?\.npz"), re.compile(r"(?:\d+_)?adapters\.(?:safetensors|npz)")
 _MEGATRON_RANK = re.compile(r"mp_rank_\d\d(?:_\d{3}){0,2}")
 _OLD_TRANSFORMERS = "with transformers below 5: from_pretrained(FOLDER, {}=True).save_pretrained(NEW)"
 
@@ -110,6 +115,39 @@ KINDS = (
         _is_levanter,
     ),
     Kind(
+        "a checkpoint of LitGPT (lit_model.pth)",
+        "litgpt convert_from_litgpt FOLDER NEW; put the model's config.json into NEW, and point at NEW/model.pth",
+        lambda listing: "lit_model.pth" in listing.names(),
+    ),
+    Kind(
+        "weights in the layout of Meta or Mistral (consolidated and params.json)",
+        "transformers' convert_llama_weights_to_hf.py (or convert_mistral_weights_to_hf.py) --input_dir FOLDER "
+        "--output_dir NEW, and peel NEW",
+        lambda listing: "params.json" in listing.names() and any(map(_CONSOLIDATED.fullmatch, listing.names())),
+    ),
+    Kind(
+        "parts of a model in files of torchtune (hf_model_0001_0.pt and the like)",
+        "save it with torchtune's FullModelHFCheckpointer and safe_serialization: true, put the model's config.json "
+        "into that folder, and point at it",
+        lambda listing: any(map(_TORCHTUNE.fullmatch, listing.names())),
+    ),
+    Kind(
+        "parts of a model, one a rank (FSDP's LOCAL_STATE_DICT)",
+        "save with fsdp_state_dict_type SHARDED_STATE_DICT or FULL_STATE_DICT (Accelerate, Trainer): both are read",
+        lambda listing: any(map(_FSDP_RANK.fullmatch, listing.names())),
+    ),
+    Kind(
+        "an adapter of MLX (adapters.safetensors)",
+        "fuse it into its model and peel NEW: mlx_lm.fuse --model MODEL --adapter-path FOLDER --save-path NEW",
+        lambda listing: any(map(_MLX_ADAPTER.fullmatch, listing.names())),
+    ),
+    Kind(
+        "weights of MLX in .npz files",
+        "convert the model again with a newer mlx_lm.convert, which writes safetensors, or peel the model that it was "
+        "made from",
+        lambda listing: any(map(_MLX.fullmatch, listing.names())),
+    ),
+    Kind(
         "an adapter of PEFT (adapter_config.json) without its base model",
         "merge it into its base model (model.merge_and_unload().save_pretrained(NEW)), and peel that",
         lambda listing: "adapter_config.json" in listing.names(),
@@ -161,7 +199,7 @@ KINDS = (
 
 
 class DeclinedFormat:
-    """What NeMo, older Megatron, Orbax, Flax, Levanter, TensorFlow, Keras, GGUF and ONNX write; nothing of it is read.
+    """What the producers of KINDS write; nothing of it is read.
 
     It is `damaged` with the reason and a way out, or `incomplete` while a producer's mark of an unfinished one is
     there. Whatever another format reads is left to that: this one's claims are `declined`.
@@ -179,11 +217,11 @@ class DeclinedFormat:
     def inspect(self, listing: LocalListing) -> Readiness:
         unfinished = _unfinished(listing)
         if unfinished is not None:
-            return Readiness("incomplete", unfinished, stamps_of(listing.path, listing.names()))
+            return Readiness("incomplete", unfinished, stamps_of(listing.path, listing.names()), LATER)
         kind = _kind(listing)
         if kind is None:
             return Readiness("incomplete", f"{listing.name} is not there, or not yet what it will be", ())
-        return Readiness("damaged", f"{_words(listing, kind)}; {kind.way_out}", ())
+        return Readiness("damaged", _words(listing, kind), remedy=kind.way_out)
 
     def step(self, listing: LocalListing) -> int | None:
         """The number in the name, as for `safetensors`."""
@@ -194,9 +232,7 @@ class DeclinedFormat:
         kind = _kind(listing)
         unfinished = _unfinished(listing)
         if unfinished is not None or kind is None:
-            raise IncompleteCheckpoint(
-                unfinished or f"{ref.path.name} is gone", remedy="wait until it is written; it is not read then either"
-            )
+            raise IncompleteCheckpoint(unfinished or f"{ref.path.name} is gone", remedy=LATER)
         raise CheckpointError(_words(listing, kind), remedy=kind.way_out)
 
 

@@ -28,16 +28,9 @@ from ..files.checkpoint_folder import (
 )
 from ..files.remembered import Remembered, check_seen
 from ..files.shared_prefix import shared_prefix
+from ..files.trainer import SENTINEL, STATE, awaited, check_written, is_trainer_folder, is_trainer_name, trainer_step
 from ..pickles.torch_archive import read_saved, views_of
 from ..pickles.torch_tensors import is_count
-from ..transformers.format import (
-    SENTINEL,
-    STATE,
-    check_written,
-    is_trainer_folder,
-    is_trainer_name,
-    trainer_step,
-)
 from .names import MODEL, Names, belongs, is_states, names_by_rank, refused
 from .states import Split, Whole, check_parallelism, table_of, world_size
 from .zero3 import Merged, merge
@@ -67,8 +60,9 @@ class DeepSpeedFormat:
     """A folder of DeepSpeed's states, or a checkpoint's folder of Trainer, Lightning or Accelerate with one in it.
 
     It is complete when the files of every rank are there and whole, as many as the states themselves say, config.json
-    is in the folder or in the one above, and Trainer's own files are written. With ZeRO 0 to 2 the optimizer states may
-    all be missing: they hold nothing that is read. A folder with weights in other files too is left to their formats.
+    is in the folder or in the one above, and Trainer, if the folder is its own, has written the rest. With ZeRO 0 to 2
+    the optimizer states may all be missing: they hold nothing that is read. A folder with weights in other files too is
+    left to their formats.
     """
 
     name = "deepspeed"
@@ -82,7 +76,7 @@ class DeepSpeedFormat:
             return None if is_part else _claim_of(names, frozenset(filter(belongs, names)))
         own = names & {STATE, SENTINEL, LATEST}
         if is_trainer_folder(listing) and (LATEST in names or any(map(_NUMBERED.fullmatch, names))):
-            return Claim("specific", own | _states_below(listing))
+            return Claim("specific", own | _states_below(listing), awaits=awaited(names))
         tag = _tag_of_others(names)
         states = listing.folder(tag).names() if tag is not None else frozenset()
         return _claim_of(states, own | _states_below(listing)) if any(map(is_states, states)) else None
@@ -145,14 +139,16 @@ def _read_own(listing: LocalListing) -> _Own:
     path, names = listing.path, listing.names()
     if any(map(is_states, names)):
         return _Own("")
+    others = _tag_of_others(names)
     if not is_trainer_folder(listing):
-        return _Own(f"{tag}/" if (tag := _tag_of_others(names)) else "")
+        return _Own(f"{others}/" if others else "")
     check_written(path)
+    if others and LATEST not in names:
+        return _Own(f"{others}/", step=trainer_step(path, names))
     tag, latest = _read_latest(path)
     if tag not in names:
         raise IncompleteCheckpoint(f"{LATEST} names the folder {tag}, which is not there", remedy=WAIT)
-    step, state = trainer_step(path)
-    return _Own(f"{tag}/", (latest, state), step)
+    return _Own(f"{tag}/", (latest,), trainer_step(path, names))
 
 
 def _read_latest(path: Path) -> tuple[str, FileStamp]:

@@ -22,6 +22,7 @@ MAX_JSON_ITEMS = 2_000_000
 MAX_CONFIG_BYTES = 4 * 2**20
 
 WAIT = "wait until the trainer has written it, or save the checkpoint again"
+PERMIT = "give the user that peel-agent runs as the right to read it and to search its folder (chmod, setfacl)"
 SAVE_AGAIN = "save the checkpoint again with save_pretrained, or take it out of the watched folder"
 
 
@@ -48,12 +49,17 @@ def open_inside(folder: Path, name: str) -> tuple[int, FileStamp]:
     except FileNotFoundError as error:
         raise IncompleteCheckpoint(f"{name} is not there", remedy=WAIT) from error
     except OSError as error:
-        raise IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}", remedy=WAIT) from error
+        raise _unreadable(name, error) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise refused(name, "is not a regular file")
     return descriptor, FileStamp(name, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _unreadable(name: str, error: OSError) -> IncompleteCheckpoint:
+    remedy = PERMIT if isinstance(error, PermissionError) else WAIT
+    return IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}", remedy=remedy)
 
 
 @contextmanager
@@ -63,7 +69,7 @@ def opened(folder: Path, name: str) -> Iterator[tuple[int, FileStamp]]:
     try:
         yield descriptor, stamp
     except OSError as error:
-        raise IncompleteCheckpoint(f"{name} cannot be read: {error.strerror}", remedy=WAIT) from error
+        raise _unreadable(name, error) from error
     finally:
         os.close(descriptor)
 
@@ -158,7 +164,7 @@ def by_name(*stamps: Iterable[FileStamp]) -> tuple[FileStamp, ...]:
 def not_whole(error: CheckpointError, files: tuple[FileStamp, ...]) -> Readiness:
     """What an error says about a checkpoint of which these files are there."""
     unfinished = isinstance(error, IncompleteCheckpoint | TornCheckpoint)
-    return Readiness("incomplete" if unfinished else "damaged", error.what, files)
+    return Readiness("incomplete" if unfinished else "damaged", error.what, files, error.remedy)
 
 
 class Found(Protocol):

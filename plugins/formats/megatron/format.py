@@ -6,7 +6,6 @@ under Megatron's names, and are handed on under those of the transformers model 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +58,7 @@ class MegatronFormat:
         try:
             whole = _look(listing.path)
         except CheckpointError as error:
-            found = not_whole(error, stamps_of(listing.path, listing.names()))
-            reason = f"{error.what}; {error.remedy}" if found.state == "damaged" else error.what
-            return dataclasses.replace(found, reason=reason)
+            return not_whole(error, stamps_of(listing.path, listing.names()))
         return Readiness("complete", f"{len(whole.files)} files have their sizes", whole.files)
 
     def step(self, listing: LocalListing) -> int | None:

@@ -7,34 +7,21 @@ from pathlib import Path
 
 from peel_agent.records import CheckpointRef, Claim, Listing, LocalListing, Readiness, Weights
 
+from ..files.begun import is_begun
 from ..files.checkpoint_folder import CONFIG
-from ..transformers.format import is_trainer_folder
-from .reader import (
-    Layout,
-    inspect_layout,
-    marks_of_accelerate,
-    open_weights,
-    read_files,
-    read_folder,
-    saved_by_accelerate,
-    weights_among,
-)
-
-_SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
-_STEP = re.compile(
-    r"(?:.*[-_.=])?(?:checkpoint|ckpt|global[-_]?step|step|iteration|iter)[-_.=]?([0-9]{1,18})|([0-9]{1,18})",
-    re.IGNORECASE,
-)
-
+from ..files.steps import marks_of_accelerate, step_in_name, step_of_folder
+from ..files.trainer import is_trainer_folder
+from .reader import Layout, inspect_layout, open_weights, read_files, read_folder, weights_among
 
 SUFFIX = ".safetensors"
-COUNTED_SAVES = re.compile(r"checkpoint_\d+")
+_SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 
 
 class SafetensorsFormat:
     """A `*.safetensors` file with config.json beside it, or config.json with model.safetensors or its shards.
 
-    A folder named `checkpoint-N` is left to the `transformers` format; a shard alone is no checkpoint.
+    A folder named `checkpoint-N` is left to the `transformers` format; a shard alone is no checkpoint. A folder named
+    by its step in which there are a tokenizer or the state of an optimizer, and no weights, is one that is begun.
     """
 
     name = "safetensors"
@@ -47,7 +34,9 @@ class SafetensorsFormat:
             return Claim("generic") if is_whole and listing.parent.is_file(listing.name) else None
         names = listing.names()
         weights = weights_among(names)
-        return Claim("generic", weights | marks_of_accelerate(names)) if weights else None
+        if weights:
+            return Claim("generic", weights | marks_of_accelerate(names))
+        return Claim("begun") if is_begun(listing) else None
 
     def inspect(self, listing: LocalListing) -> Readiness:
         path = listing.path
@@ -56,19 +45,13 @@ class SafetensorsFormat:
         return inspect_layout(_read, path, path, listing.names())
 
     def step(self, listing: LocalListing) -> int | None:
-        """The number in the name, as `step_in_name`. Accelerate's `checkpoint_8` counts savings and not steps."""
-        if COUNTED_SAVES.fullmatch(listing.name) and saved_by_accelerate(listing.names()):
-            return None
-        return step_in_name(listing.name.removesuffix(SUFFIX))
+        """The number in the name. Accelerate's `checkpoint_8` counts savings and not steps."""
+        if listing.name.endswith(SUFFIX):
+            return step_in_name(listing.name.removesuffix(SUFFIX))
+        return step_of_folder(listing.name, listing.names())
 
     def open(self, ref: CheckpointRef) -> Weights:
         return open_weights(ref, lambda: _read(ref.path, LocalListing(ref.path).names()))
-
-
-def step_in_name(name: str) -> int | None:
-    """The number in a name such as `checkpoint-800`, `step_800`, `iter800`, `global_step800` or `800`."""
-    found = _STEP.fullmatch(name)
-    return int(found[1] or found[2]) if found else None
 
 
 def _read(path: Path, names: frozenset[str]) -> Layout:

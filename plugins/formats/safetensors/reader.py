@@ -15,9 +15,9 @@ from typing import Any
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint
 from peel_agent.records import CheckpointRef, FileStamp, Readiness, Weights
 
+from ..files.begun import without_weights
 from ..files.checkpoint_folder import (
     CONFIG,
-    WAIT,
     as_found,
     by_name,
     not_whole,
@@ -25,15 +25,17 @@ from ..files.checkpoint_folder import (
     read_config,
     read_json,
     refused,
+    stamp_of,
     stamps_of,
 )
 from ..files.remembered import Remembered, check_seen
+from ..files.steps import marks_of_accelerate
 from .header import MAX_TENSORS, Extent, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
-_RANDOM_STATES = re.compile(r"random_states_\d+\.pkl")
+_PICKLE = re.compile(r"pytorch_model(?:_fsdp)?\.bin|pytorch_model\.bin\.index\.json|pytorch_model.*-\d+-of-\d+\.bin")
 _RELEVANT = re.compile(r".*\.safetensors|.*\.json|.*\.txt")
 
 
@@ -41,7 +43,7 @@ _RELEVANT = re.compile(r".*\.safetensors|.*\.json|.*\.txt")
 class Layout:
     """The weights of one checkpoint found whole: for each tensor its file and its place in it, and all stamps.
 
-    `texts` are what the files' headers say beside the tensors.
+    `texts` are what the files' headers say beside the tensors, `beside` what is said of weights that are not read.
     """
 
     folder: Path
@@ -49,6 +51,17 @@ class Layout:
     tensors: Mapping[str, tuple[str, Extent]]
     files: tuple[FileStamp, ...]
     texts: Mapping[str, str] = field(default_factory=dict)
+    beside: str = ""
+
+
+def is_pickle(name: str) -> bool:
+    """True for a name that transformers gives to a file of torch.save with weights, or to the index of such."""
+    return _PICKLE.fullmatch(name) is not None
+
+
+def holds_pickles_only(names: frozenset[str]) -> bool:
+    """True for a folder with these names when its weights are in files of torch.save and none in safetensors."""
+    return any(map(is_pickle, names)) and not weights_among(names)
 
 
 def weights_among(names: frozenset[str]) -> frozenset[str]:
@@ -59,26 +72,66 @@ def weights_among(names: frozenset[str]) -> frozenset[str]:
 def read_folder(folder: Path, names: frozenset[str]) -> Layout:
     """The layout of a folder with these names, written by save_pretrained, in one file or in shards.
 
-    Raises IncompleteCheckpoint for what may still be written, CheckpointError for what is refused.
+    Accelerate saves no config.json: a folder with its marks may have that above, and its mark is a file of the
+    checkpoint then. Raises IncompleteCheckpoint for what may still be written, CheckpointError for what is refused.
     """
-    above = saved_by_accelerate(names)
+    mark = min(marks_of_accelerate(names), default=None)
     if WEIGHTS in names:  # transformers too prefers it to an index
-        return read_files(folder, (WEIGHTS,), config_above=above)
-    if INDEX in names:
-        return _read_shards(folder, config_above=above)
-    raise IncompleteCheckpoint(f"neither {WEIGHTS} nor {INDEX} is there", remedy=WAIT)
+        layout = read_files(folder, (WEIGHTS,), mark=mark)
+    elif INDEX in names:
+        layout = _read_shards(folder, mark=mark)
+    else:
+        missing = f"neither {WEIGHTS} nor {INDEX} is there"
+        if weights_among(names):
+            raise IncompleteCheckpoint(
+                f"{missing}, which says what is in the shards",
+                remedy=f"wait until the trainer has written {INDEX}; a folder that was saved without one is to be "
+                "saved again with save_pretrained",
+            )
+        raise without_weights(names, missing)
+    return dataclasses.replace(layout, beside=_beside(folder, names))
+
+
+def _beside(folder: Path, names: frozenset[str]) -> str:
+    """What is said of weights in the folder that are not read."""
+    said = []
+    if WEIGHTS in names and (shards := weights_among(names) - {WEIGHTS}):
+        said.append(not_read(folder, WEIGHTS, shards))
+    if pickles := sorted(filter(is_pickle, names)):
+        said.append(f"{pickles[0]} is there too and is not read: the weights in safetensors are, as in transformers")
+    return "; ".join(said)
+
+
+def not_read(folder: Path, read: str, shards: frozenset[str]) -> str:
+    """What is said of shards and their index beside the whole weights in the file `read`."""
+    named = next((name for name in sorted(shards) if name.endswith(".json")), min(shards))
+    if max(_time_of(folder, name) for name in shards) <= _time_of(folder, read):
+        return f"{named} is there too and is not read: {read} is, as in transformers"
+    return (
+        f"{named} is there too, newer, and is not read: {read} is, as in transformers; remove {read} if the shards "
+        "are the checkpoint"
+    )
+
+
+def _time_of(folder: Path, name: str) -> int:
+    try:
+        return (folder / name).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def read_files(
-    folder: Path, weight_files: Sequence[str], *, own_config: bool = True, config_above: bool = False
+    folder: Path, weight_files: Sequence[str], *, own_config: bool = True, mark: str | None = None
 ) -> Layout:
     """The layout of config.json and the named weight files; raises as `read_folder` does.
 
     Without `own_config` the folder's config.json belongs to several checkpoints: writing it again with the next one
-    does not change this one, so it is no part of its stamps. Accelerate saves none, so its folders may have it above;
-    any other folder without its own is half removed.
+    does not change this one, so it is no part of its stamps. With a `mark` it may be above, and the file of that name
+    is one of the checkpoint's; any other folder without its own config.json is half removed.
     """
-    config, own = read_config(folder, above=config_above)
+    config, own = read_config(folder, above=mark is not None)
+    if mark is not None and not own:
+        own = (stamp_of(folder, mark),)
     tensors: dict[str, tuple[str, Extent]] = {}
     texts: dict[str, str] = {}
     stamps = [*own] if own_config else []
@@ -96,16 +149,6 @@ def read_files(
             raise refused("there", f"are more than {MAX_TENSORS:,} tensors up to {name}")
         stamps.append(stamp)
     return Layout(folder, config, tensors, by_name(stamps), texts)
-
-
-def saved_by_accelerate(names: frozenset[str]) -> bool:
-    """Whether a folder with these names was written by Accelerate's save_state."""
-    return bool(marks_of_accelerate(names))
-
-
-def marks_of_accelerate(names: frozenset[str]) -> frozenset[str]:
-    """The names by which a folder of Accelerate's save_state is known."""
-    return frozenset(filter(_RANDOM_STATES.fullmatch, names))
 
 
 def with_file(layout: Layout, stamp: FileStamp) -> Layout:
@@ -130,15 +173,18 @@ def inspect_layout(read: Read, path: Path, folder: Path, names: frozenset[str]) 
     try:
         # A config.json above is no stamp of the checkpoint, but what comes of the look may hang on it.
         shared = () if CONFIG in known else stamps_of(folder.parent, {CONFIG})
-        files = look(read, path, names, (*stamps, *shared))
+        files, beside = look(read, path, names, (*stamps, *shared))
         check_seen(path, files, stamps)
     except CheckpointError as error:
         return not_whole(error, stamps)
-    return Readiness("complete", f"{len(files)} files have their sizes", files)
+    return Readiness("complete", f"{len(files)} files have their sizes", files, beside=beside)
 
 
-def _read_files(read: Read, path: Path, names: frozenset[str], _stamps: tuple[FileStamp, ...]) -> tuple[FileStamp, ...]:
-    return read(path, names).files
+def _read_files(
+    read: Read, path: Path, names: frozenset[str], _stamps: tuple[FileStamp, ...]
+) -> tuple[tuple[FileStamp, ...], str]:
+    layout = read(path, names)
+    return layout.files, layout.beside
 
 
 _files = Remembered(_read_files, incomplete=True)
@@ -151,9 +197,9 @@ def open_weights(ref: CheckpointRef, read: Callable[[], Layout]) -> Weights:
     return SafetensorsWeights(as_found(ref, read))
 
 
-def _read_shards(folder: Path, *, config_above: bool) -> Layout:
+def _read_shards(folder: Path, *, mark: str | None) -> Layout:
     weight_map, stamp = read_index(folder, INDEX, ".safetensors")
-    layout = read_files(folder, sorted(set(weight_map.values())), config_above=config_above)
+    layout = read_files(folder, sorted(set(weight_map.values())), mark=mark)
     check_index(INDEX, weight_map, layout.tensors)
     return with_file(layout, stamp)
 

@@ -18,27 +18,21 @@ from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalLi
 from ..files.checkpoint_folder import CONFIG, WAIT, not_whole, stamps_of
 from ..files.remembered import Remembered, check_seen
 from ..files.shared_prefix import shared_prefix
+from ..files.steps import marks_of_accelerate, step_in_name, step_of_folder
+from ..files.trainer import SENTINEL, STATE, awaited, check_written, is_trainer_name, marks_of_trainer, trainer_step
 from ..pickles.torch_archive import View, read_saved_model
 from ..pickles.torch_zip import refused
-from ..safetensors.format import COUNTED_SAVES, step_in_name
 from ..safetensors.header import MAX_TENSORS, Extent
 from ..safetensors.reader import (
     Layout,
     check_index,
-    marks_of_accelerate,
+    holds_pickles_only,
+    is_pickle,
+    not_read,
     open_weights,
     read_files,
     read_index,
-    saved_by_accelerate,
     with_file,
-)
-from ..transformers.format import (
-    SENTINEL,
-    STATE,
-    check_written,
-    holds_pickles_only,
-    is_trainer_name,
-    trainer_step,
 )
 
 WEIGHTS = ("pytorch_model.bin", "pytorch_model_fsdp.bin")
@@ -68,14 +62,16 @@ class TorchFormat:
         names = listing.names()
         if not holds_pickles_only(names):
             return None
-        return Claim("generic", _deciding(names) | marks_of_accelerate(names))
+        needs = frozenset(name for name in _deciding(names) if name not in marks_of_trainer(names) or name == SENTINEL)
+        return Claim("generic", needs, awaits=awaited(names) if is_trainer_name(listing.name) else ())
 
     def inspect(self, listing: LocalListing) -> Readiness:
         try:
-            files = _look(listing).files
+            examined = _look(listing)
         except CheckpointError as error:
             return not_whole(error, stamps_of(_folder_of(listing), _names_of(listing)))
-        return Readiness("complete", f"{len(files)} files have their sizes", files)
+        files = examined.files
+        return Readiness("complete", f"{len(files)} files have their sizes", files, beside=examined.beside)
 
     def step(self, listing: LocalListing) -> int | None:
         """The count beside the weights (iter_num, global_step, step, iteration), Trainer's, else that in the name."""
@@ -85,8 +81,7 @@ class TorchFormat:
             step = None
         if step is not None or _is_single(listing):
             return step_in_name(listing.path.stem) if step is None else step
-        is_counted = COUNTED_SAVES.fullmatch(listing.name) and saved_by_accelerate(listing.names())
-        return None if is_counted else step_in_name(listing.name)
+        return step_of_folder(listing.name, listing.names())
 
     def open(self, ref: CheckpointRef) -> Weights:
         from .weights import TorchWeights  # imports torch
@@ -109,6 +104,7 @@ class _Found:
 class _Examined:
     files: tuple[FileStamp, ...]
     step: int | None
+    beside: str
 
 
 def _look(listing: LocalListing) -> _Examined:
@@ -122,7 +118,7 @@ def _look(listing: LocalListing) -> _Examined:
 def _read_files(path: Path, names: frozenset[str], stamps: tuple[FileStamp, ...], *, single: bool) -> _Examined:
     found = _read_single(path) if single else _read_named(path, names)
     check_seen(path, found.layout.files, stamps)
-    return _Examined(found.layout.files, found.step)
+    return _Examined(found.layout.files, found.step, found.layout.beside)
 
 
 _examine = Remembered(_read_files, incomplete=False)
@@ -142,23 +138,31 @@ def _read_named(folder: Path, names: frozenset[str]) -> _Found:
         return _read_folder(folder, names)
     check_written(folder)
     found = _read_folder(folder, names)
-    step, stamp = trainer_step(folder)
-    return dataclasses.replace(found, layout=with_file(found.layout, stamp), step=step)
+    return dataclasses.replace(found, step=trainer_step(folder, names))
 
 
 def _read_folder(folder: Path, names: frozenset[str]) -> _Found:
+    mark = min(marks_of_accelerate(names), default=None)
     for name in WEIGHTS:  # transformers too prefers it to an index
         if name in names:
-            return _read_pickles(folder, (name,))
+            found = _read_pickles(folder, (name,), mark=mark)
+            others = frozenset(filter(is_pickle, names)) - {*WEIGHTS}
+            beside = not_read(folder, name, others) if others else ""
+            return dataclasses.replace(found, layout=dataclasses.replace(found.layout, beside=beside))
     if INDEX not in names:
         raise IncompleteCheckpoint(f"neither {WEIGHTS[0]} nor {INDEX} is there", remedy=WAIT)
     weight_map, stamp = read_index(folder, INDEX, ".bin")
-    found = _read_pickles(folder, tuple(sorted(set(weight_map.values()))), weight_map=weight_map)
+    found = _read_pickles(folder, tuple(sorted(set(weight_map.values()))), weight_map=weight_map, mark=mark)
     return dataclasses.replace(found, layout=with_file(found.layout, stamp))
 
 
 def _read_pickles(
-    folder: Path, names: tuple[str, ...], *, weight_map: Mapping[str, str] | None = None, own_config: bool = True
+    folder: Path,
+    names: tuple[str, ...],
+    *,
+    weight_map: Mapping[str, str] | None = None,
+    own_config: bool = True,
+    mark: str | None = None,
 ) -> _Found:
     """config.json and the named files; raises IncompleteCheckpoint or CheckpointError.
 
@@ -169,7 +173,7 @@ def _read_pickles(
     if first is not None and first.settings is not None:
         layout = Layout(folder, first.settings, {}, ())
     else:
-        layout = read_files(folder, (), own_config=own_config)
+        layout = read_files(folder, (), own_config=own_config, mark=mark)
     places: dict[str, tuple[str, View]] = {}
     step = None
     for name in names:
@@ -218,7 +222,8 @@ def _names_of(listing: LocalListing) -> frozenset[str]:
 
 
 def _deciding(names: frozenset[str]) -> frozenset[str]:
-    return frozenset(name for name in names if name in (CONFIG, STATE, SENTINEL) or _is_weights(name))
+    marks = marks_of_trainer(names) | marks_of_accelerate(names)
+    return frozenset(name for name in names if name in (CONFIG, STATE) or _is_weights(name)) | marks
 
 
 def _is_weights(name: str) -> bool:

@@ -1,52 +1,33 @@
-"""`checkpoint-N/` as transformers' Trainer writes it: the weights first, trainer_state.json last."""
+"""`checkpoint-N/` with weights in safetensors: transformers' Trainer, Accelerate, and training loops of one's own."""
 
 from __future__ import annotations
 
-import os
-import re
-from functools import lru_cache
 from pathlib import Path
 
-from peel_agent.errors import CheckpointError, IncompleteCheckpoint
-from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalListing, Readiness, Weights
+from peel_agent.errors import CheckpointError
+from peel_agent.records import CheckpointRef, Claim, Listing, LocalListing, Readiness, Weights
 
-from ..files.checkpoint_folder import SAVE_AGAIN, WAIT, read_json, stamp_of
-from ..safetensors.reader import (
-    Layout,
-    inspect_layout,
-    open_weights,
-    read_folder,
-    weights_among,
-    with_file,
+from ..files.steps import marks_of_accelerate, step_in_name
+from ..files.trainer import (
+    SENTINEL,
+    STATE,
+    awaited,
+    check_written,
+    global_step,
+    is_trainer_folder,
+    marks_of_trainer,
+    trainer_step,
 )
-
-STATE = "trainer_state.json"
-SENTINEL = "checkpoint-is-incomplete.txt"
-_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
-_PICKLE = re.compile(r"pytorch_model(?:_fsdp)?\.bin|pytorch_model\.bin\.index\.json|pytorch_model.*-\d+-of-\d+\.bin")
-_SAFETENSORS = re.compile(r"model\.safetensors(?:\.index\.json)?|.*-\d+-of-\d+\.safetensors")
-
-
-def is_trainer_folder(listing: Listing) -> bool:
-    """True for a folder of the name that Trainer gives its checkpoints."""
-    return is_trainer_name(listing.name) and listing.is_folder
-
-
-def is_trainer_name(name: str) -> bool:
-    """True for the name that Trainer gives to a checkpoint's folder."""
-    return _NAME.fullmatch(name) is not None
-
-
-def holds_pickles_only(names: frozenset[str]) -> bool:
-    """True for a folder with these names when its weights are in files of torch.save and none in safetensors."""
-    return any(map(_PICKLE.fullmatch, names)) and not any(map(_SAFETENSORS.fullmatch, names))
+from ..safetensors.reader import Layout, holds_pickles_only, inspect_layout, open_weights, read_folder, weights_among
 
 
 class TransformersFormat:
-    """A Trainer checkpoint.
+    """A folder named `checkpoint-N`, whoever wrote it.
 
-    It is complete when trainer_state.json says step N, every weight file has the size its header says, every shard of
-    the index is there and checkpoint-is-incomplete.txt is not. One whose weights are pickles only is left to `torch`.
+    It is complete when every weight file has the size its header says, every shard of the index is there and
+    checkpoint-is-incomplete.txt is not. Where there is anything else of Trainer's (training_args.bin, optimizer.pt,
+    scheduler.pt, rng_state.pth), trainer_state.json must say step N. One whose weights are pickles only is left to
+    `torch`.
     """
 
     name = "transformers"
@@ -57,16 +38,20 @@ class TransformersFormat:
         names = listing.names()
         weights = weights_among(names)
         if weights:
-            return Claim("generic", weights | names & {STATE, SENTINEL})
+            needs = weights | marks_of_accelerate(names) | (names & {STATE, SENTINEL})
+            is_trainers = STATE in names or bool(marks_of_trainer(names))
+            return Claim("specific" if is_trainers else "generic", needs, awaits=awaited(names))
         return None if holds_pickles_only(names) else Claim("begun")
 
     def inspect(self, listing: LocalListing) -> Readiness:
         return inspect_layout(_read, listing.path, listing.path, listing.names())
 
     def step(self, listing: LocalListing) -> int | None:
-        """`global_step` of trainer_state.json; None until that parses."""
+        """`global_step` of trainer_state.json, None until that parses; without that file the N of the name."""
+        if STATE not in listing.names():
+            return step_in_name(listing.name)
         try:
-            return _global_step(listing.path, stamp_of(listing.path, STATE))
+            return global_step(listing.path)
         except CheckpointError:
             return None
 
@@ -77,34 +62,8 @@ class TransformersFormat:
 def _read(path: Path, names: frozenset[str]) -> Layout:
     check_written(path)
     layout = read_folder(path, names)
-    _, stamp = trainer_step(path)
-    return with_file(layout, stamp)
-
-
-def check_written(path: Path) -> None:
-    """Raises IncompleteCheckpoint while Trainer's sentinel is in the folder."""
-    if os.path.lexists(path / SENTINEL):
-        raise IncompleteCheckpoint(f"{SENTINEL} is there: Trainer is still writing, or was stopped", remedy=WAIT)
-
-
-def trainer_step(path: Path) -> tuple[int, FileStamp]:
-    """`global_step` of trainer_state.json and that file's stamp; CheckpointError when it is not the folder's own."""
-    stamp = stamp_of(path, STATE)
-    step = _global_step(path, stamp)
-    named = _NAME.fullmatch(path.name)
-    if named is not None and step != int(named[1]):
-        raise CheckpointError(f"{STATE} says global_step {step:,} in {path.name}", remedy=SAVE_AGAIN)
-    return step, stamp
-
-
-# The log of a long run makes this file megabytes; the stamp is in the key so that each version is parsed once.
-@lru_cache(maxsize=1024)
-def _global_step(path: Path, _stamp: FileStamp) -> int:
-    state, _ = read_json(path, STATE)
-    step = state.get("global_step")
-    if type(step) is not int or step < 0:
-        raise CheckpointError(f"{STATE} has global_step {step!r}, not a count of steps", remedy=SAVE_AGAIN)
-    return step
+    trainer_step(path, names)
+    return layout
 
 
 FORMAT = TransformersFormat()
