@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peel_agent import registry
-from peel_agent.config import RunSettings, Settings, SinkSettings, TrackerSettings, plugin_settings
-from peel_agent.errors import ConfigurationError
+from peel_agent.config import RunSettings, Settings, SinkSettings, TrackerSettings, plugin_settings, variable_of
+from peel_agent.errors import ConfigurationError, printable
 from peel_agent.records import plain, restored
 from peel_agent.spi import Sink, Tracker
 
@@ -60,14 +60,10 @@ def tracker_settings(tracking: TrackerSettings, *, alone: bool) -> dict[str, Any
     for name in tracking.use:
         plugin = registry.tracker(name)
         own = {field.name: field for field in dataclasses.fields(plugin.settings)}
-        environment = {
-            key: field.metadata["environment"]
-            for key, field in own.items()
-            if field.metadata.get("environment") and (alone or not field.metadata.get("pins_run"))
-        }
         flags = {key: value for key, value in tracking.flags.items() if key in own}
         unread -= set(flags)
         table = {**tracking.options.get(name, {}), **flags}
+        environment = _variables(plugin.settings, table, alone=alone)
         settings[name] = plugin_settings(plugin.settings, f"tracker.{name}", table, from_environment=environment)
     if unread:
         flag = min(unread)
@@ -81,12 +77,37 @@ def tracker_settings(tracking: TrackerSettings, *, alone: bool) -> dict[str, Any
 def sink_settings(sink: SinkSettings) -> Any:
     """A sink's own settings, by its plug-in. Raises ConfigurationError, and PluginError where there is none."""
     plugin = registry.sink(sink.use)
-    environment = {
-        field.name: field.metadata["environment"]
-        for field in dataclasses.fields(plugin.settings)
-        if field.metadata.get("environment")
-    }
+    environment = _variables(plugin.settings, sink.options, alone=True)
     return plugin_settings(plugin.settings, f"sink.{sink.name}", sink.options, from_environment=environment)
+
+
+def _variables(kind: type[Any], table: Mapping[str, Any], *, alone: bool) -> dict[str, str]:
+    """The variables that stand for what this table leaves out, by field."""
+    return {
+        field.name: field.metadata["environment"]
+        for field in dataclasses.fields(kind)
+        if field.metadata.get("environment")
+        and (alone or not field.metadata.get("pins_run"))
+        and field.metadata.get("instead_of") not in table
+    }
+
+
+def from_environment(tracking: TrackerSettings, *, alone: bool) -> tuple[str, ...]:
+    """What of each tracker's settings comes from a variable, and what cannot, in sentences."""
+    said = []
+    for name in tracking.use:
+        kind = registry.tracker(name).settings
+        table = {**tracking.options.get(name, {}), **tracking.flags}
+        secrets = {field.name for field in dataclasses.fields(kind) if field.metadata.get("secret")}
+        for key, variable in _variables(kind, table, alone=True).items():
+            text = "as it stands" if key in secrets and variable_of(variable) else variable_of(variable)
+            if key in table or text is None:
+                continue
+            if key in _variables(kind, table, alone=alone):
+                said.append(f"{name}: {key} is {printable(text)}, from {variable}")
+            else:
+                said.append(f"{name}: {variable} is not used, since it cannot name several runs; give each its {key}")
+    return tuple(said)
 
 
 def pinned_run(settings: Mapping[str, Any]) -> str:

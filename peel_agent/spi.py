@@ -83,16 +83,18 @@ def setting(
     default: Any = dataclasses.MISSING,
     *,
     environment: str | None = None,
+    instead_of: str | None = None,
     pins_run: bool = False,
     secret: bool = False,
 ) -> Any:
     """A field of a plug-in's settings: a frozen dataclass of text, numbers, booleans, paths and lists of texts.
 
     One without a default must be given. `environment` is a variable that it is taken from when the configuration
-    leaves it out. A field that `pins_run` names the tracker's own run: another value is another run, which inherits
-    nothing of what is known. A `secret` is left out of the settings' repr; messages must not hold it either.
+    leaves it out, and the field too that it stands `instead_of`. A field that `pins_run` names the tracker's own run:
+    another value is another run, which inherits nothing of what is known. A `secret` is left out of the settings'
+    repr; messages must not hold it either.
     """
-    metadata = {"environment": environment, "pins_run": pins_run, "secret": secret}
+    metadata = {"environment": environment, "instead_of": instead_of, "pins_run": pins_run, "secret": secret}
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -141,6 +143,14 @@ class TrainingReader(Protocol):
 
         Without keys no history is read. Raises what it likes: then nothing is known.
         """
+
+
+@runtime_checkable
+class Looking(Protocol):
+    """What a Tracker may have too: it can tell at the agent's start whether its place is there, and write nothing."""
+
+    def look(self) -> tuple[Check, ...]:
+        """One Check for each thing that must be there: the server, the run. Raises nothing for what is not."""
 
 
 class TrackerPlugin(Protocol):

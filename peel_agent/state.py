@@ -10,6 +10,9 @@ from peel_agent.errors import ConfigurationError
 from peel_agent.ledger import FILE
 from peel_agent.records import plain
 
+NOT_IN_0_1 = frozenset({"experiment_id"})
+"""Settings of trackers that came later."""
+
 
 def state_dir_of(settings: Settings, file: Path | None) -> Path:
     """The folder that is named, or the agent's own: by its configuration file when that names several runs, else by its
@@ -29,9 +32,12 @@ def state_dir_of(settings: Settings, file: Path | None) -> Path:
     place, trackers = str(run.watch.path), tracker_settings(run.tracker, alone=True)
     own = default_state_dir([place, run.name, pinned_run(trackers)], run.name)
     given = {
-        name: {key: str(value) for key, value in plain(one).items() if value is not None}
+        name: {key: str(value) for key, value in plain(one).items() if value is not None and key not in NOT_IN_0_1}
         for name, one in trackers.items()
     }
+    for name, options_given in given.items():  # version 0.1 took no experiment from the environment
+        if "experiment" not in run.tracker.options.get(name, {}):
+            options_given.pop("experiment", None)
     options = {name: one for name, one in given.items() if one}
     earlier = state_dir_of_0_1(place, run.tracker.use, options)
     return earlier if not (own / FILE).exists() and (earlier / FILE).exists() else own

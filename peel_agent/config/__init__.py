@@ -6,6 +6,7 @@ from peel_agent.config.environment import (
     see_only,
     service_manager,
     state_dir_of_0_1,
+    variable_of,
     visible_gpus,
     worker_environment,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "see_only",
     "service_manager",
     "state_dir_of_0_1",
+    "variable_of",
     "visible_gpus",
     "worker_environment",
 ]

@@ -37,6 +37,11 @@ def state_dir_of_0_1(watched: str, use: Sequence[str], options: Mapping[str, Map
     return state_home() / f"{watched.rstrip('/').rpartition('/')[2]}-{digest}"
 
 
+def variable_of(name: str) -> str | None:
+    """What a variable of the environment holds, without white space around it; None when that is nothing."""
+    return os.environ.get(name, "").strip() or None
+
+
 def visible_gpus() -> str | None:
     """The GPUs that a scheduler or a person gave this process, as CUDA_VISIBLE_DEVICES has them; None for all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")

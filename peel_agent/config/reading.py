@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import tomli
 
 from peel_agent.config.conversion import converted
+from peel_agent.config.environment import variable_of
 from peel_agent.config.ranges import check_ranges
 from peel_agent.config.sections import (
     DEFAULT_RULES,
@@ -188,10 +189,13 @@ def plugin_settings(
 ) -> Kind:
     """A plug-in's own settings from its table `name`; secrets are fetched, and what it leaves out is looked up.
 
-    `from_environment` maps fields to the environment variables that they are taken from.
+    `from_environment` maps fields to the environment variables that they are taken from. White space around a text is
+    no part of it: ids and addresses come out of files and other programs.
     """
-    looked_up = {key: os.environ[variable] for key, variable in from_environment.items() if os.environ.get(variable)}
-    revealed = {key: _revealed_in(f"{name}.{key}", one) for key, one in table.items()}
+    variables = {key: variable_of(variable) for key, variable in from_environment.items()}
+    looked_up = {key: text for key, text in variables.items() if text is not None}
+    bare = {key: one.strip() if isinstance(one, str) else one for key, one in table.items()}
+    revealed = {key: _revealed_in(f"{name}.{key}", one) for key, one in bare.items()}
     return section(kind, name, {**looked_up, **revealed})
 
 
@@ -219,7 +223,7 @@ def _revealed(dotted: str, text: str) -> str:
             raise ConfigurationError(
                 f"`{dotted}` names the environment variable {match[1]}, which is not set", remedy=f"set {match[1]}"
             )
-        return os.environ[match[1]]
+        return os.environ[match[1]].strip()
     if text.startswith("file:"):
         try:
             return Path(text.removeprefix("file:")).read_text(encoding="utf-8").strip()

@@ -63,7 +63,8 @@ BODY = """
 # [tracker.mlflow]
 # tracking_uri = "http://mlflow:5000"  # by default MLFLOW_TRACKING_URI; a secret: "${NAME}" or "file:/path"
 # run_id = "..."           # by default MLFLOW_RUN_ID, else the run tagged peel.checkpoint_dir, else a new run
-# experiment = "Default"
+# experiment = "Default"   # by default MLFLOW_EXPERIMENT_NAME, or the one of the id in MLFLOW_EXPERIMENT_ID
+# experiment_id = "..."    # instead of its name
 # run_name = "..."         # of a new run; by default the directory's name
 
 # A local file instead of a server, with use = ["jsonl"].

@@ -58,6 +58,9 @@ class JsonlTracker:
             )
         return (Check("file", True, f"{self._path} can be written to"),)
 
+    def look(self) -> tuple[Check, ...]:
+        return self.check(lambda: 0.0)
+
     def close(self) -> None:
         self._lines.close()
 

@@ -1,15 +1,19 @@
-"""Whether an MLflow server, a run and its artifact store would take what is sent: asked by `peel-agent doctor`."""
+"""Whether an MLflow server, a run and its artifact store would take what is sent: asked at the start, and by doctor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from peel_agent.errors import PeelError
 from peel_agent.records import Check
+
+from .mlflow_failure import Stage, failures, run_of, shown
 
 if TYPE_CHECKING:
     from .mlflow_run import MlflowTracker
@@ -22,43 +26,67 @@ CLOCK_SECONDS = 30.0
 REFUSED_HOST = "Invalid Host header"
 """What the server says, with 403, to a host and port that --allowed-hosts does not name."""
 
-Stage = Literal["run", "numbers", "files"]
 
+@dataclass
+class _Asking:
+    """Of whom is asked, and for what now: the name of the check, and what an error would be of."""
 
-def checks(tracker: MlflowTracker, mlflow: Any, uri: str, now: Callable[[], float]) -> Iterator[Check]:
-    """The checks in order; the first that fails is the last, save that files may fail by themselves."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    failures = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError)
-    unmade = _unmade(uri)
-    if unmade is not None:
-        yield unmade
-        return
-    what = "server"
+    tracker: MlflowTracker
+    mlflow: Any
+    uri: str = ""
+    what: str = "server"
     stage: Stage = "run"
+
+
+def looks(tracker: MlflowTracker, mlflow: Any) -> Iterator[Check]:
+    """The server and the run; nothing is written. The first that fails is the last."""
+    return _guarded(_Asking(tracker, mlflow), _found_run)
+
+
+def checks(tracker: MlflowTracker, mlflow: Any, now: Callable[[], float]) -> Iterator[Check]:
+    """As `looks`, and the clock, and whether the run and its artifact store may be written to."""
+    return _guarded(_Asking(tracker, mlflow), partial(_written, now=now))
+
+
+def _guarded(asking: _Asking, steps: Callable[[_Asking], Iterator[Check]]) -> Iterator[Check]:
     try:
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-        yield Check(what, True, f"{tracker.where()} answers")
-        yield from _clock(uri, now)
-        what = "run"
-        run_id = tracker.existing_run(client)
-        if not run_id:
-            yield _to_be_created(tracker)
+        asking.uri = asking.tracker.given_uri(asking.mlflow)
+        unmade = _unmade(asking.uri)
+        if unmade is not None:
+            yield unmade
             return
-        yield (found := _found(client.get_run(run_id)))
-        if not found.ok:
-            return
-        stage = "numbers"
-        client.set_tag(run_id, TIME_TAG, str(int(1000 * now())))
-        yield Check("run is writable", True, f"tag {TIME_TAG} was written")
-        what, stage = "artifact store", "files"
-        client.log_text(run_id, "peel-agent doctor could write here.\n", FILE)
-        yield Check(what, True, f"{FILE} was written")
-    except failures as error:
-        yield _refused_host(uri, error) or _failed(what, tracker.failure(error, stage))
+        yield from steps(asking)
+    except failures(asking.mlflow) as error:
+        failed = _failed(asking.what, asking.tracker.failure(error, asking.stage))
+        yield _refused_host(asking.uri, error) or failed
     except PeelError as error:
-        yield _failed(what, error)
+        yield _failed(asking.what, error)
+
+
+def _found_run(asking: _Asking) -> Iterator[Check]:
+    client = asking.mlflow.MlflowClient(tracking_uri=asking.uri)
+    client.search_experiments(max_results=1)
+    yield Check("server", True, f"{asking.tracker.where()} answers")
+    asking.what = "run"
+    run_id = asking.tracker.existing_run(client)
+    yield _found(run_of(client, run_id), asking.uri) if run_id else _to_be_created(asking.tracker)
+
+
+def _written(asking: _Asking, *, now: Callable[[], float]) -> Iterator[Check]:
+    found = None
+    for found in _found_run(asking):
+        yield found
+    yield from _clock(asking.uri, now)
+    if found is None or not found.ok:  # it is to be created, or deleted
+        return
+    client = asking.mlflow.MlflowClient(tracking_uri=asking.uri)
+    run_id = asking.tracker.existing_run(client)
+    asking.what, asking.stage = "run is writable", "numbers"
+    client.set_tag(run_id, TIME_TAG, str(int(1000 * now())))
+    yield Check("run is writable", True, f"tag {TIME_TAG} was written")
+    asking.what, asking.stage = "artifact store", "files"
+    client.log_text(run_id, "peel-agent doctor could write here.\n", FILE)
+    yield Check("artifact store", True, f"{FILE} was written")
 
 
 def _failed(what: str, error: PeelError) -> Check:
@@ -82,13 +110,13 @@ def _to_be_created(tracker: MlflowTracker) -> Check:
     return Check(
         "run",
         None,
-        f"none is there yet: the first checkpoint makes one in the experiment {tracker.experiment!r}; "
+        f"none is there yet: the first checkpoint makes one in the experiment {tracker.experiment}; "
         "whether its artifacts can be written shows only then",
         "to know now, name the training's run: [tracker.mlflow] run_id, or MLFLOW_RUN_ID",
     )
 
 
-def _found(run: Any) -> Check:
+def _found(run: Any, uri: str) -> Check:
     name, run_id = run.info.run_name, run.info.run_id
     if run.info.lifecycle_stage == "deleted":
         return Check(
@@ -97,7 +125,7 @@ def _found(run: Any) -> Check:
             f"{run_id} ({name}) is deleted",
             f"restore it (`mlflow runs restore --run-id {run_id}`), or name another run_id",
         )
-    return Check("run", True, f"{run_id} ({name}) is found")
+    return Check("run", True, f"{run_id} ({name}) is found at {shown(uri)}")
 
 
 def _refused_host(uri: str, error: Exception) -> Check | None:

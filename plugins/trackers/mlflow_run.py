@@ -6,7 +6,6 @@ re-sent publication fall on the points they made before, since key, step, value 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -14,12 +13,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable
+from peel_agent.errors import DeliveryError, DestinationDenied
 from peel_agent.records import Check, Publication, TrainingLog
 from peel_agent.spi import TrackerPlugin, setting
 
+from .mlflow_failure import Stage, Where, failure, failures, must_be, run_of, shown
 from .mlflow_training import training_log
 
 REQUEST_TIMEOUT_SECONDS = 15
@@ -36,28 +36,6 @@ OWN_FILES = "peel/checkpoints/"
 
 STATE_FILE = "mlflow-run.json"
 
-_TRANSIENT = frozenset(
-    {
-        "INTERNAL_ERROR",  # also what the client says when nobody answers
-        "TEMPORARILY_UNAVAILABLE",
-        "DEADLINE_EXCEEDED",
-        "REQUEST_LIMIT_EXCEEDED",
-        "RESOURCE_EXHAUSTED",
-        "RESOURCE_ALREADY_EXISTS",  # another sidecar created the same experiment just now: it will be found
-        "ABORTED",
-        "CANCELLED",
-    }
-)
-
-
-_NEVER = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"})
-"""What the server will say of the same request again, whatever anybody changes."""
-
-_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
-"""What a folder of artifacts that is written to directly says until somebody changes something."""
-
-Stage = Literal["run", "numbers", "files"]
-
 _finding_run = threading.Lock()
 """Two connections of one run must not both create it."""
 
@@ -68,13 +46,15 @@ class MlflowSettings:
 
     tracking_uri: str | None = setting(None)
     run_id: str | None = setting(None, environment="MLFLOW_RUN_ID", pins_run=True)
-    experiment: str | None = setting(None)
+    experiment: str | None = setting(None, environment="MLFLOW_EXPERIMENT_NAME", instead_of="experiment_id")
+    experiment_id: str | None = setting(None, environment="MLFLOW_EXPERIMENT_ID", instead_of="experiment")
     run_name: str | None = setting(None)
 
 
 class MlflowTracker:
     """Writes to the run that is found, in this order: option `run_id`; the newest run of the experiment tagged
-    `peel.checkpoint_dir` with the absolute checkpoint directory; the run created earlier; else a new run.
+    `peel.checkpoint_dir` with the absolute checkpoint directory; the run created earlier; else a new run. The
+    experiment is the one of option `experiment`, or of `experiment_id`, else MLflow's `Default`.
 
     Never touched: the status, `mlflow.note.content` and every key outside `peel`. A run created here stays RUNNING,
     since a restarted sidecar goes on in it and only the user knows when the training is over.
@@ -85,7 +65,9 @@ class MlflowTracker:
         self._directory = checkpoint_dir
         self._state_file = state_dir / STATE_FILE
         self._uri = settings.tracking_uri or ""
-        self.experiment = settings.experiment or "Default"
+        self._name = settings.experiment or (None if settings.experiment_id else "Default")
+        self.experiment = repr(self._name) if self._name else f"of id {settings.experiment_id}"
+        """What to call the experiment."""
         self._client: Any = None
         self._run_id = ""
         self._artifacts = ""
@@ -95,8 +77,6 @@ class MlflowTracker:
 
     def publish(self, publication: Publication) -> None:
         mlflow = _mlflow()
-        from sqlalchemy.exc import SQLAlchemyError
-
         stage: Stage = "run"
         try:
             run = self._writable_run(mlflow)
@@ -105,7 +85,7 @@ class MlflowTracker:
             self._write_numbers(publication, mlflow.entities, is_late=at < int(tags.get(TIME_TAG, at)))
             stage = "files"
             self._write_files(publication, is_late=at < int(tags.get(FILES_TIME_TAG, at)))
-        except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        except failures(mlflow) as error:
             # `from None`: the library's own message may hold the URI with its password.
             raise self.failure(error, stage) from None
 
@@ -114,7 +94,7 @@ class MlflowTracker:
         return training_log(self._client, self._client.get_run(self._run_id), loss_keys)
 
     def where(self) -> str:
-        at = _shown(self._uri) or "its default tracking URI"
+        at = shown(self._uri) or "its default tracking URI"
         return f"MLflow run {self._run_id} at {at}" if self._run_id else f"MLflow at {at}"
 
     def close(self) -> None:
@@ -124,19 +104,33 @@ class MlflowTracker:
         """Asks the server, finds the run, and leaves one tag and one small file in it."""
         from .mlflow_check import checks
 
-        mlflow = _mlflow()
-        self._uri = self._uri or mlflow.get_tracking_uri()
-        return tuple(checks(self, mlflow, self._uri, now))
+        return tuple(checks(self, _mlflow(), now))
+
+    def look(self) -> tuple[Check, ...]:
+        """Asks the server, and finds the run."""
+        from .mlflow_check import looks
+
+        return tuple(looks(self, _mlflow()))
+
+    def given_uri(self, mlflow: Any) -> str:
+        """The tracking URI, MLflow's own default where none is configured; raises DestinationDenied for no URI."""
+        self._uri = self._uri or str(mlflow.get_tracking_uri()).strip()
+        if re.fullmatch(r"[\w.-]+:\d+(/.*)?", self._uri):
+            raise DestinationDenied(
+                f"the tracking URI {self._uri} does not say how to speak to it",
+                remedy=f"write http://{self._uri}, or https://, in [tracker.mlflow] tracking_uri, --tracking-uri or "
+                "MLFLOW_TRACKING_URI",
+            )
+        return self._uri
 
     def _writable_run(self, mlflow: Any) -> Any:
         if self._client is None:
-            self._uri = self._uri or mlflow.get_tracking_uri()
-            client = mlflow.MlflowClient(tracking_uri=self._uri)
+            client = mlflow.MlflowClient(tracking_uri=self.given_uri(mlflow))
             with _finding_run:
                 self._run_id = self._find_run(client)
             self._client = client
-        run = self._client.get_run(self._run_id)
-        self._artifacts = _shown(run.info.artifact_uri or "")
+        run = run_of(self._client, self._run_id)
+        self._artifacts = shown(run.info.artifact_uri or "")
         if run.info.lifecycle_stage == "deleted":  # it would refuse metrics and tags, yet take files
             raise DestinationDenied(
                 f"{self.where()} is deleted",
@@ -167,23 +161,58 @@ class MlflowTracker:
         found = self.existing_run(client)
         if found:
             return found
-        experiment = client.get_experiment_by_name(self.experiment)
-        experiment_id = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
+        experiment = self._experiment(client)
+        if experiment is None:
+            experiment_id = str(client.create_experiment(self._name))
+            must_be(bool(experiment_id), "a new experiment has no id")
+        else:
+            experiment_id = experiment.experiment_id
         return self._create(client, experiment_id)
 
     def existing_run(self, client: Any) -> str:
         """The run that is found, "" when one is to be created. Raises DestinationDenied for a deleted experiment."""
         if self._settings.run_id:
             return self._settings.run_id
-        experiment = client.get_experiment_by_name(self.experiment)
+        experiment = self._experiment(client)
         if experiment is None:
             return self._remembered(client)
         if experiment.lifecycle_stage == "deleted":
             raise DestinationDenied(
-                f"MLflow experiment {self.experiment!r} at {_shown(self._uri)} is deleted",
+                f"MLflow experiment {self.experiment} at {shown(self._uri)} is deleted",
                 remedy=f"restore it (`mlflow experiments restore -x {experiment.experiment_id}`), or name another",
             )
         return self._tagged(client, experiment.experiment_id) or self._remembered(client)
+
+    def _experiment(self, client: Any) -> Any:
+        """The experiment that is configured; None for a name that nobody has yet."""
+        wanted = self._settings.experiment_id
+        if not self._name:
+            return self._experiment_of_id(client, str(wanted))
+        experiment = client.get_experiment_by_name(self._name)
+        if experiment is not None:
+            must_be(bool(experiment.name and experiment.experiment_id), "an experiment has no name")
+        if wanted and (experiment is None or str(experiment.experiment_id) != wanted):
+            own = "there is none of that name" if experiment is None else f"its id is {experiment.experiment_id}"
+            raise DestinationDenied(
+                f"MLflow at {shown(self._uri)} is told two experiments, {self._name!r} and the id {wanted}: {own}",
+                remedy="name one of them: MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, or [tracker.mlflow] "
+                "experiment or experiment_id, which go before both",
+            )
+        return experiment
+
+    def _experiment_of_id(self, client: Any, wanted: str) -> Any:
+        try:
+            experiment = client.get_experiment(wanted)
+        except _mlflow().exceptions.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise DestinationDenied(
+                f"there is no MLflow experiment of the id {wanted} at {shown(self._uri)}",
+                remedy="correct MLFLOW_EXPERIMENT_ID or [tracker.mlflow] experiment_id (`mlflow experiments search` "
+                "lists them)",
+            ) from None
+        must_be(bool(experiment.experiment_id), "an experiment has no id")
+        return experiment
 
     def _tagged(self, client: Any, experiment_id: str) -> str:
         directory = self._directory
@@ -204,7 +233,7 @@ class MlflowTracker:
         if state != self._place():
             return ""
         try:
-            run = client.get_run(run_id)
+            run = run_of(client, run_id)
         except _mlflow().exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -214,14 +243,15 @@ class MlflowTracker:
     def _create(self, client: Any, experiment_id: str) -> str:
         name = self._settings.run_name or self._directory.rstrip("/").rpartition("/")[2]
         run = client.create_run(experiment_id, tags={DIRECTORY_TAG: self._directory}, run_name=name)
+        must_be(bool(run.info.run_id), "a new run has no id")
         self._remember(run.info.run_id)
         return str(run.info.run_id)
 
     def _place(self) -> dict[str, str]:
         """What a run was created for: no other is continued in it."""
         return {
-            "tracking_uri": _shown(self._uri),
-            "experiment": self.experiment,
+            "tracking_uri": shown(self._uri),
+            "experiment": self._name or self.experiment,
             "checkpoint_dir": self._directory,
         }
 
@@ -236,32 +266,7 @@ class MlflowTracker:
 
     def failure(self, error: Exception, stage: Stage) -> DeliveryError:
         """What is raised for an error that the library raised at this stage."""
-        is_file = stage == "files"
-        place = f"the artifact store of {self.where()} ({self._artifacts})" if is_file else self.where()
-        cause = _cause(error, self._uri)
-        if _is_transient(error):
-            mend = "start the server, or correct [tracker.mlflow] tracking_uri; it is tried again"
-            if is_file:
-                mend = "see that it is up and has room; metrics and tags are written all the same, it is tried again"
-            return DestinationUnavailable(f"{place} cannot be reached: {cause}", remedy=mend)
-        code = getattr(error, "error_code", "")
-        if stage == "numbers" and code in _NEVER:
-            return DeliveryError(f"{place} will never take these metrics: {cause}", remedy="please report it")
-        if is_file:
-            return DestinationDenied(
-                f"{place} refused files, while metrics and tags are written all the same: {cause}",
-                remedy="give this user the right to write there, or serve artifacts through the tracking server; "
-                "it is tried again",
-            )
-        if code == "RESOURCE_DOES_NOT_EXIST":
-            return DestinationDenied(
-                f"{place} does not exist: {cause}",
-                remedy="correct [tracker.mlflow] run_id, or leave it out to have the run found or created",
-            )
-        return DestinationDenied(
-            f"{place} refused the results: {cause}",
-            remedy="correct [tracker.mlflow], or the server's permissions, after the reason given; it is tried again",
-        )
+        return failure(error, stage, Where(self.where(), self._uri, self._artifacts))
 
 
 class MlflowPlugin:
@@ -288,35 +293,3 @@ def _mlflow() -> Any:
         settings.MLFLOW_DISABLE_TELEMETRY.set(True)
         mlflow.telemetry.set_telemetry_client()  # drops the client that the import made
     return mlflow
-
-
-def _is_transient(error: Exception) -> bool:
-    code = getattr(error, "error_code", None)
-    if code is not None:
-        return code in _TRANSIENT
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:  # an upload answered by the artifact store
-        return bool(status >= 500 or status in (408, 429))
-    from sqlalchemy.exc import OperationalError
-
-    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
-        return False
-    return isinstance(error, (OSError, OperationalError))
-
-
-def _shown(uri: str) -> str:
-    """The URI without user, password and query. A local database's path may hold an `@` and is left alone."""
-    return re.sub(r"://[^/].*@", "://", uri).split("?")[0]
-
-
-def _cause(error: Exception, uri: str) -> str:
-    """The system's own words when it is a connection that failed, else the first line of the error without secrets."""
-    root: BaseException = error
-    while root.__context__ is not None:
-        root = root.__context__
-    if isinstance(root, OSError) and root.strerror and root.filename is None:
-        return root.strerror
-    text = (str(error).splitlines() or [""])[0] or type(error).__name__
-    if uri:
-        text = text.replace(uri.rstrip("/"), _shown(uri).rstrip("/"))
-    return re.sub(r"://[^/\s]\S*@", "://", text)[:400]

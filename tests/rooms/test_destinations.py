@@ -271,6 +271,7 @@ def test_the_folder_of_version_0_1_is_gone_on_with(tmp_path: Path, monkeypatch: 
     text, flags, use, options, uri = OF_0_1[case]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     settings = loaded(tmp_path, text, **flags)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "which version 0.1 did not know")
     own = state_dir_of(settings, None)
     earlier = folder_of_0_1("/data/run", use, options, uri, tmp_path / "home")
     assert own != earlier
