@@ -20,12 +20,12 @@ USUAL_LOSSES = ("train/loss", "train_loss", "loss", "training_loss", "train/trai
 
 @dataclass(frozen=True)
 class Address:
-    """One destination of one run: the plug-in's name, and the JSON form of its own settings."""
+    """One destination of one run: the plug-in's name, and the JSON form of its own settings, secrets and all."""
 
     kind: Literal["tracker", "sink"]
     name: str
     plugin: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = dataclasses.field(repr=False)
     run: str
     checkpoint_dir: str
     state_dir: Path

@@ -10,6 +10,7 @@ Each check wants a fresh place: a channel or a file that holds no notices yet.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from peel_agent.records import Notice, NoticeGroup
 from peel_agent.spi import Sink
@@ -90,11 +91,29 @@ def reconnection_continues(connect: Connect, read: Read) -> None:
     _expect_in_order(read(), "<one, notice 0>", "<two, notice 0>")
 
 
+HOSTILE = (
+    "\r\nBcc: x@y.example\r\n\r\n\x00\x1b[31m\ud800 <!channel> @everyone 'x' \"y\" \\ ${HOME} $(id) {} %s ä 语 "
+    + "z" * 5000
+)
+"""What a checkpoint, a run or a plug-in may have for a name."""
+
+
+def hostile_words_do_no_harm(connect: Connect, read: Read) -> None:
+    """A group whose run, subject and text hold line ends, control characters or markup is taken, and so is the next."""
+    sink = connect()
+    notice = replace(example_group("hostile").notices[0], subject=HOSTILE, text=HOSTILE, causes=(HOSTILE,))
+    sink.deliver(replace(example_group("hostile"), run=HOSTILE, notices=(notice,), text=f"{HOSTILE}: {HOSTILE}"))
+    sink.deliver(example_group("two"))
+    sink.close()
+    _expect_in_order(read(), "<two, notice 0>", "<two, notice 1>")
+
+
 CHECKS: tuple[Callable[[Connect, Read], None], ...] = (
     a_group_lands_whole,
     groups_keep_their_order,
     repetition_loses_nothing,
     reconnection_continues,
+    hostile_words_do_no_harm,
 )
 
 

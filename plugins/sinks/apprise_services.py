@@ -126,6 +126,7 @@ def _library() -> Any:
     log = logging.getLogger("apprise")  # it would tell of every attempt, in words of its own
     log.propagate = False
     log.handlers = [logging.NullHandler()]
+    logging.getLogger("urllib3").setLevel(logging.INFO)  # below it tells of every path
     return apprise
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from peel_agent.errors import DestinationUnavailable
+from peel_agent.errors import DestinationUnavailable, printable
 from peel_agent.records import Notice, NoticeGroup
 from peel_agent.spi import SinkPlugin, setting
 
@@ -35,7 +35,7 @@ class StderrSink:
         self._settings = settings
 
     def deliver(self, group: NoticeGroup) -> None:
-        lines = group.text.splitlines()
+        lines = [printable(line) for line in group.text.splitlines()]
         if self._settings.journal or _is_stderr(self._settings.journal_stream):
             lines = [f"<{priority}>{line}" for priority, line in zip(_priorities(group, lines), lines, strict=True)]
         try:

@@ -336,6 +336,12 @@ def test_a_terminal_gets_no_priorities(capsys: pytest.CaptureFixture[str]) -> No
         assert capsys.readouterr().err == "text 0\n"
 
 
+def test_a_name_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters and half characters come out as their escapes."""
+    StderrSink(StderrSettings()).deliver(NoticeGroup("g", "a run", 0.0, (), "a\x1b[31m b\ud800\n  c"))
+    assert capsys.readouterr().err == "a\\x1b[31m b\\ud800\n  c\n"
+
+
 def test_the_journal_is_known_by_its_stream(tmp_path: Path) -> None:
     """When JOURNAL_STREAM names the device and inode of stderr, as systemd sets it, lines have priorities."""
     config = tmp_path / "peel.toml"

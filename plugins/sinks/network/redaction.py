@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Iterable
 from urllib.parse import quote, unquote
@@ -17,7 +18,7 @@ def redacted(text: str, secrets: Iterable[str]) -> str:
     """The beginning of the text, with every secret in it, plain, quoted for a URL or in base64, replaced by ***."""
     forms = {form for secret in secrets if len(secret) >= SHORTEST for form in _forms(secret)}
     for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, "***")
+        text = re.sub(re.escape(form), "***", text, flags=re.IGNORECASE)  # hosts come back in small letters
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
 
