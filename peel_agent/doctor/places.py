@@ -252,7 +252,7 @@ def check_pins(root: Path, newest: CheckpointRef | None, state_dir: Path | None,
 def _space(root: Path, newest: CheckpointRef, name: str) -> Check:
     """Pins are let go of when little is left of the file system; a checkpoint that is rewritten in place is copied."""
     usage = shutil.disk_usage(root)
-    spare, size = spare_bytes(usage.total), sum(stamp.size for stamp in newest.files)
+    spare, size = spare_bytes(usage.total), sum(stamp.size for stamp in newest.own_files)
     words = f"{usage.free / GIB:.1f} GiB are free in {root}; {spare / GIB:.1f} GiB are left to the training"
     what = f"{name}space"
     if usage.free < spare:

@@ -10,12 +10,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class FileStamp:
-    """One file of a checkpoint as seen in its directory entry: enough to notice a later change."""
+    """One file of a checkpoint as seen in its directory entry: enough to notice a later change.
+
+    `name` is relative to the checkpoint's folder. An absolute one is of a file elsewhere that the weights are made of
+    too, such as an adapter's base model: it is watched for changes, and neither held nor copied with the checkpoint.
+    """
 
     name: str
     size: int
     mtime_ns: int
     inode: int
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the file is none of the checkpoint's own."""
+        return self.name.startswith("/")
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,9 @@ class CheckpointRef:
     """A checkpoint that was whole when it was last looked at.
 
     `step` is the training step (None when nothing in the checkpoint says so), `committed_at` the newest modification
-    time of its files in Unix seconds, `fingerprint` a digest of names, sizes and times of its files. `held` is the path
-    of a private copy, linked or real, that is to be read instead of `path`, if there is one. `url` is where it is in an
-    object store, if it came from one. `beside` is as of its Readiness.
+    time of its own files in Unix seconds, `fingerprint` a digest of names, sizes and times of all of `files`. `held` is
+    the path of a private copy, linked or real, that is to be read instead of `path`, if there is one. `url` is where it
+    is in an object store, if it came from one. `beside` is as of its Readiness.
     """
 
     path: Path
@@ -53,6 +62,11 @@ class CheckpointRef:
     held: Path | None = None
     url: str | None = None
     beside: str = ""
+
+    @property
+    def own_files(self) -> tuple[FileStamp, ...]:
+        """The files of the checkpoint itself: what is held, copied and counted."""
+        return tuple(stamp for stamp in self.files if not stamp.is_elsewhere)
 
     @property
     def label(self) -> str:

@@ -136,7 +136,7 @@ def copied(ref: CheckpointRef, folder: Path) -> CheckpointRef:
     """The same checkpoint as a copy in a folder of pins; as it is where there is no room. Raises as `Pins.pin`."""
     folder.mkdir(parents=True, exist_ok=True)
     usage = shutil.disk_usage(folder)
-    if usage.free - sum(stamp.size for stamp in ref.files) < spare_bytes(usage.total):
+    if usage.free - sum(stamp.size for stamp in ref.own_files) < spare_bytes(usage.total):
         return ref
     copy = _kept(ref.in_place(), folder / f"{ref.fingerprint}.copy", _copy)
     return ref if copy.held is None else dataclasses.replace(ref, held=copy.held)
@@ -170,7 +170,7 @@ def _keep_files(ref: CheckpointRef, held: Path, keep: Callable[[int, Path, Path]
     is_folder = ref.path.is_dir()
     here, there = (ref.path, held) if is_folder else (ref.path.parent, held.parent)
     there.mkdir(exist_ok=True)
-    for stamp in ref.files:
+    for stamp in ref.own_files:
         target = there / stamp.name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not _keep(here, stamp.name, target, keep, stamp=stamp):

@@ -158,5 +158,5 @@ def _unchanged_since(before: _Rest | None, readiness: Readiness, now: float, *, 
 
 
 def _newest(files: Sequence[FileStamp], default: float) -> float:
-    """The newest modification time in Unix seconds."""
-    return max((stamp.mtime_ns / 1e9 for stamp in files), default=default)
+    """The newest modification time of a checkpoint's own files in Unix seconds."""
+    return max((stamp.mtime_ns / 1e9 for stamp in files if not stamp.is_elsewhere), default=default)

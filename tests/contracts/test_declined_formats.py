@@ -104,16 +104,6 @@ DECLINED: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "an adapter of MLX",
         r"mlx_lm\.fuse",
     ),
-    "PEFT": (
-        lambda root: lay_out(root / "tuned", "adapter_config.json", "adapter_model.safetensors"),
-        r"an adapter of PEFT",
-        r"model\.merge_and_unload\(\)\.save_pretrained\(NEW\)",
-    ),
-    "PEFT, Trainer's": (
-        lambda root: lay_out(root / "checkpoint-5", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt"),
-        r"an adapter of PEFT",
-        "merge it into its base model",
-    ),
     "Levanter": (
         lambda root: lay_out(root / "step-100", "model/transformer/.zarray", metadata__json=LEVANTER),
         "of Levanter",

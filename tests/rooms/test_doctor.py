@@ -111,10 +111,7 @@ class TestNearby:
         ("make", "said"),
         [
             (too_high, ["exp1/checkpoints there are 2 checkpoints (checkpoint-10, checkpoint-5)", "exp2 there is a"]),
-            (
-                adapter_below,
-                ["a/b, checkpoint-5 is an adapter of PEFT (adapter_config.json)", "merge it into its base"],
-            ),
+            (adapter_below, ["a/b there is a checkpoint (checkpoint-5)"]),
             (linked, ["latest is a link to", "outside/checkpoint-3, and no link is followed"]),
             (staged, ["tmp-checkpoint-5 has the name of a checkpoint that is still being put together"]),
             (others, ["holds 2 entries (logs/, notes\\x1b[31m.txt), and no checkpoint", "transformers"]),
@@ -410,7 +407,7 @@ class TestPlace:
         ("make", "ok", "words"),
         [
             (too_high, False, "too deep to be seen"),
-            (adapter, False, "an adapter of PEFT"),
+            (adapter, False, "it is not known what adapter of PEFT this is"),
             (lambda root: None, None, "is empty as yet"),
             (others, None, "holds 2 entries"),
             (lambda root: (root / "checkpoint-5").mkdir(), None, "nothing whole"),

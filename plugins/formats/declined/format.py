@@ -148,11 +148,6 @@ KINDS = (
         lambda listing: any(map(_MLX.fullmatch, listing.names())),
     ),
     Kind(
-        "an adapter of PEFT (adapter_config.json) without its base model",
-        "merge it into its base model (model.merge_and_unload().save_pretrained(NEW)), and peel that",
-        lambda listing: "adapter_config.json" in listing.names(),
-    ),
-    Kind(
         "a checkpoint of Orbax (JAX, Flax, MaxText)",
         "MaxText: its checkpoint_conversion/to_huggingface.py; other JAX code: restore it and write the weights with "
         "safetensors.flax.save_file under transformers' names",
