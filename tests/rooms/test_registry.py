@@ -32,7 +32,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unnamed_and_broken_is_left_alone(broken: None) -> None:
     """With `auto`, formats that load are used, and families are found, though one does not load."""
     names = {form.name for form in registry.formats()}
-    assert names == {"transformers", "safetensors", "torch", "dcp", "deepspeed", "megatron", "declined"}
+    assert names == {"transformers", "safetensors", "torch", "dcp", "deepspeed", "megatron", "peft", "declined"}
     assert registry.family("llama").name == "llama"
 
 

@@ -77,14 +77,17 @@ def test_a_file_that_is_there_stays(place: Path, tmp_path: Path) -> None:
     assert peel_agent("init", tmp_path / "none", "--out", "-", home=tmp_path).returncode == 2
 
 
-@pytest.mark.parametrize("what", ["too high", "adapter"])
+@pytest.mark.parametrize("what", ["too high", "declined"])
 def test_a_folder_without_checkpoints(what: str, tmp_path: Path) -> None:
     """Both commands say what was found one or two levels below, and `init` writes its file all the same."""
     root = tmp_path / "runs"
-    below = write_checkpoint(root / "exp1" / "checkpoints" / "checkpoint-5", 5)
-    if what == "adapter":
-        (below / "adapter_config.json").write_text("{}")
-    said = {"too high": "exp1/checkpoints there is a checkpoint", "adapter": "checkpoint-5 holds an adapter"}[what]
+    below = root / "exp1" / "checkpoints"
+    if what == "too high":
+        write_checkpoint(below / "checkpoint-5", 5)
+    else:
+        below.mkdir(parents=True)
+        (below / "model.gguf").write_text("x")
+    said = {"too high": "exp1/checkpoints there is a checkpoint", "declined": "model.gguf is a GGUF file"}[what]
     written = peel_agent("init", root, "--out", tmp_path / "peel.toml", home=tmp_path)
     assert written.returncode == 0
     assert said in written.stderr
