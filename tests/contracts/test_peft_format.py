@@ -432,11 +432,11 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {
         "is no folder with weights",
         NAME_IT,
     ),
-    "a link out of it": (linked_out, "model.safetensors is a link to .*elsewhere", NAME_IT),
+    "a link out of it": (linked_out, "model.safetensors is a link to .*elsewhere", "cp -rL"),
     "damaged weights": (
         lambda adapter, base: (base / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"[]"),
         "base cannot be used: model.safetensors",
-        NAME_IT,
+        "save the checkpoint again",
     ),
     "quantised weights": (
         lambda adapter, base: reconfigure(base, "config.json", quantization_config={"quant_method": "bitsandbytes"}),

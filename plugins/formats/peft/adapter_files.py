@@ -10,10 +10,11 @@ from peel_agent.errors import IncompleteCheckpoint
 from peel_agent.records import FileStamp, Weights
 
 from ..files.checkpoint_folder import WAIT, by_name, opened, read_json
+from ..files.steps import step_in_name
+from ..files.trainer import check_written, is_trainer_name, trainer_step
 from ..pickles.torch_archive import View, read_saved_model
 from ..safetensors.header import Extent, read_header
 from ..safetensors.reader import Layout
-from ..transformers.format import check_written, is_trainer_name, trainer_step
 from .adapter_config import CONFIG, LoraSettings, read_settings
 
 SAFETENSORS = "adapter_model.safetensors"
@@ -60,9 +61,8 @@ def read_adapter(folder: Path, names: frozenset[str]) -> Adapter:
     if name is None:
         raise IncompleteCheckpoint(f"neither {SAFETENSORS} nor {PICKLED} is there", remedy=WAIT)
     tensors, views, weights = _tensors(folder, name)
-    step, state = trainer_step(folder) if is_trainers else (None, None)
-    files = by_name((stamp, weights), () if state is None else (state,))
-    return Adapter(settings, Layout(folder, {}, tensors, files), views, step)
+    step = trainer_step(folder, names) if is_trainers else step_in_name(folder.name)
+    return Adapter(settings, Layout(folder, {}, tensors, by_name((stamp, weights))), views, step)
 
 
 def _tensors(folder: Path, name: str) -> tuple[dict[str, tuple[str, Extent]], Mapping[str, View] | None, FileStamp]:

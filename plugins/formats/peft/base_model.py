@@ -68,10 +68,14 @@ def find_base(named: str | None, adapter: Path) -> BaseModel:
     readiness = form.inspect(listing)
     if readiness.state == "incomplete":
         raise IncompleteCheckpoint(
-            f"the LoRA adapter's base model {folder} is not whole: {readiness.reason}", remedy=WAIT
+            f"the LoRA adapter's base model {folder} is not whole: {readiness.reason}", remedy=readiness.remedy or WAIT
         )
     if readiness.state == "damaged":
-        raise refused(f"the LoRA adapter's base model {folder}", f"cannot be used: {readiness.reason}", remedy=NAME_IT)
+        raise refused(
+            f"the LoRA adapter's base model {folder}",
+            f"cannot be used: {readiness.reason}",
+            remedy=readiness.remedy or NAME_IT,
+        )
     # By how it was named and not by where it is: an adapter that is held elsewhere keeps its fingerprint.
     inside = folder if Path(named or "").is_absolute() else folder.relative_to(adapter)
     files = (dataclasses.replace(stamp, name=str(inside / stamp.name)) for stamp in readiness.files)

@@ -10,20 +10,19 @@ from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalLi
 
 from ..files.checkpoint_folder import as_found, by_name, not_whole, stamps_of
 from ..files.remembered import Remembered, check_seen
-from ..safetensors.format import step_in_name
-from ..safetensors.reader import weights_among
-from ..transformers.format import SENTINEL, STATE, holds_pickles_only
+from ..files.steps import step_in_name
+from ..files.trainer import SENTINEL, STATE, awaited, is_trainer_name, marks_of_trainer
 from .adapter_config import CONFIG, refused
 from .adapter_files import WEIGHTS, Adapter, read_adapter
 from .base_model import BaseModel, find_base
 
-_DECIDING = frozenset({CONFIG, *WEIGHTS, STATE, SENTINEL})
+_NEEDED = frozenset({CONFIG, *WEIGHTS, STATE, SENTINEL})
 
 
 class PeftFormat:
     """An adapter as save_pretrained of PEFT or Trainer write it, beside a base model in a local folder.
 
-    It is complete when its settings are merged here, its tensors are whole and its base model is; a folder of Trainer's
+    It is complete when its settings are merged here and its tensors and its base model are whole; a folder of Trainer's
     needs trainer_state.json besides. The base model's files are part of its stamps.
     """
 
@@ -35,9 +34,10 @@ class PeftFormat:
         names = listing.names()
         if not names & {CONFIG, *WEIGHTS}:
             return None
-        if names.isdisjoint(WEIGHTS) and (weights_among(names) or holds_pickles_only(names)):
-            return None  # settings left beside the merged model
-        return Claim("specific", names & _DECIDING)
+        # Settings alone may be another's (MLX has a file of the same name), or left beside the merged model.
+        if names.isdisjoint(WEIGHTS):
+            return Claim("begun", names & _NEEDED)
+        return Claim("specific", names & _NEEDED, awaits=awaited(names) if is_trainer_name(listing.name) else ())
 
     def inspect(self, listing: LocalListing) -> Readiness:
         try:
@@ -101,7 +101,8 @@ class _Examined:
 
 def _look(listing: LocalListing) -> _Examined:
     _check_folder(listing)
-    names = listing.names() & _DECIDING
+    names = listing.names()
+    names = names & _NEEDED | marks_of_trainer(names)
     stamps = stamps_of(listing.path, names)
     # What has no stamp may go or come without a change of the stamps, so nothing is remembered of it.
     examine = _examine if len(stamps) == len(names) else _examine.anew
