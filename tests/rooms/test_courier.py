@@ -27,6 +27,10 @@ from peel_agent.ledger import COPY, FILE, Lane, Ledger, RunLedger
 from peel_agent.notify import to_sinks
 from peel_agent.publish import to_trackers
 from peel_agent.records import CheckpointRef, Notice, Publication, Verdict, plain
+from peel_plugins.sinks.mail import MailSettings
+from peel_plugins.sinks.webhook import WebhookSettings
+from tests import receivers
+from tests.receivers import http_receiver, mail_server, reply
 from tests.waiting import wait_for
 
 KEY = "run-1"
@@ -40,7 +44,9 @@ def sink(folder: Path) -> Address:
     return Address("sink", "jsonl-sink", "jsonl", {"path": str(folder / "notices.jsonl")}, KEY, "/run", folder)
 
 
-def owe(run: RunLedger, steps: range, trackers: tuple[str, ...] = ("jsonl",)) -> None:
+def owe(
+    run: RunLedger, steps: range, trackers: tuple[str, ...] = ("jsonl",), sinks: tuple[str, ...] = ("jsonl-sink",)
+) -> None:
     """A checkpoint of each step made final, with a notice of its own."""
     for step in steps:
         notice = Notice(f"n{step}", "r", "warning", "firing", "model.layers.3", step, "text", step)
@@ -53,7 +59,7 @@ def owe(run: RunLedger, steps: range, trackers: tuple[str, ...] = ("jsonl",)) ->
             memory=None,
             debts=(
                 *to_trackers(sent, trackers, key=f"f{step}", with_alerts=True),
-                *to_sinks([notice], ["jsonl-sink"], (), run="mine", at=float(step)),
+                *to_sinks([notice], sinks, (), run="mine", at=float(step)),
             ),
         )
 
@@ -402,3 +408,28 @@ def test_words_that_a_library_prints_are_no_message(office: Office) -> None:
     office.dispatch._listen(child)
     child.wait()
     assert ["the courier said: hello" in office.said[0], "ERROR   name of run-1: gone" in office.said[1]] == [True] * 2
+
+
+# ---------------------------------------------------------------- sinks that are servers
+
+
+def test_what_a_server_refused_arrives_later_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A webhook that was busy gets the same event, byte for byte, when it is asked again; the mail went meanwhile."""
+    monkeypatch.setattr(dispatch, "RESTART_SECONDS", 0.0)
+    certificates = receivers.certificates(tmp_path)
+    with http_receiver(reply(503), reply(202)) as hook, mail_server("starttls", certificates.right) as mail:
+        to_hook = WebhookSettings(f"http://127.0.0.1:{hook.port}/hook", allow_private=True, timeout_seconds=60)
+        to_mail = MailSettings("localhost", "a@b.example", ("c@d.example",), mail.port, ca_file=tmp_path / "ca.pem")
+        addresses = (
+            Address("sink", "hook", "webhook", plain(to_hook), KEY, "/run", tmp_path),
+            Address("sink", "mail", "email", plain(to_mail), KEY, "/run", tmp_path),
+        )
+        with closing(Office(tmp_path, addresses)) as office:
+            owe(office.run, range(1), trackers=(), sinks=("hook", "mail"))
+            office.dispatch.owed()
+            office.tick_until(lambda: len(hook.requests) == 1 and len(mail.messages) == 1)
+            office.tick_until(lambda: any("503" in line for line in office.said))
+            wait_for(lambda: office.dispatch.drain(60) is not None and office.owes_nothing())
+    first, second = hook.requests
+    assert first.body == second.body
+    assert mail.messages[0]["Subject"] == "[peel-agent] mine: 1 firing, 0 resolved"

@@ -41,6 +41,7 @@ from peel_agent.watch import nearby
 from peel_plugins.trackers import jsonl_file, mlflow_run
 from tests import nvml, servers, zoo
 from tests.nvml import Gpu
+from tests.receivers import http_receiver
 from tests.rooms.test_watch_scan import Renamed, write_checkpoint
 
 mlflow_uri = servers.mlflow_uri
@@ -685,6 +686,31 @@ class TestDestinations:
         found = by_name(check_sinks(sinks, tmp_path, time.time))
         assert [found[f"sink {name}"].ok for name in ("here", "there", "odd")] == [None, False, False]
         assert capsys.readouterr().err == ""
+
+    def test_sinks_are_tried_and_nothing_is_sent(self, tmp_path: Path) -> None:
+        """A server is connected to, a program looked for; what would not arrive is told with its remedy."""
+        with http_receiver() as receiver:
+            there = {"url": f"http://127.0.0.1:{receiver.port}/hook", "allow_private": True}
+            sinks = [
+                SinkSettings("webhook", "there", there),
+                SinkSettings("slack", "away", {**there, "url": f"http://127.0.0.1:{servers.free_port()}/hook"}),
+                SinkSettings("webhook", "private", {"url": "https://127.0.0.1/hook"}),
+                SinkSettings("exec", "off", {"command": ["true"]}),
+                SinkSettings("exec", "on", {"command": ["true"], "enabled": True}),
+                SinkSettings("email", "mail", {"host": "127.0.0.1", "sender": "a@b.example"}),
+            ]
+            found = by_name(check_sinks(sinks, tmp_path, time.time))
+        assert receiver.requests == []
+        assert {name: check.ok for name, check in found.items()} == {
+            "sink there, connection": True,
+            "sink away, connection": False,
+            "sink private": False,
+            "sink off": False,
+            "sink on, program": True,
+            "sink mail": False,
+        }
+        assert "enabled = true" in (found["sink off"].remedy or "")
+        assert "'to'" in found["sink mail"].words
 
 
 # ---------------------------------------------------------------- all of it
