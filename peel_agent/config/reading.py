@@ -178,10 +178,17 @@ def section(kind: type[Kind], name: str, table: Mapping[str, Any]) -> Kind:
     fields = {f.name: str(f.type) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     _known(name, table, set(fields) - {"options", "flags"})
     values = {key: converted(f"{name}.{key}", fields[key], value) for key, value in table.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigurationError(f"[[{name}]] is not complete: {error}", remedy="add the keys named") from error
+    lacks = [f"`{f.name}`" for f in dataclasses.fields(kind) if _is_needed(f) and f.name not in values]  # type: ignore[arg-type]
+    if lacks:
+        raise ConfigurationError(
+            f"[[{name}]] is not complete: it lacks {', '.join(lacks)}",
+            remedy=f"add {'them' if len(lacks) > 1 else 'it'}; deploy/examples/peel.toml shows each key",
+        )
+    return kind(**values)
+
+
+def _is_needed(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def plugin_settings(
@@ -231,4 +238,9 @@ def _revealed(dotted: str, text: str) -> str:
             raise ConfigurationError(
                 f"`{dotted}` names a file that cannot be read: {error.strerror}", remedy="check the path after file:"
             ) from error
+        except UnicodeDecodeError:
+            raise ConfigurationError(
+                f"`{dotted}` names a file that is not text",
+                remedy="write the secret into it as UTF-8, and nothing else",
+            ) from None
     return text

@@ -12,7 +12,7 @@ import pytest
 
 from peel_agent.config import Settings, load_settings
 from peel_agent.courier import Orders
-from peel_agent.destinations import Address, addresses, pinned_run, tracker_settings
+from peel_agent.destinations import Address, addresses, pinned_run, sink_settings, tracker_settings
 from peel_agent.errors import ConfigurationError, PluginError
 from peel_agent.identity import run_key
 from peel_agent.ledger import Ledger
@@ -138,11 +138,28 @@ def test_addresses_connect_what_is_configured(tmp_path: Path) -> None:
     assert default.sink().where() == f"notices in {tmp_path}/notices.jsonl"
 
 
+def test_secrets_of_sinks_and_what_the_environment_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret may stand in a list; a field that names a variable is taken from it when the table leaves it out."""
+    monkeypatch.setenv("ONE", "json://one,a")
+    monkeypatch.setenv("JOURNAL_STREAM", "8:1")
+    (tmp_path / "two").write_text("json://two\n")
+    text = f"[[sink]]\nuse = 'apprise'\nurls = ['${{ONE}}', 'file:{tmp_path}/two', 'json://three']\n"
+    text += "[[sink]]\nuse = 'stderr'\n[[sink]]\nuse = 'stderr'\nname = 'plain'\njournal_stream = ''\n"
+    apprise, journal, plainly = (sink_settings(sink) for sink in loaded(tmp_path, text).sinks)
+    assert apprise.urls == ("json://one,a", "json://two", "json://three")
+    assert (journal.journal_stream, plainly.journal_stream) == ("8:1", "")
+    assert "json" not in repr(apprise)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[[sink]]\nuse = 'pagr'", r"no plug-in `pagr` of kind sinks"),
         ("[[sink]]\nuse = 'jsonl'\nname = 'x'\npaht = 'p'", r"unknown key `sink.x.paht`(.|\n)*did you mean `path`"),
+        ("[[sink]]\nuse = 'email'\nhost = 'h'", r"\[\[sink.email\]\] is not complete: it lacks `sender`, `to`"),
+        ("[[sink]]\nuse = 'slack'\nurl = 'file:/bin/sh'", "`sink.slack.url` names a file that is not text"),
+        ("[[sink]]\nuse = 'apprise'\nurls = ['${NO_SUCH}']", "`sink.apprise.urls` names .* NO_SUCH"),
+        ("[[sink]]\nuse = 'webhook'\nurl = 'https://10.0.0.1/'", r"10\.0\.0\.1 is an address of a private network"),
         ("[[sink]]\nuse = 'stderr'\npath = 'p'", r"unknown key `sink.stderr.path`(.|\n)*known here: journal"),
     ],
 )

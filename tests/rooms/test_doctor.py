@@ -710,7 +710,7 @@ class TestDestinations:
             "sink mail": False,
         }
         assert "enabled = true" in (found["sink off"].remedy or "")
-        assert "'to'" in found["sink mail"].words
+        assert "it lacks `to`" in found["sink mail"].words
 
 
 # ---------------------------------------------------------------- all of it
