@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from peel_agent.config import DeviceSettings, RunSettings
 from peel_agent.errors import (
@@ -21,8 +20,8 @@ from peel_agent.errors import (
     PeelError,
     TornCheckpoint,
     WorkerError,
-    printable,
 )
+from peel_agent.intake import Intake
 from peel_agent.judging import Judging
 from peel_agent.ledger import RunLedger
 from peel_agent.publish import headline
@@ -38,7 +37,6 @@ from peel_agent.work import (
     Work,
     before_of,
     in_a_line,
-    lost_of,
     name_of,
     result_of,
 )
@@ -64,18 +62,24 @@ class Run:
     work: Work | None = None
     is_ending: bool = False
     _refused: set[str] = field(default_factory=set)
-    _rewritten: set[Path] = field(default_factory=set)
-    _unreadable: set[Unread] = field(default_factory=set)
-    _left: dict[str, CheckpointRef] = field(default_factory=dict)
-    """Found by an earlier agent, not held, and not seen again yet."""
-    _gone: list[CheckpointRef] = field(default_factory=list)
-    """Whole once, gone now, and not counted yet."""
-    _delayed: list[tuple[float, CheckpointRef]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._pins = Pins(self.source.root, self.ledger.folder, self.ledger.folder.parent.parent)
         self._queue = Queue(self._pins, self.policy)
         self._earlier = Earlier(self._pins)
+        self._intake = Intake(
+            self.source,
+            self.settings.name,
+            self.ledger,
+            self._pins,
+            self._queue,
+            self._earlier,
+            self.services.journal,
+            self._tell,
+            self._is_due,
+            lambda: self.is_ending,
+            self.once,
+        )
         self._judging = Judging(
             self.settings, self.ledger, lambda: self.sinks, self.services.journal, self.services.owed
         )
@@ -98,14 +102,19 @@ class Run:
             elif job.interruptions >= INTERRUPTIONS:
                 self._give_up(ref, f"the agent ended {job.interruptions} times while it was peeled")
             elif ref.held is not None or job.deaths:
-                self._delayed.append((job.not_before, ref))
+                self._queue.put_off(ref, job.not_before)
             else:
-                self._left[ref.fingerprint] = ref
+                self._intake.left[ref.fingerprint] = ref
         for ref in held.values():  # of an agent of version 0.1, which kept no jobs
             if self._is_due(ref):
                 self.ledger.await_turn(ref)
-                self._queue.put_back(ref)
+                self._queue.add(ref)
         self._pins.release_all(but=self._needed())
+
+    @property
+    def kept_in(self) -> str:
+        """Where the findings are, and where the files of checkpoints that wait."""
+        return f"{self.ledger.folder}, files of checkpoints that wait in {self._pins.folder}"
 
     def withdraw_all(self, reason: str) -> None:
         """Nothing of this run is watched any more: what fires is resolved."""
@@ -136,71 +145,22 @@ class Run:
         """Those whose files are held: they wait, are in work, or the next one is to be held against them."""
         working = [] if self.work is None else [self.work.ref]
         earlier = [] if self._earlier.ref is None else [self._earlier.ref]
-        return (*self._queue.held(), *(ref for _, ref in self._delayed), *working, *earlier)
+        return (*self._queue.held(), *working, *earlier)
 
     def round(self, now: float) -> Observed:
         """One round at the time `now`, in Unix seconds. Raises ConfigurationError when nothing can be peeled so."""
         self._conclude(now)
         observed = self.source.look(now)
-        self._take(observed)
+        self._intake.take(observed)
+        self._intake.mind_space()
         self._start(now)
         self._judging.tick(now)
         return observed
 
     def is_idle(self, observed: Observed) -> bool:
         """Whether nothing of what was observed is left to wait for."""
-        busy = self.work is not None or self._queue or self._delayed or observed.waiting
+        busy = self.work is not None or self._queue or observed.waiting
         return not busy and not any(map(self._is_due, observed.ready))
-
-    def _take(self, observed: Observed) -> None:
-        for ref in observed.ready:
-            self._find(ref)
-        if not self._is_away():
-            self._gone += (*observed.vanished, *self._queue.gone(), *lost_of(self._left, observed))
-        while self._gone:
-            is_missed = self._is_due(self._gone[0]) and not self._is_waiting(self._gone[0])
-            if is_missed:
-                self.ledger.miss(self._gone[0])
-            gone = self._gone.pop(0)
-            if is_missed:
-                self._tell_missed(gone)
-        self._mind_space()
-        for unread in observed.unreadable:
-            if unread not in self._unreadable:
-                self._unreadable.add(unread)
-                self._tell("unreadable", f"cannot read {printable(unread.place)}: {unread.words}", level="warning")
-
-    def _tell_missed(self, ref: CheckpointRef) -> None:
-        self._tell("missed", f"{name_of(ref)} was removed before it could be peeled", ref, level="warning")
-
-    def _find(self, ref: CheckpointRef) -> None:
-        if not self._is_due(ref) or self._is_waiting(ref):
-            return
-        self.ledger.await_turn(ref)
-        self._left.pop(ref.fingerprint, None)
-        if self._queue.add(ref):
-            return
-        if ref.path.exists():
-            self.ledger.forget(ref, why="torn")
-            self._tell("torn", f"{name_of(ref)} changed before it could be held; the next look takes it", ref)
-        else:
-            self._gone.append(ref)
-
-    def _is_waiting(self, ref: CheckpointRef) -> bool:
-        return ref in self._queue or any(ref.fingerprint == own.fingerprint for _, own in self._delayed)
-
-    def _is_away(self) -> bool:
-        """A file system that is not mounted says nothing of what is on it."""
-        return not self.source.root.exists()
-
-    def _mind_space(self) -> None:
-        """The training needs what is left of a file system that is nearly full."""
-        if self._earlier.make_room():
-            words = "the last checkpoint is not kept for comparison; how far weights changed is estimated from sketches"
-            self._tell("space", f"the file system of {self._pins.folder} is nearly full: {words}", level="warning")
-        if full := self._queue.make_room():
-            words = f"the file system of {full} is nearly full: waiting checkpoints are not kept from rotation now"
-            self._tell("space", words, level="warning")
 
     def _is_due(self, ref: CheckpointRef) -> bool:
         """Neither in work, nor done, nor refused in this session."""
@@ -215,11 +175,8 @@ class Run:
     # ---------------------------------------------------------------- a peel begins
 
     def _start(self, now: float) -> None:
-        due = [entry for entry in self._delayed if not 0 < entry[0] - now <= LONGEST_PAUSE]
-        for entry in due:
-            self._delayed.remove(entry)
-            self._queue.put_back(entry[1])
-        if self.work is not None or not self._queue or self.is_ending:
+        self._queue.come_due(now, LONGEST_PAUSE)
+        if self.work is not None or not self._queue.has_next or self.is_ending:
             return
         lease = self.services.lease(self.ledger.run)
         if lease is None:
@@ -229,12 +186,12 @@ class Run:
         try:
             while left:
                 self.ledger.pass_over(left[0], f"backlog = {self.policy}")
-                self._end_passed(left.pop(0))
+                self._intake.end_passed(left.pop(0))
             self.work = Work(ref, lease, self._submitted(self._request(ref, lease)))
         except BaseException:
             self.services.give_back(lease)
-            for waiting in (*(older.released() for older in left), ref):
-                self._queue.put_back(waiting)
+            for waiting in (*left, ref):
+                self._queue.add(waiting)
             raise
         self._tell("peeling", f"peeling {name_of(ref)} on {lease.label}", ref)
 
@@ -247,11 +204,6 @@ class Run:
                 self.ledger.put_back(request.ref)
             raise
 
-    def _end_passed(self, ref: CheckpointRef) -> None:
-        self.source.done(ref)
-        words = f'passed over {name_of(ref)}: a newer one waits; [watch] backlog = "all" peels every one'
-        self._tell("passed over", words, ref)
-
     def _request(self, ref: CheckpointRef, lease: DeviceLease) -> Request:
         own = self.settings
         is_observation = self._is_observation(ref)
@@ -263,9 +215,8 @@ class Run:
             lease=lease,
             nice=self.device.nice,
             memory_fraction=self.device.memory_fraction,
-            copy_to=self._pins.folder if ref.path in self._rewritten else None,
             earlier=self.ledger.bound_memory() if is_observation else None,
-            before=before_of(ref, self.ledger.last_observed(), self._earlier.newest(), is_observation=is_observation),
+            before=before_of(ref, self.ledger.last_observed(), self._earlier.ref, is_observation=is_observation),
             keep_sketches=is_observation,
         )
 
@@ -323,19 +274,19 @@ class Run:
 
     def _wait_again(self, ref: CheckpointRef, not_before: float) -> None:
         self.work = None
-        self._delayed.append((not_before, ref))  # held as it is: the trainer may have rotated it
+        self._queue.put_off(ref, not_before)  # held as it is: the trainer may have rotated it
 
     def _torn(self, ref: CheckpointRef, error: TornCheckpoint, now: float) -> None:
         """One rewritten in place is copied the next time: the trainer may rewrite it faster than it is peeled."""
-        if self._is_away():
+        if self._intake.is_away():
             self.ledger.put_back(ref)
             self._wait_again(ref, now + AWAY_PAUSE_SECONDS)
         elif not ref.path.exists():
             self.ledger.miss(ref)
             self._end_work()
-            self._tell_missed(ref)
+            self._intake.tell_missed(ref)
         else:
-            self._rewritten.add(ref.path)
+            self._intake.rewritten.add(ref.path)
             self.ledger.forget(ref, why="torn")
             self._end_work(comes_back=True)
             self._tell(

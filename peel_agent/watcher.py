@@ -19,6 +19,9 @@ from peel_agent.watch import Folder, Hints, Observed, nearby
 LOOK_PAUSE_SECONDS = 0.5
 """A save in progress raises a hint for every write; looks keep at least this far apart."""
 
+SHORTEST_PAUSE_SECONDS = 0.05
+"""The pause before a look at what is whole by then: it may be written over before a longer one is over."""
+
 FIRST_TROUBLE_SECONDS = 2.0
 LONGEST_TROUBLE_SECONDS = 60.0
 
@@ -77,9 +80,7 @@ class Watcher:
                 return
             self._hints = Hints(root)
             with self._hints as hints:
-                words = (
-                    f"watching {self.run.source.label} ({hints.status}); findings are kept in {self.run.ledger.folder}"
-                )
+                words = f"watching {self.run.source.label} ({hints.status}); findings are kept in {self.run.kept_in}"
                 self.journal.tell("watching", words, run=self.name)
                 self._look_on(hints)
             self.run.close()
@@ -116,6 +117,9 @@ class Watcher:
                 pause = FIRST_TROUBLE_SECONDS
                 if self.run.once and self.run.is_idle(observed):
                     return
+                if observed.rests_in is not None and observed.rests_in < LOOK_PAUSE_SECONDS:
+                    self._stopping.wait(max(SHORTEST_PAUSE_SECONDS, observed.rests_in))
+                    continue
                 seconds = (
                     min(settings.poll_seconds, settings.settle_seconds) if observed.waiting else settings.poll_seconds
                 )

@@ -94,8 +94,8 @@ def result_of(answer: Future[Peeled]) -> Peeled | PeelError:
 
 
 def name_of(ref: CheckpointRef) -> str:
-    """What to call a checkpoint in a message."""
-    return printable(ref.label)
+    """What to call a checkpoint in a message: many saves may have one path, so its step too."""
+    return printable(ref.label) + ("" if ref.step is None else f" (step {ref.step})")
 
 
 def in_a_line(error: PeelError) -> str:

@@ -48,7 +48,6 @@ def main() -> int:
 def _answer(request: Request) -> dict[str, Any]:
     from peel_agent.pipeline import measure
     from peel_agent.publish import Meter
-    from peel_agent.watch import copied
 
     meter = Meter(_to_stderr, time.monotonic, terminal=sys.stderr.isatty())
     signal.alarm(STALL_SECONDS)
@@ -58,9 +57,8 @@ def _answer(request: Request) -> dict[str, Any]:
         meter(stage, done, total)
 
     try:
-        ref = request.ref if request.copy_to is None else copied(request.ref, request.copy_to)
         peeled = measure(
-            ref,
+            request.ref,
             probe=request.probe,
             peeling=request.peel,
             model=request.model,

@@ -17,8 +17,8 @@ class Request:
     """One checkpoint to peel on the device of a lease, at this niceness.
 
     The worker takes at most `memory_fraction` of the machine's memory, or of the GPU's. `earlier` are the best bounds
-    so far, `before` is the checkpoint to hold this one against (None: nobody asked for that). `copy_to` is a folder of
-    pins, when the files are to be copied there before they are read; a `patch` of safetensors replaces weights.
+    so far, `before` is the checkpoint to hold this one against (None: nobody asked for that). A `patch` of safetensors
+    replaces weights.
     """
 
     ref: CheckpointRef
@@ -32,4 +32,3 @@ class Request:
     keep_sketches: bool = False
     patch: Path | None = None
     memory_fraction: float = 1.0
-    copy_to: Path | None = None

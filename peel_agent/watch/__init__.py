@@ -5,7 +5,7 @@ from peel_agent.watch.events import Hints
 from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror
 from peel_agent.watch.nearby import nearby
-from peel_agent.watch.pins import Pins, copied
+from peel_agent.watch.pins import NoRoom, Pins
 from peel_agent.watch.queue import Queue
 from peel_agent.watch.scan import Sighting, scan
 from peel_agent.watch.settle import GIVE_UP_SECONDS, Observed, Settling, Unread, checkpoint_ref, fingerprint
@@ -19,6 +19,7 @@ __all__ = [
     "Folder",
     "Hints",
     "Mirror",
+    "NoRoom",
     "Observed",
     "Pins",
     "Queue",
@@ -28,7 +29,6 @@ __all__ = [
     "Store",
     "Unread",
     "checkpoint_ref",
-    "copied",
     "fetch",
     "fingerprint",
     "is_url",

@@ -18,10 +18,6 @@ class Earlier:
     def is_it(self, ref: CheckpointRef) -> bool:
         return self.ref is not None and self.ref.fingerprint == ref.fingerprint
 
-    def newest(self) -> CheckpointRef | None:
-        """Where its files are: its copy, where one had to be made."""
-        return None if self.ref is None else self.pins.newest(self.ref)
-
     def replace(self, ref: CheckpointRef) -> None:
         """Holds on to this checkpoint, and lets go of the one before it."""
         before, self.ref = self.ref, ref
@@ -30,8 +26,15 @@ class Earlier:
 
     def make_room(self) -> bool:
         """Whether it had to be let go of, its file system being nearly full: the training needs what is left."""
-        if self.ref is None or self.ref.held is None or not self.pins.crowded():
+        return self._is_held() and self.pins.crowded() and self.let_go()
+
+    def let_go(self) -> bool:
+        """Whether its files were held until now."""
+        if self.ref is None or self.ref.held is None:
             return False
         self.pins.release(self.ref)
         self.ref = None
         return True
+
+    def _is_held(self) -> bool:
+        return self.ref is not None and self.ref.held is not None

@@ -1,13 +1,14 @@
 """Holds on to the files of a checkpoint until it is peeled, by links or copies in a private folder.
 
-A rotated checkpoint can then still be read, by the next start of the agent too. A link shares the trainer's file, so
-that one rewritten in place changes here too: its stamps tell, and such a checkpoint is copied the next time.
+A rotated checkpoint can then still be read, by the next start of the agent too. A hard link shows whatever the trainer
+writes into the file later; a file that is rewritten in place is therefore held by a copy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -29,7 +30,13 @@ COMPANIONS = ("config.json", "tokenizer.json")
 
 MAX_COMPANION = 64 * 2**20
 
+PIECE = 8 * 2**20
+"""Bytes that are copied at once."""
+
 _FICLONE = 0x40049409  # linux/fs.h: the new file shares the old one's blocks until either is written
+
+Keep = Callable[[int, Path, Path], None]
+"""Makes the third path hold what the open file, which is at the second path, holds now."""
 
 
 def spare_bytes(total: int) -> int:
@@ -37,40 +44,72 @@ def spare_bytes(total: int) -> int:
     return min(total // 10, 50 * 2**30)
 
 
+class NoRoom(Exception):
+    """A copy would leave too little of the file system to the training."""
+
+
 class Pins:
     """A folder of pins for one watched root, with one owner.
 
-    `state_dir` is used when its files may be links to the root's, or else a folder of the root itself. What was held
-    for the state folder `earlier` is taken over.
+    `folder` is in `state_dir` when its files may be links to the root's, or when the root may not be written to; or
+    else it is in the root itself. What was held for the state folder `earlier` is taken over.
     """
 
     def __init__(self, root: Path, state_dir: Path, earlier: Path | None = None) -> None:
-        if not root.exists() or same_mount(state_dir, root):
-            self.folder = state_dir / "pins"
-        else:
+        is_apart = root.exists() and not same_mount(state_dir, root)
+        if is_apart and os.access(_folder_of(root), os.W_OK):
             self.folder = _beside(root, state_dir)
+        else:
+            self.folder = state_dir / "pins"
+        self.why_not: str | None = None
+        """Why the checkpoint that was pinned last is not held; None when it is."""
         # Whoever may write to the root could make it a link to anywhere.
         self._usable = not self.folder.parent.is_symlink() and not self.folder.is_symlink()
         if earlier is not None and self._usable and self.folder.parent.name == FOLDER and not self.folder.exists():
             with contextlib.suppress(OSError):  # there is mostly none
                 _beside(root, earlier).rename(self.folder)
 
-    def pin(self, ref: CheckpointRef) -> CheckpointRef:
-        """The same checkpoint held by reflinks or hard links; left in place where the file system has neither.
+    def pin(
+        self, ref: CheckpointRef, *, copy: bool = False, stopping: Callable[[], bool] = lambda: False
+    ) -> CheckpointRef:
+        """The same checkpoint with its files held; not held, and `why_not` says why, where that cannot be done.
 
-        Raises TornCheckpoint when the files are not those of the reference any more.
+        They are held by reflinks; where the file system has none, by hard links, or with `copy` by copies, which end
+        when the agent is `stopping`. Raises TornCheckpoint when the files are not those of the reference any more, and
+        NoRoom when a copy would leave less than `spare_bytes`.
         """
+        self.why_not = None
         if not self._usable:
+            self.why_not = f"{self.folder} is a link"
             return ref.released()
-        pinned = _kept(ref, self.folder / ref.fingerprint, _link)
-        if pinned.held is None:
-            return pinned
+        try:
+            pinned = _kept(ref, self.folder / ref.fingerprint, self._copying(ref, stopping) if copy else _link)
+        except OSError as error:
+            self.why_not = error.strerror or str(error)
+            return ref.released()
         try:
             self._note(pinned)
-        except OSError:
+        except OSError as error:
             self.release(pinned)
+            self.why_not = error.strerror or str(error)
             return ref.released()
         return pinned
+
+    def _copying(self, ref: CheckpointRef, stopping: Callable[[], bool]) -> Keep:
+        """Copies files, once there is known to be room for all of the checkpoint."""
+        size, has_room = sum(stamp.size for stamp in ref.own_files), False
+
+        def keep(descriptor: int, _source: Path, target: Path) -> None:
+            nonlocal has_room
+            if _cloned(descriptor, target):
+                return
+            usage = shutil.disk_usage(target.parent)
+            if not has_room and usage.free - size < spare_bytes(usage.total):
+                raise NoRoom
+            has_room = True
+            _copy(descriptor, target, stopping)
+
+        return keep
 
     def _note(self, pinned: CheckpointRef) -> None:
         """What the next owner needs in order to take the pin up."""
@@ -91,22 +130,24 @@ class Pins:
                     refs.append(dataclasses.replace(ref, held=held))
         return tuple(refs)
 
-    def newest(self, ref: CheckpointRef) -> CheckpointRef:
-        """The reference to what is held of a checkpoint: its copy, where one had to be made."""
-        copy = self.folder / f"{ref.fingerprint}.copy" / ref.path.name
-        return dataclasses.replace(ref, held=copy) if copy.exists() else ref
+    def is_whole(self, ref: CheckpointRef) -> bool:
+        """Whether the files that are to be read of a checkpoint still are its own."""
+        folder = _folder_of(ref.in_place().path)
+        try:
+            return not any(_not((folder / stamp.name).stat(), stamp) for stamp in ref.own_files)
+        except OSError:
+            return False
 
     def release(self, ref: CheckpointRef) -> None:
         """The files are not needed any more."""
-        for name in (ref.fingerprint, f"{ref.fingerprint}.copy"):
-            _forget(self.folder / name)
+        _forget(self.folder / ref.fingerprint)
         self._tidy()
 
     def release_all(self, but: tuple[CheckpointRef, ...] = ()) -> None:
         """No file is held any more `but` those of some checkpoints."""
         if not self._usable:
             return
-        kept = {f"{ref.fingerprint}{end}" for ref in but for end in ("", ".json", ".copy")}
+        kept = {f"{ref.fingerprint}{end}" for ref in but for end in ("", ".json")}
         for child in self.folder.glob("*"):
             if child.name not in kept:
                 _forget(child)
@@ -129,33 +170,27 @@ class Pins:
 
 def _beside(root: Path, state_dir: Path) -> Path:
     """The folder of pins of a state folder inside a watched root."""
-    return root / FOLDER / hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
+    return _folder_of(root) / FOLDER / hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
 
 
-def copied(ref: CheckpointRef, folder: Path) -> CheckpointRef:
-    """The same checkpoint as a copy in a folder of pins; as it is where there is no room. Raises as `Pins.pin`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    usage = shutil.disk_usage(folder)
-    if usage.free - sum(stamp.size for stamp in ref.own_files) < spare_bytes(usage.total):
-        return ref
-    copy = _kept(ref.in_place(), folder / f"{ref.fingerprint}.copy", _copy)
-    return ref if copy.held is None else dataclasses.replace(ref, held=copy.held)
+def _folder_of(place: Path) -> Path:
+    return place if place.is_dir() else place.parent
 
 
-def _kept(ref: CheckpointRef, home: Path, keep: Callable[[int, Path, Path], None]) -> CheckpointRef:
+def _kept(ref: CheckpointRef, home: Path, keep: Keep) -> CheckpointRef:
     held = home / ref.path.name
     _forget(home)
     try:
         home.mkdir(parents=True)
         _keep_files(ref, held, keep)
-    except TornCheckpoint:
-        _forget(home)
-        raise
     except OSError as error:
         _forget(home)
         if not ref.path.exists():
             raise TornCheckpoint(f"{ref.path} was removed", remedy="nothing to do: it is gone") from error
-        return ref.released()
+        raise
+    except BaseException:
+        _forget(home)
+        raise
     return dataclasses.replace(ref, held=held)
 
 
@@ -166,7 +201,7 @@ def _forget(home: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _keep_files(ref: CheckpointRef, held: Path, keep: Callable[[int, Path, Path], None]) -> None:
+def _keep_files(ref: CheckpointRef, held: Path, keep: Keep) -> None:
     is_folder = ref.path.is_dir()
     here, there = (ref.path, held) if is_folder else (ref.path.parent, held.parent)
     there.mkdir(exist_ok=True)
@@ -182,9 +217,7 @@ def _keep_files(ref: CheckpointRef, held: Path, keep: Callable[[int, Path, Path]
                     _keep(source, name, target / name, keep)
 
 
-def _keep(
-    folder: Path, name: str, target: Path, keep: Callable[[int, Path, Path], None], *, stamp: FileStamp | None = None
-) -> bool:
+def _keep(folder: Path, name: str, target: Path, keep: Keep, *, stamp: FileStamp | None = None) -> bool:
     """Keeps one regular file of a folder, not one that a link out of it names; False for any other, or another."""
     real = Path(os.path.realpath(folder / name))
     if not real.is_relative_to(os.path.realpath(folder)):
@@ -208,20 +241,33 @@ def _not(status: os.stat_result, stamp: FileStamp) -> bool:
 
 
 def _link(descriptor: int, source: Path, target: Path) -> None:
+    if not _cloned(descriptor, target):
+        os.link(source, target, follow_symlinks=False)
+
+
+def _cloned(descriptor: int, target: Path) -> bool:
+    """Whether the file system could make a reflink."""
     try:
         with target.open("xb") as new:
             fcntl.ioctl(new.fileno(), _FICLONE, descriptor)
         _stamp(target, os.fstat(descriptor))
     except OSError:
         target.unlink(missing_ok=True)
-        os.link(source, target, follow_symlinks=False)
+        return False
+    return True
 
 
-def _copy(descriptor: int, _source: Path, target: Path) -> None:
-    with os.fdopen(os.dup(descriptor), "rb") as old, target.open("xb") as new:
-        shutil.copyfileobj(old, new, 8 * 2**20)
+def _copy(descriptor: int, target: Path, stopping: Callable[[], bool]) -> None:
+    with os.fdopen(os.dup(descriptor), "rb", buffering=0) as old, target.open("xb") as new:
+        while piece := old.read(PIECE):
+            if stopping():
+                raise OSError(errno.ECANCELED, "the agent ends")
+            new.write(piece)
     _stamp(target, os.fstat(descriptor))
 
 
 def _stamp(target: Path, like: os.stat_result) -> None:
+    """Gives the target the times of the file that it holds; they tell one save from the next."""
     os.utime(target, ns=(like.st_atime_ns, like.st_mtime_ns))
+    if target.stat().st_mtime_ns != like.st_mtime_ns:
+        raise OSError(errno.ENOTSUP, "its file system rounds modification times")

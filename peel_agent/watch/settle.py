@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,10 @@ from peel_agent.watch.scan import Sighting
 
 GIVE_UP_SECONDS = 600.0
 """So long a checkpoint that is not whole is waited for when nothing of it changes."""
+
+
+RESTLESS = 3
+"""So many saves of one path in a row that were overwritten before they were at rest are told."""
 
 
 class Unread(NamedTuple):
@@ -33,21 +37,33 @@ class Unread(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """`ready` oldest first; what is `waiting`, and what is `unreadable`; `vanished` were whole, not settled."""
+    """`ready` oldest first; what is `waiting`, and what is `unreadable`; `vanished` were whole, not settled.
+
+    `restless` are those of `waiting` whose saves come too fast to be read. In `rests_in` seconds the next whole one will
+    have been at rest for long enough; None while there is none.
+    """
 
     ready: tuple[CheckpointRef, ...]
     waiting: tuple[Unread, ...]
     unreadable: tuple[Unread, ...]
     vanished: tuple[CheckpointRef, ...] = ()
+    restless: tuple[Unread, ...] = ()
+    rests_in: float | None = None
 
 
 @dataclass(frozen=True)
 class _Rest:
-    """A sighting, and the time since which it has been the same."""
+    """A sighting, and the time since which it has been the same.
+
+    `saves` counts the whole ones since `restless` of which none was `offered`; the last of them had the files `last`.
+    """
 
     sighting: Sighting
     since: float
     offered: bool = False
+    saves: int = 0
+    restless: float = 0.0
+    last: tuple[FileStamp, ...] = ()
 
 
 class Settling:
@@ -84,15 +100,31 @@ class Settling:
             path, readiness = sighting.path, sighting.readiness
             since = _unchanged_since(before.get(path), readiness, now, trusted=first)
             offered = _is_whole(sighting) and now - since >= self._settle_seconds
-            self._rests[path] = _Rest(sighting, since, offered)
+            self._rests[path] = _rest(before.get(path), sighting, since, now, offered=offered)
             if offered:
                 ready.append(_ref(sighting))
                 continue
             reason, is_over = self._why_not(sighting, now - since)
             (unreadable if is_over else waiting).append(Unread(str(path), reason, readiness.remedy))
         return Observed(
-            tuple(sorted(ready, key=oldest_first)), tuple(waiting), tuple(unreadable), self._vanished(before)
+            tuple(sorted(ready, key=oldest_first)),
+            tuple(waiting),
+            tuple(unreadable),
+            self._vanished(before),
+            tuple(self._restless(now)),
+            self._rests_in(now),
         )
+
+    def _restless(self, now: float) -> Iterator[Unread]:
+        for path, rest in self._rests.items():
+            if rest.saves >= RESTLESS and now - rest.restless >= 2 * self._settle_seconds:
+                seconds = f"{self._settle_seconds:g} s"
+                reason = f"it is saved again before it has been at rest for {seconds}, so that no save can be read"
+                yield Unread(str(path), reason, "make [watch] settle_seconds less than the time between two saves")
+
+    def _rests_in(self, now: float) -> float | None:
+        whole = (rest for rest in self._rests.values() if _is_whole(rest.sighting) and not rest.offered)
+        return min((rest.since + self._settle_seconds - now for rest in whole), default=None)
 
     def _why_not(self, sighting: Sighting, age: float) -> tuple[str, bool]:
         """Why one that has been the same for `age` seconds is not ready, and whether it is waited for no more."""
@@ -155,6 +187,17 @@ def _unchanged_since(before: _Rest | None, readiness: Readiness, now: float, *, 
     seen = before.sighting.readiness
     same = (seen.state, seen.files) == (readiness.state, readiness.files)
     return min(before.since, now) if same else now
+
+
+def _rest(before: _Rest | None, sighting: Sighting, since: float, now: float, *, offered: bool) -> _Rest:
+    if offered:
+        return _Rest(sighting, since, offered=True)
+    if before is None or before.offered:
+        before = _Rest(sighting, since, restless=now)
+    files = sighting.readiness.files
+    if not _is_whole(sighting) or files == before.last:
+        return _Rest(sighting, since, saves=before.saves, restless=before.restless, last=before.last)
+    return _Rest(sighting, since, saves=before.saves + 1, restless=before.restless, last=files)
 
 
 def _newest(files: Sequence[FileStamp], default: float) -> float:

@@ -494,7 +494,7 @@ def test_a_reader_that_hangs_up_ends_the_agent(station: Station) -> None:
     station.put("a", 10)
     station.emit = hang_up
     with pytest.raises(BrokenPipeError):
-        station.watch(lambda: None)
+        station.watch(lambda: wait_for(lambda: any("ending; what is not done" in line for line in station.said)))
     lines: list[str] = []
     station.emit = lines.append
     station.put("a", 20)

@@ -211,10 +211,9 @@ def test_what_the_worker_is_asked_comes_back() -> None:
         keep_sketches=True,
         patch=Path("/patch.safetensors"),
         memory_fraction=0.25,
-        copy_to=Path("/held"),
     )
     named = dataclasses.replace(request, peel=PeelSettings(maps="ends"), before=Before(why_not="it is the first"))
-    for one in (request, named, dataclasses.replace(request, before=None, earlier=None, patch=None, copy_to=None)):
+    for one in (request, named, dataclasses.replace(request, before=None, earlier=None, patch=None)):
         again = restored(Request, through_json(one))
         assert again == one
         assert typed(again) == typed(one)

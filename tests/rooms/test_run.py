@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from peel_agent import registry
 from peel_agent.config import DeviceSettings, RunSettings, TrackerSettings, WatchSettings
 from peel_agent.errors import CheckpointError, ConfigurationError, GaveWay, PeelError, TornCheckpoint, WorkerError
+from peel_agent.intake import names_step
 from peel_agent.journal import Journal
 from peel_agent.ledger import Ledger, Reader
 from peel_agent.ledger.database import Database
+from peel_agent.pipeline import locate
 from peel_agent.records import (
+    CheckpointRef,
     DeviceLease,
     Estimate,
     Event,
@@ -36,7 +40,8 @@ from peel_agent.records import (
     YesMemory,
 )
 from peel_agent.run import Run
-from peel_agent.watch import Folder, Observed, Pins, Settling
+from peel_agent.watch import Folder, Observed, Pins, Settling, fingerprint
+from peel_agent.watch.pins import spare_bytes
 from peel_agent.work import AWAY_PAUSE_SECONDS, DEATH_PAUSE_SECONDS, DEATHS, INTERRUPTIONS, Services
 from tests.rooms.test_publish_form import FULL
 from tests.rooms.test_watch_scan import write_checkpoint
@@ -523,6 +528,18 @@ def test_a_story(desk: Desk) -> None:
     assert told["held"] == ["checkpoint-80"]
 
 
+def test_every_event_about_a_checkpoint_names_its_step(desk: Desk) -> None:
+    """In its words, which a person reads, and in its field, which a machine does: many saves may have one path."""
+    story(desk)
+    about = [event for event in desk.events if event.kind != "alert"]
+    assert {event.kind for event in about} == {
+        "peeling", "worker died", "measured", "gave way", "failed", "refused", "missed", "passed over"
+    }  # fmt: skip
+    for event in about:
+        assert event.step is not None, event.words
+        assert f"step {event.step}" in event.words
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_full_disk_loses_nothing_and_repeats_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
@@ -623,7 +640,7 @@ def test_what_vanishes_is_counted_and_no_error(desk: Desk) -> None:
     desk.answer = remove
     desk.finish()
     assert (desk.count("vanished"), desk.run.ledger.refused()) == (1, ())
-    assert desk.told("missed") == [f"{path} was removed before it could be peeled"]
+    assert desk.told("missed") == [f"{path} (step 10) was removed before it could be peeled"]
 
 
 @pytest.mark.parametrize("what", ["removed", "another in its place"])
@@ -703,12 +720,248 @@ def test_what_is_peeled_is_never_missed(desk: Desk) -> None:
     assert (desk.steps, desk.tallies) == ([10], {"found": 1, "answered": 1, "peeled": 1})
 
 
+def is_copy(request: Request) -> bool:
+    """Whether what is to be read is no link to the trainer's file."""
+    held = request.ref.in_place().path
+    return held != request.ref.path and all(file.stat().st_nlink == 1 for file in held.iterdir())
+
+
 def test_one_that_was_torn_is_copied_the_next_time(desk: Desk) -> None:
     """A file that is rewritten in place faster than it is peeled would else be torn for ever."""
     desk.put(10)
-    desk.answer = lambda request: TORN if request.copy_to is None else peeled(request)
+    copies: list[bool] = []
+
+    def answer(request: Request) -> Answer:
+        copies.append(is_copy(request))
+        return peeled(request) if copies[-1] else TORN
+
+    desk.answer = answer
     desk.finish()
-    assert [request.copy_to for request in desk.asked] == [None, desk.run.ledger.folder / "pins"]
+    assert copies == [False, True]
+
+
+# ---------------------------------------------------------------- a file that is rewritten in place
+
+
+class Overwriting:
+    """A trainer that saves into one file again and again, and an engine that reads the saves only at the end."""
+
+    def __init__(self, desk: Desk, name: str = "ckpt.pt") -> None:
+        self.desk, self.path = desk, desk.root / name
+        self.read: list[int | None] = []
+        self._first: Future[Peeled] = Future()
+        desk.answer = self._answer
+
+    def save(self, *steps: int) -> None:
+        for step in steps:
+            torch.save({"model": {"w": torch.zeros(4)}, "model_args": {}, "iter_num": step}, self.path)
+            os.utime(self.path, (float(step), float(step)))  # two saves of this test may be within one tick
+            self.desk.round()
+
+    def peel(self) -> None:
+        """The engine answers for the first save, and for all that wait."""
+        request = self.desk.asked[0]
+        self._first.set_result(self._peeled(request))
+        self.desk.finish()
+
+    def _answer(self, request: Request) -> Answer:
+        return self._first if len(self.desk.asked) == 1 else self._peeled(request)
+
+    def _peeled(self, request: Request) -> Peeled:
+        found = locate(request.ref.in_place().path)
+        assert fingerprint(found.files) == request.ref.fingerprint
+        assert found.step == request.ref.step
+        self.read.append(found.step)
+        return peeled(request)
+
+
+SAVES = tuple(range(100, 1100, 100))
+
+
+def test_every_save_into_one_file_is_peeled(desk: Desk) -> None:
+    """With `all`, saves that come faster than peels are each read whole, with their own step; one copy is left."""
+    trainer = Overwriting(desk)
+    trainer.save(*SAVES)
+    assert len(desk.held) == len(SAVES)
+    trainer.peel()
+    assert trainer.read == list(SAVES)
+    assert desk.tallies == {"found": 10, "answered": 10, "peeled": 10}
+    assert (desk.held, desk.told("torn"), desk.told("missed")) == (["ckpt.pt"], [], [])
+
+
+def test_the_last_save_into_one_file_is_peeled(desk: Desk) -> None:
+    """With `latest` each save overtakes the one that waits, so that one copy waits; each is told by its step."""
+    desk.stopped(backlog="latest")
+    trainer = Overwriting(desk)
+    trainer.save(*SAVES)
+    assert len(desk.held) == 2, "the one in work, and the last"
+    trainer.peel()
+    assert trainer.read == [SAVES[0], SAVES[-1]]
+    assert desk.count("passed over") == len(SAVES) - 2
+    assert all(f"(step {step})" in words for step, words in zip(SAVES[1:-1], desk.told("passed over"), strict=True))
+
+
+def test_copies_survive_a_restart(desk: Desk) -> None:
+    """What was saved into one file before the agent was killed is peeled by the next one."""
+    trainer = Overwriting(desk)
+    desk.free = False
+    trainer.save(100, 200, 300)
+    desk.killed()
+    desk.free = True
+    desk.answer = trainer._peeled
+    desk.finish()
+    assert trainer.read == [100, 200, 300]
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_file_that_is_seen_rewritten_is_copied_from_then_on(desk: Desk, once: bool) -> None:
+    """A name with a number is held by a link first, as is any with `--once`; what the link lost is counted and told."""
+    desk.stopped(once=once)
+    trainer = Overwriting(desk, "ckpt.pt" if once else "epoch_1.pt")
+    desk.free = False
+    trainer.save(100, 200, 300)
+    assert [words.partition(" was ")[2] for words in desk.told("missed")] == ["written over before it could be peeled"]
+    assert "(step 100)" in desk.told("missed")[0]
+    desk.free = True
+    desk.answer = trainer._peeled
+    desk.finish()
+    assert (trainer.read, desk.count("vanished")) == ([200, 300], 1)
+
+
+def test_a_file_that_is_replaced_needs_no_copy(desk: Desk) -> None:
+    """One that is written aside and renamed is another file: a link goes on showing the old one."""
+    path = desk.root / "epoch_1.pt"
+    trainer = Overwriting(desk, "aside.tmp")
+    desk.free = False
+    for step in (100, 200, 300):
+        trainer.save(step)
+        trainer.path.rename(path)
+        desk.round()
+    desk.free = True
+    desk.answer = trainer._peeled
+    desk.finish()
+    assert trainer.read == [100, 200, 300]
+    assert all(held.stat().st_nlink > 1 or held.stat().st_ino != path.stat().st_ino for held in pinned(desk))
+
+
+def pinned(desk: Desk) -> list[Path]:
+    return list((desk.run.ledger.folder / "pins").glob("*/*"))
+
+
+def test_no_room_for_a_copy_is_said_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a file is read where it is; a save that came before its turn is lost, counted and told."""
+    total = shutil.disk_usage(desk.root).total
+    usage = shutil.disk_usage(desk.root)._replace(free=spare_bytes(total))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    trainer = Overwriting(desk)
+    desk.free = False
+    trainer.save(100, 200, 300)
+    assert desk.held == []
+    (words,) = desk.told("space")
+    assert "no room" in words
+    assert "ckpt.pt" in words
+    assert len(desk.told("missed")) == 2
+    desk.free = True
+    desk.answer = trainer._peeled
+    desk.finish()
+    assert trainer.read == [300]
+
+
+def test_room_is_made_for_the_next_copy(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is room for one copy only, the last checkpoint is let go of, and with `latest` the one that waits."""
+    real = shutil.disk_usage(desk.root)
+
+    def usage(_: Path) -> Any:
+        return real._replace(free=real.total if not pinned(desk) else spare_bytes(real.total))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    desk.stopped(backlog="latest")
+    trainer = Overwriting(desk)
+    desk.answer = trainer._peeled
+    trainer.save(100)
+    desk.finish()
+    assert desk.held == ["ckpt.pt"]
+    desk.free = False
+    trainer.save(200, 300)
+    desk.free = True
+    desk.finish()
+    assert trainer.read == [100, 300]
+    assert len(desk.told("passed over")) == 1
+    (words,) = desk.told("space")
+    assert "estimated from sketches" in words
+
+
+def test_files_that_cannot_be_held_are_told_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no link can be made, checkpoints are read where they are; the reason and the folder are named."""
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", forbidden)
+    for step in (10, 20):
+        desk.put(step)
+    desk.finish()
+    assert desk.steps == [10, 20]
+    (words,) = desk.told("space")
+    assert f"cannot be held in {desk.run.ledger.folder / 'pins'}: Operation not permitted" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "has_step"),
+    [
+        ("run/ckpt.pt", 500, False),
+        ("run/last.ckpt", 500, False),
+        ("run/best.safetensors", None, False),
+        ("run/latest/", 500, False),
+        ("run/checkpoint-500/", 500, True),
+        ("run/epoch=3-step=500.ckpt", 500, True),
+        ("run/epoch_3.pt", 500, True),
+        ("run/iter_0000500.pt", None, True),
+        (".", 500, False),
+        (".", None, False),
+    ],
+)
+def test_names_with_a_step(tmp_path: Path, name: str, step: int | None, has_step: bool) -> None:
+    """A number in the name says that the next save has another; the watched place itself has one only if it is the
+    step.
+    """
+    root = tmp_path / "experiment-7" / "run"
+    root.mkdir(parents=True)
+    path = root if name == "." else root.parent / name
+    if name.endswith("/"):
+        path.mkdir()
+    elif name != ".":
+        path.touch()
+    ref = CheckpointRef(path, step, "torch", "f", 0.0)
+    assert names_step(ref, root) == has_step
+
+
+def test_a_watched_place_with_its_step(tmp_path: Path) -> None:
+    """`watch run/checkpoint-500` is a checkpoint that nobody writes again; `experiment-7` is a place that is written to
+    all the time.
+    """
+    assert names_step(CheckpointRef(tmp_path / "checkpoint-500", 500, "torch", "f", 0.0), tmp_path / "checkpoint-500")
+    assert not names_step(CheckpointRef(tmp_path / "experiment-7", 500, "torch", "f", 0.0), tmp_path / "experiment-7")
+
+
+@pytest.mark.parametrize("settle", [0.5, 10.0])
+def test_saves_that_never_rest_are_told_once(desk: Desk, settle: float) -> None:
+    """The remedy is named; when one is at rest after all, it is peeled, and that it rests is told."""
+    desk.run.source = desk.run._intake.source = Folder(desk.root, registry.formats(), Settling(settle))
+    trainer = Overwriting(desk)
+    desk.answer = trainer._peeled
+    desk.round()
+    for step in range(100, 900, 100):
+        desk.now += settle * 0.8
+        trainer.desk.now -= 1.0
+        trainer.save(step)
+    (words,) = desk.told("trouble began")
+    assert f"{trainer.path}: it is saved again before it has been at rest for {settle:g} s" in words
+    assert "settle_seconds" in words
+    assert trainer.read == []
+    desk.round(settle)
+    desk.finish()
+    assert (trainer.read, len(desk.told("trouble ended"))) == ([800], 1)
 
 
 @pytest.mark.parametrize(("backlog", "steps"), [("latest", [30]), ("every:2", [20, 30]), ("all", [10, 20, 30])])

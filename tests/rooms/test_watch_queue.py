@@ -13,7 +13,7 @@ import pytest
 from peel_agent.errors import TornCheckpoint
 from peel_agent.pipeline import locate
 from peel_agent.records import CheckpointRef, LocalListing
-from peel_agent.watch import Pins, Queue, copied, fingerprint, pins, scan
+from peel_agent.watch import NoRoom, Pins, Queue, fingerprint, pins, scan
 from tests.rooms.test_watch_scan import FORMATS, write_checkpoint
 
 
@@ -78,33 +78,82 @@ class TestPins:
         assert not held.folder.exists() or list(held.folder.iterdir()) == []
 
     def test_without_links_it_is_read_in_place(self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where the file system has no links, or forbids them, nothing is held and nothing fails."""
+        """Where the file system has no links, or forbids them, nothing is held, nothing fails, and it is said why."""
 
         def forbidden(*_: Any, **__: Any) -> None:
             raise PermissionError(1, "Operation not permitted")
 
         monkeypatch.setattr(os, "link", forbidden)
-        ref = Pins(root, state).pin(checkpoint(root, 5))
-        assert ref.held is None
+        held = Pins(root, state)
+        ref = held.pin(checkpoint(root, 5))
+        assert (ref.held, held.why_not) == (None, "Operation not permitted")
         assert is_whole(ref)
+        assert held.pin(ref, copy=True).held is not None
+        assert held.why_not is None
 
     def test_a_copy_does_not_follow_what_is_rewritten_in_place(self, root: Path, state: Path) -> None:
-        """A link does: the same bytes are the trainer's. That is why one that was torn is copied the next time."""
-        ref, held = checkpoint(root, 5), Pins(root, state)
-        linked, copy = held.pin(ref), copied(ref, state / "copies")
+        """A link does: the same bytes are the trainer's, and the pins know that it is not whole any more."""
+        (state / "copies").mkdir()
+        ref, held, copies = checkpoint(root, 5), Pins(root, state), Pins(root, state / "copies")
+        linked, copy = held.pin(ref), copies.pin(ref, copy=True)
         assert is_whole(linked)
+        assert held.is_whole(linked)
         (root / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
-        assert not is_whole(linked)
-        assert is_whole(copy)
+        assert (is_whole(linked), held.is_whole(linked)) == (False, False)
+        assert (is_whole(copy), copies.is_whole(copy)) == (True, True)
 
     def test_no_copy_where_it_would_fill_the_disk(
         self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The training needs what is left: such a checkpoint is read where it is."""
-        ref = Pins(root, state).pin(checkpoint(root, 5))
-        usage = shutil.disk_usage(state)._replace(free=0)
+        ref, held = checkpoint(root, 5), Pins(root, state)
+        total = shutil.disk_usage(state).total
+        usage = shutil.disk_usage(state)._replace(free=pins.spare_bytes(total) + sum(one.size for one in ref.files))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        assert copied(ref, state) == ref
+        assert held.pin(ref, copy=True).held is not None
+        held.release(ref)
+        usage = usage._replace(free=usage.free - 1)
+        with pytest.raises(NoRoom):
+            held.pin(ref, copy=True)
+        assert not held.folder.exists() or list(held.folder.iterdir()) == []
+
+    def test_a_copy_ends_with_the_agent(self, root: Path, state: Path) -> None:
+        """A large one does not hold the agent back when it is stopped; nothing of it is left."""
+        held = Pins(root, state)
+        assert held.pin(checkpoint(root, 5), copy=True, stopping=lambda: True).held is None
+        assert held.why_not == "the agent ends"
+        assert list(held.folder.iterdir()) == []
+
+    @pytest.mark.parametrize("when", ["before the first byte", "after the last byte"])
+    def test_a_copy_is_whole_or_torn(self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+        """A save that begins while the files are copied is noticed, whatever the copy holds by then."""
+        ref, held, copy = checkpoint(root, 5), Pins(root, state), pins._copy
+        save = (ref.path / "model.safetensors").write_bytes
+
+        def interrupted(descriptor: int, target: Path, stopping: Any) -> None:
+            if when == "before the first byte":
+                save(b"another")
+            copy(descriptor, target, stopping)
+            if when == "after the last byte":
+                save(b"another")
+
+        monkeypatch.setattr(pins, "_copy", interrupted)
+        with pytest.raises(TornCheckpoint, match="changed"):
+            held.pin(ref, copy=True)
+        assert list(held.folder.iterdir()) == []
+
+    def test_a_copy_without_exact_times_is_none(self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Modification times tell one save from the next: where they are rounded, a checkpoint is read in place."""
+        ref, held, utime = checkpoint(root, 5), Pins(root, state), os.utime
+        os.utime(ref.path / "model.safetensors", ns=(1, 1_000_000_001))
+        ref = locate(ref.path)
+
+        def rounded(path: Path, ns: tuple[int, int]) -> None:
+            utime(path, ns=(ns[0], ns[1] // 10**9 * 10**9))
+
+        monkeypatch.setattr(os, "utime", rounded)
+        assert held.pin(ref, copy=True).held is None
+        assert held.why_not == "its file system rounds modification times"
 
     def test_what_is_left_can_be_taken_up(self, root: Path, state: Path) -> None:
         """What a daemon that was killed had pinned is known to the next one; half a pin and a foreign note are not."""
@@ -181,17 +230,6 @@ class TestPins:
         with pytest.raises(TornCheckpoint, match=r"model\.safetensors changed"):
             Pins(root, state).pin(ref)
 
-    def test_a_copy_is_made_of_what_is_held(self, root: Path, state: Path) -> None:
-        """Of a checkpoint that was rotated since it was pinned too; both go together."""
-        held = Pins(root, state)
-        ref = held.pin(checkpoint(root, 5))
-        shutil.rmtree(ref.path)
-        copy = copied(ref, held.folder)
-        assert copy.held != ref.held
-        assert is_whole(copy)
-        held.release(ref)
-        assert not held.folder.exists()
-
     def test_another_file_system_means_a_folder_of_the_root(self, root: Path, tmp_path: Path) -> None:
         """Links do not cross file systems: pins then lie in the root, unseen by the scan, and go with their owner."""
         other = Path("/dev/shm") / tmp_path.name
@@ -221,15 +259,15 @@ class TestQueue:
     def test_which_is_next(
         self, root: Path, state: Path, policy: str, chosen: int, passed: list[int], left: list[int]
     ) -> None:
-        """By policy, oldest first whatever the order they came in; those before it are passed over and released."""
-        queue = Queue(Pins(root, state), policy)
+        """By policy, oldest first whatever the order they came in; those before it are passed over, still held."""
+        held = Pins(root, state)
+        queue = Queue(held, policy)
         refs = {step: checkpoint(root, step) for step in (10, 20, 30, 40, 50)}
         for step in (30, 10, 50, 20, 40):
-            assert queue.add(refs[step])
+            queue.add(held.pin(refs[step]))
         ref, older = queue.next()
         assert (ref.step, [own.step for own in older], len(queue)) == (chosen, passed, len(left))
-        assert is_whole(ref)
-        assert not any(own.held and own.held.exists() for own in older)
+        assert all(map(is_whole, (ref, *older)))
 
     @pytest.mark.parametrize("policy", ["all", "latest", "every:3"])
     def test_one_alone_is_taken(self, root: Path, state: Path, policy: str) -> None:
@@ -252,14 +290,56 @@ class TestQueue:
 
     def test_a_full_disk_frees_what_waits(self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Pins keep rotated checkpoints on the disk: when it is nearly full they are given up, once, and told."""
-        queue = Queue(Pins(root, state), "all")
-        queue.add(checkpoint(root, 10))
-        assert queue.make_room() is None
+        held = Pins(root, state)
+        queue = Queue(held, "all")
+        queue.add(held.pin(checkpoint(root, 10)))
+        assert not queue.make_room()
         usage = shutil.disk_usage(state)._replace(free=0)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        assert queue.make_room() == state / "pins"
-        assert queue.make_room() is None
-        assert queue.gone() == ()
+        assert queue.make_room()
+        assert not queue.make_room()
+        assert queue.lost() == ()
         shutil.rmtree(root / "checkpoint-10")
-        assert [ref.step for ref in queue.gone()] == [10]
+        assert [ref.step for ref in queue.lost()] == [10]
         assert len(queue) == 0
+
+    def test_what_is_lost(self, root: Path, state: Path) -> None:
+        """A save that was written over while it waited, held by a link or not at all, is not to be peeled; one that was
+        rotated while a link held it, or written over while a copy did, is.
+        """
+        held = Pins(root, state)
+        queue = Queue(held, "all")
+        refs = {step: checkpoint(root, step) for step in (10, 20, 30, 40)}
+        for step, ref in refs.items():
+            queue.add(ref if step == 10 else held.pin(ref, copy=step == 40))
+        for step in (10, 20, 40):
+            (refs[step].path / "model.safetensors").write_bytes(b"half")
+        shutil.rmtree(refs[30].path)
+        assert [ref.step for ref in queue.lost()] == [10, 20]
+        assert [queue.next()[0].step for _ in range(2)] == [30, 40]
+
+    def test_one_that_is_put_off(self, root: Path, state: Path) -> None:
+        """It waits and is held, but it is not its turn before; a pause longer than any was set by a wrong clock."""
+        held = Pins(root, state)
+        queue = Queue(held, "all")
+        refs = [held.pin(checkpoint(root, step)) for step in (10, 20)]
+        queue.put_off(refs[0], 100.0)
+        queue.put_off(refs[1], 10_000.0)
+        assert (len(queue), refs[0] in queue, queue.held()) == (2, True, tuple(refs))
+        for now, turns in ((50.0, [20]), (99.0, []), (100.0, [10])):
+            queue.come_due(now, longest=120.0)
+            assert [queue.next()[0].step for _ in turns] == turns
+            assert not queue.has_next
+
+    @pytest.mark.parametrize(("policy", "overtaken"), [("latest", [10, 20]), ("all", []), ("every:2", [])])
+    def test_earlier_saves_of_one_file(self, root: Path, state: Path, policy: str, overtaken: list[int]) -> None:
+        """By `latest` each is overtaken by the next: only one copy is needed at a time."""
+        queue = Queue(Pins(root, state), policy)
+        saves = [
+            dataclasses.replace(checkpoint(root, 5), step=step, fingerprint=str(step), committed_at=float(step))
+            for step in (10, 20, 30)
+        ]
+        for save in saves[:2]:
+            queue.add(save)
+        queue.add(checkpoint(root, 7))
+        assert [ref.step for ref in queue.overtaken(saves[2])] == overtaken

@@ -38,7 +38,6 @@ REQUEST = Request(
     lease=DeviceLease("cpu", "", "cpu", "the only one"),
     nice=0,
     memory_fraction=0.25,
-    copy_to=Path("/held"),
 )
 
 
@@ -94,7 +93,7 @@ def answered(measure: str, stall: int) -> subprocess.CompletedProcess[str]:
         "    raise CheckpointError('done', remedy='')\n"
         "pipeline.measure = measure\n"
         "raise SystemExit(worker.main())\n",
-        json.dumps(plain(dataclasses.replace(REQUEST, copy_to=None))),
+        json.dumps(plain(REQUEST)),
     )
 
 

@@ -48,7 +48,12 @@ def read_ledger(state: Path, sql: str) -> list[Any]:
 
 
 class Sidecar:
-    """One watched directory and the state of its agent, in `folder`; the agent answers at once (instant_agent.py)."""
+    """One watched directory and the state of its agent, in `folder`.
+
+    The agent answers at once (instant_agent.py), unless another `module` is given.
+    """
+
+    module = "tests.runs.instant_agent"
 
     def __init__(self, folder: Path, more: str = "", command: Sequence[str] = (), **environment: str) -> None:
         self.folder, self.root, self.state = folder, folder / "checkpoints", folder / "state"
@@ -65,7 +70,7 @@ class Sidecar:
         self.file.write_text(form + more)
 
     def start(self) -> None:
-        command = [*self._command, sys.executable, "-m", "tests.runs.instant_agent", "watch", "-c", str(self.file)]
+        command = [*self._command, sys.executable, "-m", self.module, "watch", "-c", str(self.file)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import peel_agent.intake
 import peel_agent.judging
 import peel_agent.ledger.database
 import peel_agent.ledger.files
@@ -34,6 +35,7 @@ STEPS = (100, 200, 300, 400, 500, 600)
 
 MODULES = (
     peel_agent.run,
+    peel_agent.intake,
     peel_agent.judging,
     peel_agent.ledger.run,
     peel_agent.ledger.files,

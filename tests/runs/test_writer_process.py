@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from peel_agent.pipeline import scan
 from peel_agent.records import PeelSettings, ProbeSettings
 from tests import zoo
 from tests.runs.command import environment_of
+from tests.runs.sidecar import Sidecar
 from tests.waiting import wait_for
 
 CONFIGURATION = """
@@ -96,6 +98,44 @@ def test_only_whole_checkpoints_are_published_and_each_once(tmp_path: Path) -> N
     }
     assert np.diff(sorted(losses.values())).min() > 1e-3  # no other checkpoint has the same
     assert len([path for path in run.glob("checkpoint-*") if (path / "trainer_state.json").exists()]) == KEEP
+
+
+@pytest.mark.parametrize(("backlog", "peeled"), [("all", [1, 2, 3, 4, 5, 6]), ("latest", [1, 6])])
+def test_a_file_that_is_rewritten_in_place(tmp_path: Path, backlog: str, peeled: list[int]) -> None:
+    """Saves into one file that come faster than peels: each is held by a copy and peeled with its own step and weights,
+    or the newest is, and the others are told by their steps.
+    """
+    sidecar = Sidecar(tmp_path, '[tracker]\nuse = ["jsonl"]\n', GO=str(tmp_path / "go"))
+    sidecar.module = "tests.runs.late_agent"
+    text = sidecar.file.read_text()
+    sidecar.file.write_text(text.replace("settle_seconds = 0", "settle_seconds = 0.2").replace('"all"', f'"{backlog}"'))
+    command = [sys.executable, "-m", "tests.runs.overwriting_writer", str(sidecar.root / "ckpt.pt")]
+    with (
+        sidecar.running(),
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer,
+    ):
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        for step in range(1, 7):
+            writer.stdin.write(f"{step}\n")
+            writer.stdin.flush()
+            assert int(writer.stdout.readline()) == step
+            wait_for(partial(_is_held, sidecar, step))
+        (tmp_path / "go").touch()
+        sidecar.wait_for_steps(*peeled)
+        wait_for(lambda: sidecar.owed() == 0)
+    assert sidecar.peels() == [f"{step}:{step}" for step in peeled]
+    assert sidecar.steps("passed over") == [step for step in range(1, 7) if step not in peeled]
+    for step in sidecar.steps("passed over"):
+        assert f"passed over {sidecar.root / 'ckpt.pt'} (step {step})" in sidecar.said()
+
+
+def _is_held(sidecar: Sidecar, step: int) -> bool:
+    for note in sidecar.state.glob("runs/*/pins/*.json"):
+        with suppress(FileNotFoundError):  # it was passed over just now
+            if f'"step": {step},' in note.read_text():
+                return True
+    return False
 
 
 def _seen(home: Path, step: int) -> bool:

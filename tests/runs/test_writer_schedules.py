@@ -31,7 +31,7 @@ from peel_agent.ledger import Ledger
 from peel_agent.pipeline import check_unchanged
 from peel_agent.records import DeviceLease, Peeled, Request
 from peel_agent.run import Run
-from peel_agent.watch import Folder, Settling, copied
+from peel_agent.watch import Folder, Settling
 from peel_agent.work import Services
 from tests.rooms.test_publish_form import FULL
 
@@ -126,7 +126,7 @@ class Schedule(RuleBasedStateMachine):
     def read_steps(self, request: Request, answer: Future[Peeled]) -> Iterator[None]:
         """What a worker does, up to the numbers: every tensor is read, then the files are looked at again."""
         try:
-            ref = request.ref if request.copy_to is None else copied(request.ref, request.copy_to)
+            ref = request.ref
             yield
             (form,) = (own for own in FORMATS if own.name == ref.format)
             weights = form.open(ref.in_place())
@@ -272,12 +272,10 @@ class Schedule(RuleBasedStateMachine):
     @precondition(lambda self: self.writing)
     @rule(index=st.integers(0, 2), count=st.integers(1, 9))
     def write(self, index: int, count: int) -> None:
-        """A writer goes on. What it touches is not whole any more, and owed no longer where pins share its bytes."""
+        """A writer goes on. What it touches is not whole any more; what was at rest before is held, and stays owed."""
         writing = self.writing[index % len(self.writing)]
         for _ in range(min(count, len(writing.steps))):
-            gone = self.whole.pop(writing.target, None)
-            if gone is not None and writing.target == IN_PLACE and gone[0] not in self.published:
-                self.owed.discard(gone[0])
+            self.whole.pop(writing.target, None)
             writing.steps.pop(0)()
         if not writing.steps:
             self.writing.remove(writing)
