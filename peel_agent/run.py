@@ -26,7 +26,7 @@ from peel_agent.judging import Judging
 from peel_agent.ledger import RunLedger
 from peel_agent.publish import headline
 from peel_agent.records import CheckpointRef, DeviceLease, EventKind, Level, Peeled, Request
-from peel_agent.watch import Earlier, Observed, Pins, Queue, Source, Unread
+from peel_agent.watch import Earlier, Observed, Pins, Queue, Source
 from peel_agent.work import (
     AWAY_PAUSE_SECONDS,
     DEATH_PAUSE_SECONDS,

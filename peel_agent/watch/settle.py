@@ -39,8 +39,8 @@ class Unread(NamedTuple):
 class Observed:
     """`ready` oldest first; what is `waiting`, and what is `unreadable`; `vanished` were whole, not settled.
 
-    `restless` are those of `waiting` whose saves come too fast to be read. In `rests_in` seconds the next whole one will
-    have been at rest for long enough; None while there is none.
+    `restless` are those of `waiting` whose saves come too fast to be read. In `rests_in` seconds the next whole one
+    will have been at rest for long enough; None while there is none.
     """
 
     ready: tuple[CheckpointRef, ...]

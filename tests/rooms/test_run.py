@@ -109,7 +109,7 @@ class Desk:
             "backlog": "all",
             "once": False,
             "rules": (IDLE,),
-            "sinks": ("pager",),
+            "sinks": {"pager": None},
             "ended": None,
         } | self.options
         self.ledger = Ledger(self.state)
