@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -36,7 +36,7 @@ READER_SECONDS = 1.0
 class ProgramSettings:
     """`[[sink]]` with use = "exec": the program with its arguments, and the three variables that it inherits."""
 
-    command: tuple[str, ...] = setting(secret=True)
+    command: tuple[str, ...] = field(repr=False)  # an argument may be a secret
     enabled: bool = setting(False)
     timeout_seconds: float = setting(30.0)
     path: str = setting(os.defpath, environment="PATH")

@@ -124,8 +124,8 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
         echo $! > "{tmp_path}/child"
         wait
     """
-    with pytest.raises(DestinationUnavailable, match=r"did not end within 0\.5 s, and was killed"):
-        run(script(tmp_path, text), timeout_seconds=0.5).deliver(example_group("one"))
+    with pytest.raises(DestinationUnavailable, match=r"did not end within 2 s, and was killed"):
+        run(script(tmp_path, text), timeout_seconds=2.0).deliver(example_group("one"))
     wait_for(lambda: not is_running(int((tmp_path / "child").read_text())))
 
 
@@ -248,8 +248,8 @@ def test_apprise_follows_no_redirect(receiver: Receiver) -> None:
 def test_a_service_that_hangs_holds_one_thread_at_most() -> None:
     """Its time is up; until Apprise lets go of it nothing more is begun."""
     with http_receiver(receivers.dripping(b"HTTP/1.1 200 OK\r\n\r\n")) as slow:
-        sink = AppriseSink(AppriseSettings((json_url(slow),), timeout_seconds=0.5))
-        with pytest.raises(DestinationUnavailable, match=r"did not finish within 0\.5 s"):
+        sink = AppriseSink(AppriseSettings((json_url(slow),), timeout_seconds=2.0))
+        with pytest.raises(DestinationUnavailable, match="did not finish within 2 s"):
             sink.deliver(example_group("one"))
         with pytest.raises(DestinationUnavailable, match="still sending"):
             sink.deliver(example_group("one"))

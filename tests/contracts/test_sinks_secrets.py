@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import logging
 import socket
 import sqlite3
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from peel_agent import registry
 from peel_agent.config import load_settings
 from peel_agent.deliver import Carrier
 from peel_agent.destinations import Address, sink_settings
@@ -280,3 +282,17 @@ def test_a_login_that_works_is_not_told(
         own.deliver(example_group("one"))
         assert len(server.messages) == 1
         assert CANARY not in repr(own.check(lambda: 0.0)) + told()  # type: ignore[attr-defined]
+
+
+def test_which_fields_are_secrets() -> None:
+    """What must not stand in a file that others read is marked, and nothing else."""
+    marked = {
+        use: {one.name for one in dataclasses.fields(registry.sink(use).settings) if one.metadata.get("secret")}
+        for use in ("stderr", "jsonl", "webhook", "slack", "email", "apprise", "exec")
+    }
+    assert {use: names for use, names in marked.items() if names} == {
+        "webhook": {"token", "signing_secret"},
+        "slack": {"url"},
+        "email": {"password"},
+        "apprise": {"urls"},
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -19,13 +19,16 @@ Refusal = TypeVar("Refusal", bound=PeelError)
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """What every sink has that posts to an address; the address is a secret, as that of a chat's webhook is."""
+    """What every sink has that posts to an address. Address and proxy are shown by their hosts alone.
 
-    url: str = setting(secret=True)
+    They are no `secret` as such, of which a user would be warned: many hold none.
+    """
+
+    url: str = field(repr=False)
     timeout_seconds: float = setting(10.0)
     allow_private: bool = setting(False)
     ca_file: Path | None = setting(None)
-    proxy: str | None = setting(None, secret=True)
+    proxy: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         url = _split("url", self.url, ("https", "http"))
