@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,37 @@ def addresses(run: RunSettings, settings: Settings, *, key: str, folder: Path, s
         Address("tracker", name, name, plain(own), key, place, folder, loss) for name, own in trackers.items()
     )
     return (*to_trackers, *sink_addresses(settings, key=key, place=place, state_dir=state_dir))
+
+
+def exposed_secrets(settings: Settings, file: Path | None) -> tuple[str, ...]:
+    """What stands in plain text in a configuration that others of the machine may read, one sentence each."""
+    try:
+        if file is None or not file.stat().st_mode & 0o077:
+            return ()
+    except OSError:
+        return ()
+    tables: list[tuple[str, Any, Mapping[str, Any]]] = []
+    for own in (settings, *settings.runs):
+        named = own.tracker.options
+        tables += [(f"tracker.{use}", registry.tracker(use), named.get(use, {})) for use in own.tracker.use]
+    tables += [(f"sink.{sink.name}", registry.sink(sink.use), sink.options) for sink in settings.sinks]
+    return tuple(
+        dict.fromkeys(
+            f"`{name}.{field.name}` stands in plain text in {file}, which others may read: "
+            "write it as ${VARIABLE} or file:PATH, or take their permission away (chmod 600)"
+            for name, plugin, table in tables
+            for field in dataclasses.fields(plugin.settings)
+            if _is_exposed(table.get(field.name), secret=bool(field.metadata.get("secret")))
+        )
+    )
+
+
+def _is_exposed(value: object, *, secret: bool) -> bool:
+    """Whether a value of the file is a secret itself, or an address with a password, and not the name of one."""
+    texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
+    if secret:
+        return any(not re.fullmatch(r"\$\{\w+\}|file:.*", one) for one in texts)
+    return any(re.search(r"://[^/@\s]*:[^/@\s]+@", one) for one in texts)
 
 
 def _loss_keys(run: RunSettings) -> tuple[str, ...]:

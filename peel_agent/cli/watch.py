@@ -58,6 +58,7 @@ def _check_place(place: str) -> None:
 
 def _watch(options: argparse.Namespace) -> int:
     from peel_agent.agent import Agent
+    from peel_agent.destinations import exposed_secrets
     from peel_agent.ledger import Ledger
     from peel_agent.state import state_dir_of
 
@@ -70,6 +71,8 @@ def _watch(options: argparse.Namespace) -> int:
     emit = (lambda line: print(line, flush=True)) if options.json else None
     try:
         agent = Agent(settings, ledger, say=say, emit=emit, reload=lambda: settings_of(options))
+        for words in exposed_secrets(settings, options.config):
+            agent.journal.tell("started", words, level="warning")
         return agent.run(once=options.once)
     finally:
         ledger.close()

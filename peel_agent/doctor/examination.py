@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peel_agent.config import Settings
+from peel_agent.destinations import exposed_secrets
 from peel_agent.doctor.configuration import failed, name_of, read_configuration
 from peel_agent.doctor.destinations import check_sinks, check_trackers
 from peel_agent.doctor.machine import check_device, check_health, check_libraries, check_limits, check_plugins
@@ -68,7 +69,7 @@ def examine(file: Path | None, flags: Mapping[str, Any], *, now: Callable[[], fl
     elsewhere is looked at all the same.
     """
     settings, told = read_configuration(file, flags)
-    parts = _parts(settings, _state_dir(settings, file), now)
+    parts = [*_parts(settings, _state_dir(settings, file), now), _Part("secrets", partial(_secrets, settings, file))]
     for part in parts:
         part.start()
     for check in told:
@@ -110,6 +111,13 @@ def _parts(settings: Settings, state_dir: Path | PeelError, now: Callable[[], fl
         parts.append(_Part(f"{name}trackers", partial(check_trackers, run, folder, name, now, alone=alone)))
     parts.append(_Part("sinks", partial(check_sinks, settings.sinks, folder, now)))
     return parts
+
+
+def _secrets(settings: Settings, file: Path | None) -> Iterable[Check]:
+    exposed = exposed_secrets(settings, file)
+    if not exposed:
+        return [Check("secrets", True, "none stands in plain text where others may read it")]
+    return [Check("secrets", False, *words.split(": ", 1)) for words in exposed]
 
 
 def _state(state_dir: Path | PeelError) -> Iterable[Check]:

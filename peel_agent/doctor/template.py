@@ -111,6 +111,15 @@ BODY = """
 # proxy = "http://proxy:3128"  # none without it, whatever the environment says
 
 # [[sink]]
+# use = "alertmanager"     # Prometheus's: told again every 2 minutes of what fires, and of its end
+# url = "http://127.0.0.1:9093"
+# token = "${ALERTMANAGER_TOKEN}"  # where a proxy before it asks for one
+# allow_private = true
+# timeout_seconds = 10
+# ca_file = "/etc/ssl/own-ca.pem"
+# proxy = "http://proxy:3128"
+
+# [[sink]]
 # use = "slack"            # and what takes the same: Mattermost, Rocket.Chat, Discord's address with /slack behind it
 # url = "${SLACK_WEBHOOK}"  # the address that the chat gave you: a secret
 # blocks = true            # Slack's own layout beside the plain text

@@ -13,6 +13,7 @@ import pytest
 from peel_agent.config import Settings, load_settings
 from peel_agent.courier import Orders
 from peel_agent.destinations import Address, addresses, pinned_run, sink_settings, tracker_settings
+from peel_agent.destinations import Address, addresses, exposed_secrets, pinned_run, tracker_settings
 from peel_agent.errors import ConfigurationError, PluginError
 from peel_agent.identity import run_key
 from peel_agent.ledger import Ledger
@@ -296,3 +297,37 @@ def test_the_folder_of_version_0_1_is_gone_on_with(tmp_path: Path, monkeypatch: 
     assert state_dir_of(settings, None) == earlier
     Ledger(own).close()
     assert state_dir_of(settings, None) == own
+
+
+SECRET_FILE = """
+[tracker]
+use = ["mlflow"]
+[tracker.mlflow]
+tracking_uri = "https://me:canary@mlflow"
+[[sink]]
+use = "slack"
+url = "https://hooks.example/canary"
+[[sink]]
+use = "webhook"
+url = "https://hooks.example/canary"
+signing_secret = "${NAMED}"
+token = "file:/run/token"
+"""
+
+
+def test_secrets_in_a_file_that_others_may_read_are_named(tmp_path: Path) -> None:
+    """Each by its key, never by its value; one that is only named is none, and nor is any in one's own file."""
+    file = tmp_path / "peel.toml"
+    file.write_text(SECRET_FILE)
+    settings = load_settings(file, {"watch.path": "/runs/mine"})
+    file.chmod(0o644)
+    exposed = exposed_secrets(settings, file)
+    assert [words.split("`")[1] for words in exposed] == [
+        "tracker.mlflow.tracking_uri",
+        "sink.slack.url",
+        "sink.webhook.url",
+    ]
+    assert all("canary" not in words and "chmod 600" in words for words in exposed)
+    file.chmod(0o600)
+    assert exposed_secrets(settings, file) == ()
+    assert exposed_secrets(settings, None) == exposed_secrets(settings, tmp_path / "gone") == ()

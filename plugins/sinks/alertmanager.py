@@ -1,0 +1,115 @@
+"""Notices as alerts of Prometheus's Alertmanager, by its v2 API: it groups, silences and routes them further."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peel_agent.errors import ConfigurationError, printable
+from peel_agent.records import Check, Notice, NoticeGroup
+from peel_agent.spi import SinkPlugin, setting
+
+from .network import HttpSettings, Poster
+
+PATH = "/api/v2/alerts"
+
+RESEND_SECONDS = 120.0
+"""An alert that Alertmanager has not heard of for its `resolve_timeout`, by default 5 minutes, is over for it."""
+
+LONGEST_LABEL = 200
+
+
+@dataclass(frozen=True)
+class AlertmanagerSettings(HttpSettings):
+    """`[[sink]]` with use = "alertmanager": its address, as `http://alertmanager:9093`; mostly it is a private one."""
+
+    allow_private: bool = setting(True)
+    token: str | None = setting(None, secret=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
+            raise ConfigurationError(
+                "the `token` of an alertmanager holds what no header can (it is not shown: it is a secret)",
+                remedy="give it as one line of ASCII characters",
+            )
+
+
+class AlertmanagerSink:
+    def __init__(self, settings: AlertmanagerSettings) -> None:
+        url = settings.url.rstrip("/")
+        endpoint = url if url.endswith(PATH) else url + PATH
+        self._poster = Poster(HttpSettings(endpoint, **_how(settings)), [settings.token or ""])
+        self._headers = {"Content-Type": "application/json"}
+        if settings.token is not None:
+            self._headers["Authorization"] = f"Bearer {settings.token}"
+
+    def deliver(self, group: NoticeGroup) -> None:
+        alerts = [alert(notice, group) for notice in group.notices]
+        self._poster.post(json.dumps(alerts, allow_nan=False).encode(), self._headers)
+
+    def where(self) -> str:
+        return f"Alertmanager at {self._poster.where()}"
+
+    def check(self, now: Callable[[], float]) -> tuple[Check, ...]:  # noqa: ARG002 -- the protocol's
+        """Whether the server is there and is who it says."""
+        return self._poster.check()
+
+    def close(self) -> None:
+        """Each delivery has a connection of its own."""
+
+
+def _how(settings: AlertmanagerSettings) -> dict[str, object]:
+    return {
+        "timeout_seconds": settings.timeout_seconds,
+        "allow_private": settings.allow_private,
+        "ca_file": settings.ca_file,
+        "proxy": settings.proxy,
+    }
+
+
+def alert(notice: Notice, group: NoticeGroup) -> dict[str, object]:
+    """One alert of the v2 API. Its labels are what it is known by: the same when it fires, goes on and ends.
+
+    One that fires has no end: Alertmanager counts from when it heard of it last.
+    """
+    at = datetime.fromtimestamp(group.at, UTC).isoformat()
+    annotations = {"summary": notice.text, "step": "" if notice.step is None else str(notice.step)}
+    if notice.causes:
+        annotations["causes"] = "\n".join(notice.causes)
+    if notice.command is not None:
+        annotations["command"] = notice.command
+    form: dict[str, object] = {
+        "labels": {
+            "alertname": _label(notice.rule),
+            "job": "peel-agent",
+            "run": _label(group.run),
+            "severity": notice.severity,
+            "subject": _label(notice.subject),
+        },
+        "annotations": {key: printable(text) for key, text in annotations.items() if text},
+    }
+    if notice.state == "resolved":
+        form["endsAt"] = at
+    elif not group.standing:
+        form["startsAt"] = at
+    return form
+
+
+def _label(text: str) -> str:
+    return printable(text)[:LONGEST_LABEL]
+
+
+class AlertmanagerPlugin:
+    name = "alertmanager"
+    settings = AlertmanagerSettings
+    resend_seconds = RESEND_SECONDS
+
+    def connect(self, settings: AlertmanagerSettings, *, state_dir: Path) -> AlertmanagerSink:  # noqa: ARG002
+        return AlertmanagerSink(settings)
+
+
+PLUGIN: SinkPlugin = AlertmanagerPlugin()
