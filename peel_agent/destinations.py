@@ -141,9 +141,9 @@ def exposed_secrets(settings: Settings, file: Path | None) -> tuple[str, ...]:
     except OSError:
         return ()
     tables: list[tuple[str, Any, Mapping[str, Any]]] = []
-    for own in (settings, *settings.runs):
-        named = own.tracker.options
-        tables += [(f"tracker.{use}", registry.tracker(use), named.get(use, {})) for use in own.tracker.use]
+    for tracking in (settings.tracker, *(run.tracker for run in settings.runs)):
+        named = tracking.options
+        tables += [(f"tracker.{use}", registry.tracker(use), named.get(use, {})) for use in tracking.use]
     tables += [(f"sink.{sink.name}", registry.sink(sink.use), sink.options) for sink in settings.sinks]
     return tuple(
         dict.fromkeys(

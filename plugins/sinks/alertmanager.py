@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class AlertmanagerSink:
     def __init__(self, settings: AlertmanagerSettings) -> None:
         url = settings.url.rstrip("/")
         endpoint = url if url.endswith(PATH) else url + PATH
-        self._poster = Poster(HttpSettings(endpoint, **_how(settings)), [settings.token or ""])
+        self._poster = Poster(replace(settings, url=endpoint), [settings.token or ""])
         self._headers = {"Content-Type": "application/json"}
         if settings.token is not None:
             self._headers["Authorization"] = f"Bearer {settings.token}"
@@ -60,15 +60,6 @@ class AlertmanagerSink:
 
     def close(self) -> None:
         """Each delivery has a connection of its own."""
-
-
-def _how(settings: AlertmanagerSettings) -> dict[str, object]:
-    return {
-        "timeout_seconds": settings.timeout_seconds,
-        "allow_private": settings.allow_private,
-        "ca_file": settings.ca_file,
-        "proxy": settings.proxy,
-    }
 
 
 def alert(notice: Notice, group: NoticeGroup) -> dict[str, object]:

@@ -12,8 +12,7 @@ import pytest
 
 from peel_agent.config import Settings, load_settings
 from peel_agent.courier import Orders
-from peel_agent.destinations import Address, addresses, pinned_run, sink_settings, tracker_settings
-from peel_agent.destinations import Address, addresses, exposed_secrets, pinned_run, tracker_settings
+from peel_agent.destinations import Address, addresses, exposed_secrets, pinned_run, sink_settings, tracker_settings
 from peel_agent.errors import ConfigurationError, PluginError
 from peel_agent.identity import run_key
 from peel_agent.ledger import Ledger
