@@ -221,7 +221,7 @@ def _measure_decoder(
         redundancy=findings.redundancy,
         bound_label=findings.bound_label,
         bound_step=findings.bound_step,
-        skipped=(*findings.skipped, *opened.skipped),
+        skipped=(*tokens.left_out, *findings.skipped, *opened.skipped),
         timing=dataclasses.replace(findings.timing, load=loaded - start),
         since_step=compared.before.step if compared.before is not None and is_compared else None,
     )

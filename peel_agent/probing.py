@@ -32,6 +32,8 @@ def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = Fals
         vocabulary=snapshot.vocabulary,
         context=snapshot.context,
         tokenizer=settings.tokenizer or folder / "tokenizer.json",
+        dtype=settings.dtype,
+        text_key=settings.text_key,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from peel_agent.cli.alerts import add_alerts
 from peel_agent.cli.operate import add_deliveries, add_status
 from peel_agent.cli.options import say
+from peel_agent.cli.probe import add_probe_maker
 from peel_agent.cli.scan import add_scan, add_witness
 from peel_agent.cli.setup import add_doctor, add_init
 from peel_agent.cli.watch import add_watch
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add_deliveries(commands.add_parser("deliveries", help="what could not be sent, and sending it again"))
     add_doctor(commands.add_parser("doctor", help="look at everything that a run needs, before it is needed"))
     add_init(commands.add_parser("init", help="write a commented configuration from what is found"))
+    add_probe_maker(commands.add_parser("probe", help="write a probe of held-out text or tokens, and check its size"))
     _add_demo(commands.add_parser("demo", help="a real small training with a block held back, and the sidecar on it"))
     plugins = commands.add_parser("plugins", help="every plug-in by kind, and whether it can be used")
     plugins.set_defaults(run=_plugins)

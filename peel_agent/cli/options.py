@@ -13,7 +13,7 @@ from peel_agent.config import DeviceSettings, see_only, visible_gpus
 from peel_agent.devices import device_for
 from peel_agent.errors import ConfigurationError, ProbeError
 from peel_agent.publish import Meter
-from peel_agent.records import ProbeSettings
+from peel_agent.records import ID_DTYPES, ProbeSettings
 from peel_agent.worker import stay_second
 
 
@@ -60,11 +60,20 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe", metavar="FILE", help="held-out token ids (.npy .bin .safetensors) or text (.txt ...)"
     )
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="tokenizer.json for a text probe (default: the checkpoint's)"
-    )
+    add_probe_reading(parser)
     parser.add_argument(
         "--sequence-length", type=int, metavar="N", help="tokens a sequence (default: min(context, 1024))"
+    )
+
+
+def add_probe_reading(parser: argparse.ArgumentParser) -> None:
+    """How a file of tokens or text is read."""
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.json or tokenizer.model for text (default: the checkpoint's)"
+    )
+    parser.add_argument("--text-key", metavar="K", help="the key or column that the text is in (default: text)")
+    parser.add_argument(
+        "--dtype", choices=ID_DTYPES, help="of ids in a file without a header (default: what its content shows)"
     )
 
 
@@ -104,6 +113,8 @@ def probe_flags(options: argparse.Namespace) -> dict[str, Any]:
         "probe.path": options.probe,
         "probe.tokenizer": options.tokenizer,
         "probe.sequence_length": options.sequence_length,
+        "probe.text_key": options.text_key,
+        "probe.dtype": options.dtype,
         "model.precision": precision or None,
         "device.select": options.device,
     }
@@ -115,5 +126,5 @@ def check_probe(probe: ProbeSettings) -> None:
     remedy = "give --probe FILE with held-out token ids (.npy, .bin, .safetensors) or text of the training distribution"
     if path is None:
         raise ProbeError("no probe is named", remedy=remedy)
-    if not path.is_file():
+    if not path.exists():
         raise ProbeError(f"no probe at {path}", remedy=remedy)

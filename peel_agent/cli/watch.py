@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from peel_agent.cli.options import add_common, check_probe, common_flags, say
-from peel_agent.config import Settings, load_settings
-from peel_agent.errors import ConfigurationError
+from peel_agent.config import RunSettings, Settings, load_settings
+from peel_agent.errors import ConfigurationError, PeelError, ProbeError
 from peel_agent.sources import with_absolute_places
 from peel_agent.watch import is_url
 
@@ -56,6 +57,29 @@ def _check_place(place: str) -> None:
         )
 
 
+def check_length(run: RunSettings, now: float) -> None:
+    """Raises ProbeError for a `sequence_length` that the probe or the model of the newest checkpoint rules out.
+
+    The next peel may be hours away. Without a `sequence_length`, or a checkpoint, nothing is looked at; `now` is in
+    Unix seconds.
+    """
+    place = str(run.watch.path)
+    if run.probe.sequence_length is None or is_url(place) or not Path(place).is_dir():
+        return
+    from peel_agent.doctor.found import checkpoints_in, opened_by_child
+
+    try:
+        newest = checkpoints_in(Path(place), run.watch.format, run.watch.ready_markers, now).newest
+        if newest is None:
+            return
+        opened = opened_by_child(newest, run.model, run.probe, quick=run.peel.effort == "quick")
+    except (PeelError, OSError):  # of the checkpoint, not of the probe: the agent tells it, and waits for better
+        return
+    if opened.probe_fault is not None:
+        what = f"the probe does not suit {newest.path.name}: {opened.probe_fault.what}"
+        raise ProbeError(what, remedy=opened.probe_fault.remedy)
+
+
 def _watch(options: argparse.Namespace) -> int:
     from peel_agent.agent import Agent
     from peel_agent.destinations import exposed_secrets
@@ -67,6 +91,9 @@ def _watch(options: argparse.Namespace) -> int:
         raise ConfigurationError(
             "there is no directory to watch", remedy="give it: peel-agent watch PATH, or [watch] path in peel.toml"
         )
+    # With --once the first peel says it just as soon. One run of several may be on a mount that hangs.
+    if not options.once and len(settings.runs) == 1:
+        check_length(settings.runs[0], time.time())
     ledger = Ledger(state_dir_of(settings, options.config))
     emit = (lambda line: print(line, flush=True)) if options.json else None
     try:

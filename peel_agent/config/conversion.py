@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import CHECKPOINTS, SETS, Precision, WeightSet
+from peel_agent.records import CHECKPOINTS, ID_DTYPES, SETS, Precision, WeightSet
 
 CHOICES = {
+    "probe.dtype": ID_DTYPES,
     "peel.effort": ("quick", "standard", "full"),
     "peel.solver": ("closed_form", "descent", "descent_cold"),
     "peel.quantities": ("margin", "bounds", "headroom", "redundancy"),

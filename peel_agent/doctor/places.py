@@ -181,7 +181,7 @@ def _probe_file(run: RunSettings, name: str) -> Iterator[Check]:
     except PeelError as error:
         yield failed(what, error)
         return
-    if path.is_file():
+    if path.exists():
         remedy = "ask again once there is a checkpoint"
         yield Check(what, None, f"{path} is there; whether it suits the model is not known yet", remedy)
     else:

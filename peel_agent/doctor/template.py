@@ -33,7 +33,9 @@ BODY = """
 # What the model is measured on: held-out tokens of the TRAINING distribution, the same for every checkpoint.
 [probe]
 # path = "heldout.npy"     # token ids (.npy .bin .safetensors) or text (.txt .jsonl .parquet); needed, or --probe
-# tokenizer = "tokenizer.json"  # for text; by default the one beside the checkpoint
+# tokenizer = "tokenizer.json"  # for text, or tokenizer.model; by default the one beside the checkpoint
+# text_key = "text"        # the key or column that the text is in
+# dtype = "uint16"         # of ids in a .bin: uint16, uint32, int32 or int64; by default what its content shows
 # sequence_length = 1024   # by default the smaller of the model's context and 1024; 2-D ids keep theirs
 # fit_tokens = 65536       # references are solved on these,
 # select_tokens = 8192     # the best of several is chosen on these,

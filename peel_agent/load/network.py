@@ -54,19 +54,19 @@ def load_samples(path: Path, sizes: ProbeSizes) -> Samples:
 
     In the proportions of the sizes, at most so many; ProbeError names what is wrong.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     remedy = "give --probe a .safetensors file with `inputs` [samples, n] and `targets` [samples, m]"
     if path.suffix != ".safetensors" or not path.is_file():
         raise ProbeError(f"{path} holds no samples for a fully connected network", remedy=remedy)
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if not {"inputs", "targets"} <= names:
+                raise ProbeError(f"{path} has {', '.join(sorted(names)) or 'nothing'}", remedy=remedy)
+            inputs, targets = (_floating(file.get_tensor(name)) for name in ("inputs", "targets"))
     except (SafetensorError, OSError) as error:
         raise ProbeError(f"{path} is not a whole safetensors file: {error}", remedy=remedy) from error
-    if not {"inputs", "targets"} <= set(tensors):
-        raise ProbeError(f"{path} has {', '.join(sorted(tensors)) or 'nothing'}", remedy=remedy)
-    inputs, targets = tensors["inputs"], tensors["targets"]
     if inputs.ndim != 2 or targets.ndim != 2 or len(inputs) != len(targets):
         raise ProbeError(f"`inputs` is {inputs.shape} and `targets` {targets.shape}", remedy=remedy)
     count = min(len(inputs), sizes.total)
@@ -81,6 +81,13 @@ def load_samples(path: Path, sizes: ProbeSizes) -> Samples:
     digest = hashlib.sha256(inputs[order].tobytes() + targets[order].tobytes()).hexdigest()[:16]
     of_confirm, of_select, of_fit = (Part(_columns(inputs[own]), _columns(targets[own])) for own in parts)
     return Samples(of_fit, of_select, of_confirm, digest)
+
+
+def _floating(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.floating]]:
+    """The values in numpy, in float32 where it has not their dtype."""
+    rows: np.ndarray[tuple[int, ...], np.dtype[np.floating]]
+    rows = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return rows
 
 
 def _columns(rows: np.ndarray[tuple[int, ...], np.dtype[np.floating]]) -> Tensor:

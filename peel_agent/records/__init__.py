@@ -91,12 +91,13 @@ from peel_agent.records.rule import (
     Threshold,
     threshold_of,
 )
-from peel_agent.records.settings import QUANTITIES, ModelSettings, PeelSettings, Precision, ProbeSettings
+from peel_agent.records.settings import ID_DTYPES, QUANTITIES, ModelSettings, PeelSettings, Precision, ProbeSettings
 
 __all__ = [
     "CHECKPOINTS",
     "CLEARED_AFTER",
     "FULL_PRECISION",
+    "ID_DTYPES",
     "NEEDS",
     "OF_TIME",
     "QUANTITIES",

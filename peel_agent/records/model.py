@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from peel_agent.records.checkpoint import CheckpointRef
 from peel_agent.records.precision import WeightSet
-from peel_agent.records.report import PartName
+from peel_agent.records.report import PartName, Skipped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,13 +124,15 @@ class Probe:
     """Token sequences held fixed for the run, split by sequence into three disjoint parts.
 
     Each part is an int64 array [sequences, sequence_length]. References are solved on `fit`, chosen on `select`, and
-    every published number is measured on `confirm` (method.md 1).
+    every published number is measured on `confirm` (method.md 1). `left_out` says which tokens of its file are in none
+    of them although they might have been, such as masked ones.
     """
 
     fit: TokenIds
     select: TokenIds
     confirm: TokenIds
     fingerprint: str
+    left_out: tuple[Skipped, ...] = ()
 
     @property
     def sequence_length(self) -> int:

@@ -24,9 +24,17 @@ class ModelSettings:
     precision: Precision = field(default_factory=dict)
 
 
+ID_DTYPES = ("uint16", "uint32", "int32", "int64")
+"""What token ids in a file without a header may be."""
+
+
 @dataclass(frozen=True)
 class ProbeSettings:
-    """`[probe]`: held-out token ids or text from the training distribution."""
+    """`[probe]`: held-out token ids or text from the training distribution.
+
+    `dtype` is that of ids in a file without a header; None is the one that its content shows. `text_key` is the key or
+    the column of the text.
+    """
 
     path: Path | None = None
     tokenizer: Path | None = None
@@ -34,6 +42,8 @@ class ProbeSettings:
     fit_tokens: int = 65_536
     select_tokens: int = 8_192
     confirm_tokens: int = 16_384
+    dtype: str | None = None
+    text_key: str = "text"
 
 
 QUANTITIES: Mapping[str, tuple[str, ...]] = {

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
-from peel_agent.load import open_snapshot
+from peel_agent.load import open_snapshot, read_tokens
 from peel_agent.records import CheckpointRef, LocalListing
 from peel_agent.testing.formats import CHECKS, FormatCase
 from peel_plugins.formats.dcp import weights as dcp_weights
@@ -623,3 +624,22 @@ def test_one_look_parses_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
     for _ in range(3):
         assert FORMAT.inspect(LocalListing(checkpoint)).state == "damaged"
     assert calls == ["parsed"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
+def test_a_pair_of_its_builder_is_a_probe(tmp_path: Path, dtype: type[np.integer]) -> None:
+    """The .bin and .idx that Megatron's own builder writes hold the ids of all documents, in order."""
+    ids = np.arange(1600) % 19
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron's, of Apex and of numpy
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        builder = IndexedDatasetBuilder(str(tmp_path / "held_out.bin"), dtype=dtype)
+        for number, document in enumerate(np.split(ids, 16)):
+            builder.add_document(torch.from_numpy(document), [40, 60] if number == 3 else [100])
+        builder.finalize(str(tmp_path / "held_out.idx"))
+    for file in ("held_out.bin", "held_out.idx"):
+        tokens = read_tokens(
+            tmp_path / file, vocabulary=19, tokenizer=None, dtype=None, text_key="text", limit=len(ids)
+        )
+        assert np.array_equal(tokens.stream, ids)

@@ -1,4 +1,4 @@
-"""Checkpoints and probes: what is read, and what is refused with which words."""
+"""Checkpoints: what is read, and what is refused with which words."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from peel_agent.errors import (
     CheckpointError,
     ConfigurationError,
     PeelError,
-    ProbeError,
     UnknownFamily,
     WeightsMismatch,
 )
-from peel_agent.load import ProbeSizes, load_probe, open_snapshot
+from peel_agent.load import open_snapshot
 from peel_agent.pipeline import locate
-from peel_agent.records import CheckpointRef, Probe, Snapshot, Weights, WeightSet
+from peel_agent.records import CheckpointRef, Snapshot, Weights, WeightSet
 from tests import zoo
 
 
@@ -194,162 +193,3 @@ def test_a_patch_of_another_model(published: Path, patch: dict[str, torch.Tensor
     """A patch with a name or a shape that the model has not is refused by name."""
     with pytest.raises(WeightsMismatch, match=words):
         patched(published, patch)
-
-
-# ---------------------------------------------------------------- probes
-
-
-def load(path: Path, *, length: int | None = 16, vocabulary: int = 19, **sizes: int) -> Probe:
-    wanted = ProbeSizes(**sizes, sequence_length=length)
-    return load_probe(path, wanted, vocabulary=vocabulary, context=32, tokenizer=path.parent / "tokenizer.json")
-
-
-def ids_file(folder: Path, count: int = 16 * 100) -> Path:
-    np.save(folder / "probe.npy", np.arange(count) % 19)
-    return folder / "probe.npy"
-
-
-def test_split(tmp_path: Path) -> None:
-    """The parts are disjoint sequences in the contract's proportions, the same at every call."""
-    path = ids_file(tmp_path, 16 * 110)
-    np.save(path, np.arange(16 * 110))
-    first, again = (load(path, vocabulary=16 * 110) for _ in range(2))
-    assert (len(first.fit), len(first.select), len(first.confirm)) == (80, 10, 20)
-    every = np.concatenate([first.fit, first.select, first.confirm])
-    assert len({row[0] for row in every.tolist()}) == 110
-    assert (np.diff(every, axis=1) == 1).all()
-    assert first.fingerprint == again.fingerprint
-    assert (first.confirm == again.confirm).all()
-
-
-def test_sizes_are_upper_limits(tmp_path: Path) -> None:
-    """A large probe gives no more than the tokens asked for."""
-    probe = load(ids_file(tmp_path, 16 * 2000), fit=800, select=160, confirm=320)
-    assert (probe.fit.size, probe.select.size, probe.confirm.size) == (800, 160, 320)
-
-
-@pytest.mark.parametrize("kind", ["bin16", "bin32", "safetensors", "two_dimensional"])
-def test_kinds_of_token_ids(tmp_path: Path, kind: str) -> None:
-    """Every kind of file with the same ids gives the same probe."""
-    reference = load(ids_file(tmp_path))
-    ids = np.arange(1600) % 19
-    path = tmp_path / {"safetensors": "p.safetensors", "two_dimensional": "p2.npy"}.get(kind, "p.bin")
-    vocabulary = 19
-    if kind == "safetensors":
-        save_file({"input_ids": torch.from_numpy(ids)}, path)
-    elif kind == "two_dimensional":
-        np.save(path, ids.reshape(100, 16))
-    else:
-        ids.astype(np.uint32 if kind == "bin32" else np.uint16).tofile(path)
-        vocabulary = 100_000 if kind == "bin32" else 19
-    assert load(path, vocabulary=vocabulary).fingerprint == reference.fingerprint
-
-
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    letters = {chr(97 + index): index for index in range(19)}
-    tokenizer = Tokenizer(models.WordLevel(letters | {"?": 18}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_kinds_of_text(tmp_path: Path, kind: str) -> None:
-    """Text is tokenised with the tokenizer.json beside the checkpoint, whatever file it is in."""
-    write_tokenizer(tmp_path)
-    words = [chr(97 + index % 19) for index in range(1600)]
-    path = tmp_path / f"probe.{kind}"
-    if kind == "txt":
-        path.write_text(" ".join(words))
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps({"text": " ".join(words[i : i + 50])}) + "\n" for i in range(0, 1600, 50)))
-    else:
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"text": [" ".join(words)]}), path)
-    assert load(path).fingerprint == load(ids_file(tmp_path)).fingerprint
-
-
-def write_key_of_another_name(path: Path) -> None:
-    write_tokenizer(path.parent)
-    path.write_text('{"txt": "a b"}\n')
-
-
-def test_what_a_tokenizer_was_last_set_to_does_not_matter(tmp_path: Path) -> None:
-    """Truncation and padding saved with a tokenizer would cut or dilute the probe: they are switched off."""
-    from tokenizers import Tokenizer
-
-    write_tokenizer(tmp_path)
-    (tmp_path / "probe.txt").write_text("a b c d " * 400)
-    plain = load(tmp_path / "probe.txt")
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    tokenizer.enable_truncation(8)
-    tokenizer.enable_padding(length=100_000)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert load(tmp_path / "probe.txt").fingerprint == plain.fingerprint
-
-
-def test_damaged_tokenizer(tmp_path: Path) -> None:
-    """A tokenizer.json that cannot be read is a probe error, with its path."""
-    (tmp_path / "probe.txt").write_text("a b c d")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ProbeError, match=r"tokenizer\.json cannot be read as a tokenizer"):
-        load(tmp_path / "probe.txt")
-
-
-def write_no_parquet(path: Path) -> None:
-    write_tokenizer(path.parent)
-    path.write_text("no parquet")
-
-
-UNUSABLE: dict[str, Callable[[Path], object]] = {
-    "vocabulary.npy": lambda path: np.save(path, np.full(1600, 19)),
-    "negative.npy": lambda path: np.save(path, np.full(1600, -1)),
-    "few.npy": lambda path: np.save(path, np.zeros(16 * 43, dtype=int)),
-    "none.npy": lambda path: np.save(path, np.zeros(0, dtype=int)),
-    "empty.npy": lambda path: path.write_bytes(b""),
-    "floats.npy": lambda path: np.save(path, np.zeros(1600)),
-    "object.npy": lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True),
-    "long.npy": lambda path: np.save(path, np.zeros((100, 33), dtype=int)),
-    "name.safetensors": lambda path: save_file({"tokens": torch.zeros(4)}, path),
-    "torn.safetensors": lambda path: path.write_bytes(b"\x10\0\0\0"),
-    "key.jsonl": write_key_of_another_name,
-    "words.parquet": write_no_parquet,
-    "text.txt": lambda path: path.write_text("a b c"),
-    "probe.csv": lambda path: path.write_text("a b c"),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("vocabulary.npy", "token id 19.*vocabulary is 19"),
-        ("negative.npy", "token id -1"),
-        ("few.npy", r"43 sequences of 16 tokens(.|\n)*44 sequences are needed: 704 tokens"),
-        ("none.npy", r"0 sequences(.|\n)*704 tokens"),
-        ("empty.npy", "cannot be read as token ids"),
-        ("floats.npy", "float64"),
-        ("object.npy", "cannot be read as token ids"),
-        ("long.npy", "33 tokens do not fit the model, whose context is 32"),
-        ("name.safetensors", "no tensor `input_ids`.*tokens"),
-        ("torn.safetensors", "not a whole safetensors file"),
-        ("key.jsonl", "line 1 is no JSON object with a key `text`"),
-        ("words.parquet", "no parquet file"),
-        ("text.txt", "no tokenizer"),
-        ("probe.csv", "`.csv`"),
-    ],
-)
-def test_unusable_probe(tmp_path: Path, name: str, words: str) -> None:
-    """Each unusable probe is refused with the value that is wrong and what to do."""
-    UNUSABLE[name](tmp_path / name)
-    with pytest.raises(ProbeError, match=words) as caught:
-        load(tmp_path / name)
-    assert caught.value.exit_code == 2
-
-
-def test_no_probe(tmp_path: Path) -> None:
-    """A path that is not there is named."""
-    with pytest.raises(ProbeError, match=r"no probe at .*nowhere\.npy"):
-        load(tmp_path / "nowhere.npy")
