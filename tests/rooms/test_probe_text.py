@@ -26,17 +26,20 @@ TEXTS = [" ".join(WORDS[start : start + 50]) for start in range(0, 1600, 50)]
 IDS = np.arange(1600) % 19
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tokenizer(folder: Path) -> Path:
     """A tokenizer.json that gives letter number n the id n."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     letters = {chr(97 + index): index for index in range(19)}
     made = Tokenizer(models.WordLevel(letters | {"?": 18}, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(path))
-    return path
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def load(path: Path, tokenizer: Path | None, *, length: int | None = 16, vocabulary: int = 19, **options: Any) -> Probe:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from peel_agent.load import ProbeSizes, load_probe
 from peel_agent.probing import QUICK_TOKENS_PER_COLUMN, quick_sizes
-from tests.rooms.test_load import write_tokenizer
+from tests.rooms.test_probe_text import write_tokenizer
 
 IDS = np.random.default_rng(0).integers(0, 19, 120_000)
 

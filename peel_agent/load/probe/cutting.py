@@ -19,7 +19,7 @@ LEAST_KEPT = 0.75
 def cut(tokens: Tokens, path: Path, sizes: ProbeSizes, context: int) -> tuple[Ids, Tokens]:
     """Sequences [N, S], and the tokens with what was left out of them. ProbeError for a length that does not fit.
 
-    A stream is cut into windows of the sizes' `sequence_length`, by default the smaller of the context and 1024. Rows
+    A stream is cut into windows of the sizes' `sequence_length`, by default as `ProbeSizes` says. Rows
     keep their length, unless it is beyond the context or there are too few of them to split: then a `sequence_length`
     cuts each of them. Pieces are cut each by itself, by default at the greatest length that leaves three quarters of
     their tokens in use.
