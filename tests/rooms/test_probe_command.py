@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import peel_agent
 from peel_agent.cli import main
 from peel_agent.load import ProbeSizes, load_probe
 from peel_agent.records import Probe
@@ -189,11 +189,10 @@ def test_what_does_not_suit_is_not_written(
 def test_what_it_writes_is_peeled(
     tmp_path: Path, source: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`scan` takes the file, and reads as many tokens as were promised."""
+    """A peel takes the file, and reads as many tokens as were promised."""
     out = tmp_path / "p.npy"
     assert make("--from", source, "--out", out, "--model", model) == 0
     said = capsys.readouterr().out
-    assert main(["scan", str(model), "--probe", str(out), "--effort", "quick", "--format", "json"]) == 0
-    probe = json.loads(capsys.readouterr().out)["probe"]
-    assert probe["sequence_length"] == 32
-    assert "in sequences of 32" in said
+    probe = peel_agent.scan(model, probe=out, quantities=()).probe
+    assert f"a peel uses {probe.fit_tokens + probe.select_tokens + probe.confirm_tokens:,} of them" in said
+    assert f"in sequences of {probe.sequence_length}:" in said
