@@ -3,14 +3,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test proof lint format bench clean
 
 demo: .venv/installed
 	$(BIN)/peel-agent demo
 
 # Module by module in several processes, each with one thread: more of them than processors only get in each other's way.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not bench and not stopped" tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not bench and not long" tests
+
+# The long proofs: every line at which the agent can be stopped, more trainings, the gallery in short.
+proof: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m long tests
 
 lint: .venv/installed
 	$(BIN)/ruff check peel_agent plugins tests

@@ -7,11 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.runs.warm import run_warm
+
+WARM = ("scan", "witness")
+"""Commands that import torch themselves: they run in a child of a process that has imported it."""
+
 
 def peel_agent(
     *arguments: object, home: Path, timeout: float = 600, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs `peel-agent` to its end; `home` holds its state, so that tests do not meet."""
+    if arguments[0] in WARM:
+        return run_warm([str(argument) for argument in arguments], environment_of(home, **environment))
     return subprocess.run(
         [sys.executable, "-m", "peel_agent", *map(str, arguments)],
         check=False,

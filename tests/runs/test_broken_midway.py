@@ -28,19 +28,29 @@ GUILTY = "model.layers.3"
 
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two trainings of the gallery: block 3 restored from checkpoint 100, and left alone."""
+    """A training of the gallery, in which block 3 is restored from checkpoint 100."""
     out, text = tmp_path_factory.mktemp("gallery"), Text.read()
     write_probe(out / "probe.npy", text)
     torch.set_flush_denormal(True)
     try:
-        for run in (HEALTHY, RESTORED):
-            train(run, out, text)
+        train(RESTORED, out, text)
     finally:
         torch.set_flush_denormal(False)
     return out
 
 
-def test_the_gallery_in_short(gallery: Path) -> None:
+@pytest.fixture(scope="module")
+def healthy_twin(gallery: Path) -> None:
+    """The same training left alone, beside it."""
+    torch.set_flush_denormal(True)
+    try:
+        train(HEALTHY, gallery, Text.read())
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.long
+def test_the_gallery_in_short(gallery: Path, healthy_twin: None) -> None:
     """The real agent beside whole runs: the restored block is named at the first checkpoint that can show it, and the
     healthy twin stays quiet.
     """

@@ -12,7 +12,7 @@ from tests.runs.conftest import HELD_BACK, STEPS, Train
 from tests.runs.test_low_bit import NOTHING, others_earn_more
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.long)])
 @pytest.mark.parametrize("healthy", [False, True], ids=["held_back", "healthy"])
 def test_scan_names_the_held_back_block(
     kind: str, healthy: bool, train: Train, probe_file: Path, tmp_path: Path

@@ -43,7 +43,7 @@ def others_earn_more(report: dict[str, Any], faulty: int) -> bool:
     return all(own["low"] > margins[faulty]["high"] for index, own in enumerate(margins) if index != faulty)
 
 
-@pytest.mark.parametrize("name", ["ternary", "sign"])
+@pytest.mark.parametrize("name", ["ternary", pytest.param("sign", marks=pytest.mark.long)])
 @pytest.mark.parametrize("healthy", [False, True], ids=["held_back", "healthy"])
 def test_the_faulty_block_of_a_low_bit_training(
     name: str, healthy: bool, train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path

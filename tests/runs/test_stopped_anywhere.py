@@ -1,6 +1,6 @@
 """The nine invariants of the runtime: the agent is killed between two lines of its own code, and started again.
 
-Every line is tried by `pytest -m stopped tests/runs/test_stopped_anywhere.py`; some in the usual run.
+Every line is tried by `pytest -m long tests/runs/test_stopped_anywhere.py`; some in the usual run.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def test_stopped_at_some_lines(
     try_lines(lambda last: Stage(tmp_path / str(last), zygote), points[:: max(1, len(points) // 25)], expected)
 
 
-@pytest.mark.stopped
+@pytest.mark.long
 def test_stopped_at_every_line(
     zygote: subprocess.Popen[str], undisturbed: tuple[list[int], dict[str, Any]], tmp_path: Path
 ) -> None:
