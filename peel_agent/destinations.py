@@ -79,7 +79,13 @@ def sink_settings(sink: SinkSettings) -> Any:
     """A sink's own settings, by its plug-in. Raises ConfigurationError, and PluginError where there is none."""
     plugin = registry.sink(sink.use)
     environment = _variables(plugin.settings, sink.options, alone=True)
-    return plugin_settings(plugin.settings, f"sink.{sink.name}", sink.options, from_environment=environment)
+    name = f"sink.{sink.name}"
+    try:
+        return plugin_settings(plugin.settings, name, sink.options, from_environment=environment)
+    except ConfigurationError as error:
+        if name in error.what:
+            raise
+        raise ConfigurationError(f"[[{name}]]: {error.what}", remedy=error.remedy) from None
 
 
 def _variables(kind: type[Any], table: Mapping[str, Any], *, alone: bool) -> dict[str, str]:

@@ -159,7 +159,10 @@ def test_secrets_of_sinks_and_what_the_environment_gives(tmp_path: Path, monkeyp
         ("[[sink]]\nuse = 'email'\nhost = 'h'", r"\[\[sink.email\]\] is not complete: it lacks `sender`, `to`"),
         ("[[sink]]\nuse = 'slack'\nurl = 'file:/bin/sh'", "`sink.slack.url` names a file that is not text"),
         ("[[sink]]\nuse = 'apprise'\nurls = ['${NO_SUCH}']", "`sink.apprise.urls` names .* NO_SUCH"),
-        ("[[sink]]\nuse = 'webhook'\nurl = 'https://10.0.0.1/'", r"10\.0\.0\.1 is an address of a private network"),
+        (
+            "[[sink]]\nuse = 'webhook'\nurl = 'https://10.0.0.1/'",
+            r"\[\[sink.webhook\]\]: 10\.0\.0\.1 is an address of a private",
+        ),
         ("[[sink]]\nuse = 'stderr'\npath = 'p'", r"unknown key `sink.stderr.path`(.|\n)*known here: journal"),
     ],
 )
