@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 START_SECONDS = 240
@@ -55,6 +56,14 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(timeout=240)
+
+
+def kill_mlflow_server(port: int) -> None:
+    """The processes of a server that `mlflow_server` started are gone at once, whatever they were doing."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if str(port) in process.cmdline():
+                process.kill()
 
 
 def wait_until_it_answers(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -235,7 +235,7 @@ def check_pins(root: Path, newest: CheckpointRef | None, state_dir: Path | None,
     except OSError as error:
         is_held_now, why = False, f": {error.strerror or error}"
     else:
-        why = ""
+        why = f": {pins.why_not}"
     if is_held_now:
         yield Check(what, True, "a checkpoint that waits can be held by links, whatever is rotated away meanwhile")
     else:

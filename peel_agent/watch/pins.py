@@ -30,6 +30,8 @@ COMPANIONS = ("config.json", "tokenizer.json")
 
 MAX_COMPANION = 64 * 2**20
 
+NO_LINK = "a link cannot lead from one mount or file system to another, and the watched one may only be read"
+
 PIECE = 8 * 2**20
 """Bytes that are copied at once."""
 
@@ -85,7 +87,7 @@ class Pins:
         try:
             pinned = _kept(ref, self.folder / ref.fingerprint, self._copying(ref, stopping) if copy else _link)
         except OSError as error:
-            self.why_not = error.strerror or str(error)
+            self.why_not = NO_LINK if error.errno == errno.EXDEV else error.strerror or str(error)
             return ref.released()
         try:
             self._note(pinned)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 Fault = Callable[[BaseHTTPRequestHandler], bool]
@@ -56,6 +57,28 @@ def cut_after_write() -> Fault:
             handler.connection.close()
             return True
         return False
+
+    return fault
+
+
+def killing(writes: Path, kill: Callable[[], None]) -> Fault:
+    """The server gets a batch of numbers, and is killed while it writes: when the file `writes` is there."""
+
+    def forward(handler: BaseHTTPRequestHandler) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            _forward(handler)
+
+    def fault(handler: BaseHTTPRequestHandler) -> bool:
+        if "log-batch" not in handler.path:
+            return False
+        request = threading.Thread(target=forward, args=(handler,))
+        request.start()
+        while request.is_alive() and not writes.exists():
+            time.sleep(0)
+        kill()
+        request.join()
+        handler.connection.close()
+        return True
 
     return fault
 

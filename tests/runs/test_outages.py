@@ -12,20 +12,23 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import servers
 from tests.rooms.test_watch_scan import write_checkpoint
-from tests.runs.faulty_proxy import Fault, Proxy, answering, cut_after_write, faulty_proxy, slow
+from tests.runs.faulty_proxy import Fault, Proxy, answering, cut_after_write, faulty_proxy, killing, slow
 from tests.runs.sidecar import Sidecar
-from tests.servers import free_port, mlflow_client, mlflow_server
+from tests.servers import free_port, kill_mlflow_server, mlflow_client, mlflow_server
 from tests.waiting import wait_for
 
 mlflow_uri = servers.mlflow_uri
 
 STEPS = (100, 200)
+WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
 
 
 def tracked(uri: str, name: str) -> str:
@@ -117,6 +120,24 @@ def test_a_tracker_that_is_away_for_the_whole_run(tmp_path: Path) -> None:
         assert history(uri, "away") == dict.fromkeys(STEPS, 1)
 
 
+def test_a_tracker_that_is_killed_while_it_writes(tmp_path: Path) -> None:
+    """A server that dies in the middle of a transaction, and is started again: each point is there, once."""
+    folder, port = tmp_path / "server", free_port()
+    folder.mkdir()
+    with mlflow_server(folder, port) as uri, faulty_proxy(uri) as proxy:
+        sidecar = Sidecar(tmp_path, tracked(proxy.uri, "killed"))
+        proxy.fault = killing(folder / "mlflow.db-journal", lambda: kill_mlflow_server(port))
+        with sidecar.running():
+            sidecar.write(*STEPS)
+            sidecar.wait_for_steps(*STEPS)
+            sidecar.wait_for_words("cannot be reached")
+            proxy.fault = None
+            with mlflow_server(folder, port):
+                assert sidecar.command("deliveries", "resend").returncode == 0
+                wait_for(lambda: sidecar.owed() == 0)
+                assert history(uri, "killed") == dict.fromkeys(STEPS, 1)
+
+
 # ---------------------------------------------------------------- places
 
 
@@ -140,7 +161,7 @@ def test_a_directory_that_goes_and_comes_back(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) gives up root's privileges")
 def test_a_directory_that_may_not_be_read_for_a_while(tmp_path: Path) -> None:
     """A permission that comes and goes is a trouble, and no end."""
-    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"] if os.geteuid() == 0 else []
+    command = WITHOUT_PRIVILEGES if os.geteuid() == 0 else []
     sidecar = Sidecar(tmp_path, '[tracker]\nuse = ["jsonl"]\n', command)
     with sidecar.running():
         sidecar.write(100)
@@ -152,6 +173,66 @@ def test_a_directory_that_may_not_be_read_for_a_while(tmp_path: Path) -> None:
         sidecar.write(200)
         sidecar.wait_for_steps(*STEPS)
     assert sidecar.said().count("may not be listed") == 1
+
+
+def trainer_only(folder: Path, way: str) -> tuple[Path, list[str]]:
+    """A place that the trainer writes to and the agent only reads, and what its command begins with."""
+    if way == "permission":
+        return folder, WITHOUT_PRIVILEGES if os.geteuid() == 0 else []
+    view = folder.with_name("view")
+    view.mkdir()
+    mounts = (["mount", "--bind", folder, view], ["mount", "-o", "remount,ro,bind", view])
+    for mount in mounts:
+        done = subprocess.run(mount, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"a directory cannot be mounted here: {done.stderr.strip()}")
+    return view, []
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    folder.chmod(0o755)
+    yield
+    folder.chmod(0o555)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) gives up root's privileges")
+@pytest.mark.parametrize("way", ["mount", "permission"])
+def test_a_directory_that_may_only_be_read(tmp_path: Path, way: str) -> None:
+    """Every checkpoint is peeled, nothing is written there or asked for, and it is told where files that wait are held:
+    by links where those can be made, by copies what is rewritten in place, and else not at all, with the reason.
+    """
+    trainer = tmp_path / "agent" / "checkpoints"
+    trainer.mkdir(parents=True)
+    place, command = trainer_only(trainer, way)
+    try:
+        sidecar = Sidecar(tmp_path / "agent", command=command)
+        sidecar.root = place
+        sidecar.configure('[tracker]\nuse = ["jsonl"]\n')
+        sidecar.root = trainer
+        trainer.chmod(0o555)
+        with sidecar.running():
+            with writable(trainer):
+                sidecar.write(100)
+            sidecar.wait_for_steps(100)
+            wait_for(lambda: held(sidecar) == ([] if way == "mount" else ["checkpoint-100"]))
+            with writable(trainer):
+                torch.save({"model": {"w": torch.zeros(4)}, "model_args": {}, "iter_num": 200}, trainer / "ckpt.pt")
+            sidecar.wait_for_steps(*STEPS)
+            wait_for(lambda: held(sidecar) == ["ckpt.pt"])
+        (pins,) = sidecar.state.glob("runs/*/pins")
+        assert f"files of checkpoints that wait in {pins}" in sidecar.said()
+        assert sidecar.said().count("files cannot be held") == (way == "mount")
+        for words in ("Permission denied", "Read-only file system", "may write", "write access"):
+            assert words not in sidecar.said()
+        assert sorted(path.name for path in trainer.iterdir()) == ["checkpoint-100", "ckpt.pt"]
+    finally:
+        if place != trainer:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def held(sidecar: Sidecar) -> list[str]:
+    return [path.name for path in sidecar.state.glob("runs/*/pins/*/*")]
 
 
 def test_a_state_folder_without_room(tmp_path: Path) -> None:

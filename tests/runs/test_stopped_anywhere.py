@@ -6,9 +6,11 @@ Every line is tried by `pytest -m long tests/runs/test_stopped_anywhere.py`; som
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +34,8 @@ from tests.rooms.test_watch_scan import write_checkpoint
 from tests.runs.sidecar import read_ledger
 
 STEPS = (100, 200, 300, 400, 500, 600)
+WRITTEN = time.time()
+"""Unix seconds, the same for every stage: an alert is told from others by the checkpoint with which it began."""
 
 MODULES = (
     peel_agent.run,
@@ -56,7 +60,8 @@ class Stage:
         self.folder, self.root, self.state = folder, folder / "checkpoints", folder / "state"
         self._zygote = zygote
         for step in STEPS:
-            write_checkpoint(self.root / f"checkpoint-{step}", step)
+            for file in write_checkpoint(self.root / f"checkpoint-{step}", step).iterdir():
+                os.utime(file, (WRITTEN + step / 1000,) * 2)
 
     def agent(self, last: int | None = None) -> dict[str, Any]:
         """One agent to its end, or to this line."""
@@ -107,7 +112,9 @@ class Stage:
         return {
             "checkpoints": self.read("SELECT step, outcome, detail FROM checkpoints ORDER BY step"),
             "states": self.read("SELECT rule, subject, phase, streak, since_step FROM rule_states ORDER BY 1, 2"),
-            "alerts": self.read("SELECT line FROM alerts ORDER BY position"),
+            "alerts": [
+                line.replace(str(self.folder), "") for (line,) in self.read("SELECT line FROM alerts ORDER BY position")
+            ],
             "numbers": [one["step"] for one in publications if one["metrics"]],
             "files": sorted(name for one in publications for name in one["files"]),
             "notices": [notice["text"] for group in notices for notice in group["notices"]],
