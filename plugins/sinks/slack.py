@@ -26,7 +26,6 @@ MOST_BLOCKS = 48
 class SlackSettings(HttpSettings):
     """`[[sink]]` with use = "slack": the webhook's address, which is a secret; `blocks` are Slack's own layout."""
 
-    url: str = setting(secret=True)
     blocks: bool = setting(True)
 
 

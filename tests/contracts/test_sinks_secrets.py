@@ -291,7 +291,7 @@ def test_which_fields_are_secrets() -> None:
         for use in ("stderr", "jsonl", "webhook", "slack", "email", "apprise", "exec")
     }
     assert {use: names for use, names in marked.items() if names} == {
-        "webhook": {"token", "signing_secret"},
+        "webhook": {"url", "token", "signing_secret"},
         "slack": {"url"},
         "email": {"password"},
         "apprise": {"urls"},

@@ -19,12 +19,12 @@ Refusal = TypeVar("Refusal", bound=PeelError)
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """What every sink has that posts to an address. Address and proxy are shown by their hosts alone.
+    """What every sink has that posts to an address: it often is the key to the place, and is shown by its host alone.
 
-    They are no `secret` as such, of which a user would be warned: many hold none.
+    A proxy is shown so too, and is no `secret` as such, of which a user would be warned: most have no password.
     """
 
-    url: str = field(repr=False)
+    url: str = setting(secret=True)
     timeout_seconds: float = setting(10.0)
     allow_private: bool = setting(False)
     ca_file: Path | None = setting(None)
