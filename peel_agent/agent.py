@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 
 from peel_agent import registry
-from peel_agent.backfill import tell_what_was_read, tell_where
+from peel_agent.backfill import end
 from peel_agent.config import RunSettings, Settings, service_manager, visible_gpus, worker_environment
-from peel_agent.destinations import Address, addresses, pinned_run, tracker_settings
+from peel_agent.destinations import Address, addresses, from_environment, pinned_run, tracker_settings
 from peel_agent.devices import Devices
 from peel_agent.dispatch import Dispatch
 from peel_agent.errors import ConfigurationError, PeelError, printable
@@ -31,7 +31,7 @@ from peel_agent.leases import Leases
 from peel_agent.ledger import Ledger
 from peel_agent.records import DeviceLease, Peeled, Request
 from peel_agent.run import Run
-from peel_agent.signals import exit_status, handling
+from peel_agent.signals import handling, status_of_stop
 from peel_agent.sources import source_of
 from peel_agent.spi import Engine
 from peel_agent.watcher import Watcher
@@ -104,7 +104,8 @@ class Agent:
     def run(self, *, once: bool) -> int:
         """Watches until a signal, or with `once` until everything that is there now is done.
 
-        Returns 0, or 3 when `once` found nothing readable; 130 for Ctrl-C. Raises ConfigurationError.
+        Returns 0; with `once` 3 when nothing was readable, 1 when not everything could be sent; 130 for Ctrl-C. Raises
+        ConfigurationError.
         """
         if not self._settings.runs:
             raise ConfigurationError(
@@ -116,17 +117,18 @@ class Agent:
                 self._begin(once=once)
                 self._notifier.ready(f"watching {len(self._watchers)} runs")
                 self._tend(once=once)
-                status = self._outcome() if once and self._stopped_by is None else 0
-                return self._status_of_signal(once=once) or status
+                return self._status(once=once)
             finally:
                 self._end()
                 if health is not None:
                     health.stop()
 
-    def _outcome(self) -> int:
-        """At the end of a back-fill: its exit status, and where everything is."""
-        tell_where(self._dispatch, self._ledger, self.journal, self._name_of, stopping=lambda: self._stopping)
-        return max(tell_what_was_read(watcher.run, self.journal) for watcher in self._watchers.values())
+    def _status(self, *, once: bool) -> int:
+        status = 0
+        if once and self._stopped_by is None:
+            runs = [watcher.run for watcher in self._watchers.values()]
+            status = end(runs, self._dispatch, self.journal, self._name_of, stopping=lambda: self._stopping)
+        return status if self._stopped_by is None else status_of_stop(self._stopped_by, is_service=not once)
 
     def _begin(self, *, once: bool) -> None:
         if self._ledger.repaired is not None:
@@ -187,6 +189,8 @@ class Agent:
         wanted: dict[str, tuple[RunSettings, tuple[Address, ...]]] = {}
         for run in settings.runs:
             trackers = tracker_settings(run.tracker, alone=len(settings.runs) == 1)
+            for words in from_environment(run.tracker, alone=len(settings.runs) == 1):
+                self.journal.tell("started", words, run=run.name)
             key = run_key(run.name, str(run.watch.path), pinned_run(trackers))
             folder = self._ledger.state_dir / "runs" / key
             wanted[key] = (
@@ -207,6 +211,7 @@ class Agent:
             else:
                 self._watch(key, run, settings, once=once)
         self._dispatch.address([address for own in self._addresses.values() for address in own])
+        self._dispatch.look()
         if hanging:
             raise TimeoutError(f"a look of {', '.join(hanging)} hangs: only when it ends can another one begin")
 
@@ -300,13 +305,8 @@ class Agent:
         if number == signal.SIGHUP:
             self._hangup = True
         else:
-            self._stopped_by = number
+            self._stopped_by = self._stopped_by or number
             self._stopping = True
-
-    def _status_of_signal(self, *, once: bool) -> int:
-        """A watch ends well by SIGTERM; a back-fill that is not at its end, and Ctrl-C, do not."""
-        is_well = self._stopped_by is None or (self._stopped_by == signal.SIGTERM and not once)
-        return 0 if is_well else exit_status(self._stopped_by or 0)
 
     def _turn(self) -> None:
         with self._turns:

@@ -1,8 +1,8 @@
 """The child process that delivers: a thread for each lane, with a ledger connection of its own.
 
 Trackers' libraries need much memory and may hang: neither is the agent's concern. It is told on stdin, one JSON object
-a line: first `Orders`, then `{"say": "wake" | "stay" | "rest" | "drain" | "stop"}`; it answers so on stdout. It ends
-when stdin does, or when nothing is due for a while and it was not told to stay.
+a line: first `Orders`, then `{"say": "wake" | "look" | "stay" | "rest" | "drain" | "stop"}`; it answers so on stdout.
+It ends when stdin does, or when nothing is due for a while and it was not told to stay.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from peel_agent.destinations import Address
 from peel_agent.errors import PeelError, printable
 from peel_agent.ledger import FILE, Lane, Outbox, open_beside
 from peel_agent.records import plain, restored
+from peel_agent.spi import Looking
 from peel_agent.worker import end_with_parent, quiet_libraries
 
 IDLE_SECONDS = 30.0
@@ -38,6 +39,36 @@ class Orders:
 
     state_dir: Path
     addresses: tuple[Address, ...]
+
+
+def look_trouble(run: str, destination: str) -> str:
+    """The trouble's name while a destination is not there."""
+    return f"delivery/{run}/{destination}/look"
+
+
+class _LookThread(threading.Thread):
+    """Finds out whether one destination is there, with a connection of its own, and tells it."""
+
+    def __init__(self, address: Address, tell: Any) -> None:
+        super().__init__(name=f"look {address.name}", daemon=True)
+        self._address = address
+        self._tell = tell
+
+    def run(self) -> None:
+        own = self._address
+        try:
+            tracker = own.tracker()
+            if not isinstance(tracker, Looking):
+                return
+            try:
+                checks = tracker.look()
+            finally:
+                tracker.close()
+        except Exception as error:  # a plug-in may raise anything; it is told when something is to be sent
+            self._tell({"note": printable(f"{own.name} could not be looked for: {type(error).__name__}: {error}")})
+            return
+        if checks:
+            self._tell({"looked": own.name, "run": own.run, "checks": [plain(check) for check in checks]})
 
 
 class _LaneThread(threading.Thread):
@@ -100,6 +131,7 @@ class _LaneThread(threading.Thread):
             self._tell({"ended": "ledger", "words": "the ledger can be used for deliveries again", "run": None})
             words = f"{lane.kind} for {lane.destination} are taken again: {self.carrier.where()}"
             self._tell({"ended": trouble, "words": words, "run": lane.run})
+            self._tell({"ended": look_trouble(lane.run, lane.destination), "words": words, "run": lane.run})
         return outcome
 
 
@@ -113,6 +145,8 @@ class Courier:
         self._write = write
         self._writing = threading.Lock()
         self._lanes = [lane for one in orders.addresses for lane in self._lanes_to(one)]
+        self._looks: list[_LookThread] = []
+        self._addresses = orders.addresses
         self._staying = True
         self._idle_since = time.monotonic()
 
@@ -151,15 +185,22 @@ class Courier:
         if say in ("stay", "rest"):
             self._staying = say == "stay"
             return
+        if say == "look":
+            self._looks = [_LookThread(one, self.tell) for one in self._addresses if one.kind == "tracker"]
+            for look in self._looks:
+                look.start()
+            return
         for lane in self._lanes:
             lane.wake(say)
         if say == "drain":
             threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
-        """Tells, once each lane has tried all it owes or failed to, where things are."""
+        """Tells, once each lane has tried all it owes or failed to, and all was looked for, where things are."""
         for lane in self._lanes:
             lane.drained.wait()
+        for look in self._looks:
+            look.join()
         ends = [
             {"lane": plain(lane.carrier.lane), "where": lane.carrier.where(), "sent": lane.has_sent}
             for lane in self._lanes
@@ -168,7 +209,8 @@ class Courier:
 
     def _is_idle(self) -> bool:
         soonest = min((lane.due for lane in self._lanes if lane.due is not None), default=None)
-        if self._staying or (soonest is not None and soonest < IDLE_SECONDS):
+        is_looking = any(look.is_alive() for look in self._looks)
+        if self._staying or is_looking or (soonest is not None and soonest < IDLE_SECONDS):
             self._idle_since = time.monotonic()
         return time.monotonic() - self._idle_since > IDLE_SECONDS
 

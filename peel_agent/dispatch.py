@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from peel_agent.courier import Orders
+from peel_agent.courier import Orders, look_trouble
 from peel_agent.deliver import LONGEST_PAUSE
 from peel_agent.destinations import Address
 from peel_agent.journal import Journal
-from peel_agent.ledger import Ledger
-from peel_agent.records import plain
+from peel_agent.ledger import Lane, Ledger
+from peel_agent.records import Check, plain, restored
 
 STOP_SECONDS = 5.0
 """How long a courier may end what it is sending when the agent ends."""
@@ -25,6 +25,9 @@ RESTART_SECONDS = 10.0
 """A courier that died is not started again sooner."""
 
 DUE_SECONDS = 1.0
+
+LOOK_AGAIN_SECONDS = 60.0
+"""A destination that was not there is looked for again after this time, and before when something is sent to it."""
 
 DRAIN_LOOK_SECONDS = 0.5
 """While everything is sent at the end, the agent looks so often whether it was told to stop."""
@@ -55,6 +58,9 @@ class Dispatch:
         self._busy: set[str] = set()
         self._started_at: float | None = None
         self._drained: list[Any] | None = None
+        self._next_look: float | None = None
+        self._not_there: set[str] = set()
+        """The names of the troubles of those that the last look did not find."""
         self._has_drained = threading.Event()
 
     def address(self, addresses: Sequence[Address]) -> None:
@@ -63,6 +69,22 @@ class Dispatch:
             if tuple(addresses) != self._addresses:
                 self._addresses = tuple(addresses)
                 self._end()
+
+    def look(self) -> None:
+        """Whether each destination is there is to be found out now, and told; the courier does it, nobody waits."""
+        with self._lock:
+            self._next_look = self._now()
+
+    @property
+    def not_there(self) -> bool:
+        """Whether a destination was found not to be there when it was looked for last."""
+        return any(look_trouble(one.run, one.name) in self._not_there for one in self._addresses)
+
+    def unsent(self) -> dict[Lane, tuple[int, int]]:
+        """How much each lane to a destination of today owes, and how much of it was given up."""
+        mine = {(one.run, one.name) for one in self._addresses}
+        owed = self._ledger.outbox.owed().items()
+        return {lane: counts for lane, counts in owed if (lane.run, lane.destination) in mine and any(counts)}
 
     def busy(self, run: str, *, is_busy: bool) -> None:
         """While a run peels, a courier stands by: what it loads takes longer than what is sent may wait."""
@@ -85,18 +107,28 @@ class Dispatch:
         with self._lock:
             if self._child is not None and self._child.poll() is not None:
                 self._bury()
-            if self._child is None and self._addresses and self._is_due():
+            is_look_due = self._is_look_due()
+            if self._child is None and self._addresses and (is_look_due or self._is_due()):
                 self._start()
+            if is_look_due and self._say("look"):
+                self._next_look = None
+
+    def _is_look_due(self) -> bool:
+        """A time that is further off than a pause can be was set by another clock."""
+        return self._next_look is not None and not 0 < self._next_look - self._now() <= LOOK_AGAIN_SECONDS
 
     def drain(self, seconds: float, *, stopping: Callable[[], bool] = lambda: False) -> list[Any] | None:
         """Everything is tried once, now; where it is afterwards, None when that took longer, or we are to stop."""
         with self._lock:
             self._has_drained.clear()
             if self._child is None:
-                if self._ledger.outbox.next_try() is None:
+                if self._ledger.outbox.next_try() is None and not self._is_look_due():
                     return None
                 self._start()
-            self._say("drain")
+            if self._is_look_due() and self._say("look"):
+                self._next_look = None
+            if not self._say("drain"):
+                return None
         looks = max(1, math.ceil(seconds / DRAIN_LOOK_SECONDS))
         any(self._has_drained.wait(seconds / looks) or stopping() for _ in range(looks))
         return self._drained if self._has_drained.is_set() else None
@@ -162,14 +194,32 @@ class Dispatch:
         if "began" in told:
             self._journal.begin(told["began"], told["words"], run=run)
         elif "ended" in told:
+            self._not_there.discard(told["ended"])  # something was sent there
             self._journal.end(told["ended"], told["words"], run=run)
         elif "buried" in told:
             self._journal.tell("delivery dead", told["buried"], run=run, level="error")
         elif "drained" in told:
             self._drained = list(told["drained"])
             self._has_drained.set()
+        elif "looked" in told:
+            self._note_look(told["run"], told["looked"], [restored(Check, form) for form in told["checks"]])
         elif "note" in told:
             self._journal.tell("delivery failed", told["note"], level="warning")
+
+    def _note_look(self, run: str, destination: str, checks: Sequence[Check]) -> None:
+        """What is not there is a trouble, and looked for again; what is there, or will be made, is told once."""
+        trouble, name = look_trouble(run, destination), self._names(run)
+        faults = [check for check in checks if check.ok is False]
+        for fault in faults:
+            self._not_there.add(trouble)
+            self._journal.begin(trouble, f"{destination}: {fault.words} -> {fault.remedy}", run=name)
+            self._next_look = self._now() + LOOK_AGAIN_SECONDS
+        if not faults:
+            last = checks[-1]
+            remedy = f" -> {last.remedy}" if last.ok is None and len(checks) == 1 else ""  # nothing could be asked
+            self._not_there.discard(trouble)
+            self._journal.end(trouble, f"{destination} is there: {last.words}", run=name)
+            self._journal.tell("started", f"{destination}: {last.words}{remedy}", run=name)
 
     def _bury(self) -> None:
         child, self._child = self._child, None

@@ -36,6 +36,11 @@ def exit_status(number: int) -> int:
     return 128 + number
 
 
+def status_of_stop(number: int, *, is_service: bool) -> int:
+    """The exit status of an agent that a signal stopped: SIGTERM is how a service ends well, and nothing else is."""
+    return 0 if is_service and number == signal.SIGTERM else exit_status(number)
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C; `words` say in one sentence what was under way and what is kept of it."""
 

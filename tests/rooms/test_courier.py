@@ -433,3 +433,51 @@ def test_what_a_server_refused_arrives_later_as_it_was(tmp_path: Path, monkeypat
     first, second = hook.requests
     assert first.body == second.body
     assert mail.messages[0]["Subject"] == "[peel-agent] mine: 1 firing, 0 resolved"
+
+
+# ---------------------------------------------------------------- whether a destination is there
+
+
+def test_a_destination_that_is_not_there_is_told_before_anything_is_owed(office: Office, monkeypatch: Any) -> None:
+    """It is a trouble until it is there or something was sent to it; nothing is written in order to know."""
+    monkeypatch.setattr(dispatch, "LOOK_AGAIN_SECONDS", 0.2)
+    place = office.folder / "publications.jsonl"
+    place.mkdir()
+    office.dispatch.look()
+    office.tick_until(lambda: bool(office.journal.troubles))
+    (trouble,) = office.journal.troubles
+    assert str(place) in trouble
+    assert "make the file and its folder writable" in trouble
+    assert office.dispatch.not_there
+    place.rmdir()
+    office.tick_until(lambda: not office.journal.troubles)
+    assert not office.dispatch.not_there
+    assert not place.exists()
+    assert any("jsonl is there" in line and "name of run-1" in line for line in office.said)
+
+
+def test_what_is_sent_ends_the_trouble(office: Office) -> None:
+    """No second look is needed then."""
+    place = office.folder / "publications.jsonl"
+    place.mkdir()
+    office.dispatch.look()
+    office.tick_until(lambda: office.dispatch.not_there)
+    place.rmdir()
+    owe(office.run, range(1))
+    office.tick_until(office.owes_nothing)
+    wait_for(lambda: not office.journal.troubles and not office.dispatch.not_there)
+
+
+def test_drain_waits_for_the_look(office: Office) -> None:
+    """At the end of a back-fill that owed nothing it is known whether the destinations are there."""
+    (office.folder / "publications.jsonl").mkdir()
+    office.dispatch.look()
+    assert office.dispatch.drain(240.0) is not None
+    wait_for(lambda: office.dispatch.not_there)
+    assert office.dispatch.unsent() == {}
+
+
+def test_what_is_owed_to_nobody_of_today_is_not_unsent(office: Office) -> None:
+    """A tracker that was taken out of the configuration keeps no back-fill from ending well."""
+    owe(office.run, range(2), trackers=("jsonl", "gone"))
+    assert {lane.destination for lane in office.dispatch.unsent()} == {"jsonl", "jsonl-sink"}

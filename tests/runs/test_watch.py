@@ -141,14 +141,15 @@ def test_scan_and_watch_give_the_same_numbers(
 
 
 def test_server_away_then_back(run_directory: Path, small_probe: Path, configuration: Path, tmp_path: Path) -> None:
-    """With MLflow away the findings stay on disk and it is said where; the next `watch` delivers them, once."""
+    """With MLflow away the findings stay on disk, and it is said where (status 1); the next `watch` delivers them."""
     folder = tmp_path / "server"
     folder.mkdir()
     port = servers.free_port()
     uri = f"http://127.0.0.1:{port}"
     arguments = ("watch", run_directory, "-c", configuration, "--probe", small_probe, *FAST, "--tracking-uri", uri)
     away = peel_agent(*arguments, "--once", home=tmp_path)
-    assert away.returncode == 0, away.stderr
+    assert away.returncode == 1, away.stderr
+    assert "the next `peel-agent watch` on it" in away.stderr
     for kind in ("numbers", "files"):
         assert f"3 {kind} are kept in" in away.stderr
     assert uri in away.stderr
