@@ -35,6 +35,8 @@ def _check_least(own: Settings | RunSettings) -> None:
         "probe.confirm_tokens": (probe.confirm_tokens, 1),
         "tracker.max_series": (own.tracker.max_series, 10),
     }
+    if probe.sequence_length is not None:
+        least["probe.sequence_length"] = (probe.sequence_length, 2)
     if own.peel.time_budget_seconds is not None:
         least["peel.time_budget_seconds"] = (own.peel.time_budget_seconds, 0)
     for dotted, (value, bound) in least.items():

@@ -155,6 +155,7 @@ def test_a_write_that_fails_leaves_nothing(
 REFUSED: dict[str, tuple[list[str], str]] = {
     "vocabulary": (["--from", "{other}", "--model", "{model}"], "token id 19; the model's vocabulary is 19"),
     "length": (["--from", "{text}", "--model", "{model}", "--sequence-length", "64"], "whose context is 32"),
+    "no length": (["--from", "{text}", "--model", "{model}", "--sequence-length", "0"], "between 2 and 32"),
     "too few": (["--from", "{text}", "--tokenizer", "{model}"], "1 sequences of 1024 tokens, too few"),
     "few tokens": (["--from", "{text}", "--model", "{model}", "--tokens", "100"], "3 sequences of 32 tokens, too few"),
     "no tokenizer": (["--from", "{text}"], "there is no tokenizer"),

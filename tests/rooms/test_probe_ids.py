@@ -238,6 +238,34 @@ def test_the_length_keeps_three_quarters(tmp_path: Path, lengths: list[int], exp
     assert load(masked(tmp_path / "p.safetensors", ids, mask), length=None).sequence_length == expected
 
 
+def test_a_long_text_with_padding_is_a_stream(tmp_path: Path) -> None:
+    """One row, padded at its end, is cut as it would be without its padding, not at the length of the context."""
+    ids, mask = np.pad(IDS, (0, 400))[None], np.pad(np.ones(1600, np.int64), (0, 400))[None]
+    probe = load(masked(tmp_path / "p.safetensors", ids, mask))
+    assert probe.fingerprint == load(ids_file(tmp_path)).fingerprint
+    assert [one.what for one in probe.left_out] == ["400 masked tokens of the probe"]
+
+
+def test_a_mask_with_a_gap_separates_texts(tmp_path: Path) -> None:
+    """No sequence goes over what is masked in the middle of a row."""
+    ids = np.broadcast_to(np.arange(32), (80, 32)).copy()
+    mask = np.ones((80, 32), np.int64)
+    mask[:, 16] = 0
+    probe = load(masked(tmp_path / "p.safetensors", ids, mask), length=15, vocabulary=32)
+    every = np.concatenate([probe.fit, probe.select, probe.confirm])
+    assert (np.diff(every, axis=1) == 1).all()
+    assert set(every[:, 0].tolist()) == {0, 17}
+
+
+def test_long_texts_are_cut_as_a_stream_is(tmp_path: Path) -> None:
+    """Texts of several lengths, far longer than usual, are cut to the usual length, not to the model's context."""
+    rows, lengths = np.zeros((30, 9000), np.int64), np.arange(8000, 8030)
+    mask = (np.arange(9000) < lengths[:, None]).astype(np.int64)
+    path = masked(tmp_path / "p.safetensors", rows, mask)
+    usual = load_probe(path, ProbeSizes(), vocabulary=19, context=8192, tokenizer=None)
+    assert usual.sequence_length == 1024
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_loss_is_that_of_transformers_with_the_mask(tmp_path: Path, kind: str, side: str) -> None:

@@ -39,4 +39,7 @@ def unmasked(ids: Ids, mask: np.ndarray[tuple[int, ...], np.dtype[np.generic]], 
     starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
     pieces = tuple(rows[row, start:end] for (row, start), (_, end) in zip(starts, ends, strict=True))
     why = "`attention_mask` is 0 for them: they are neither fitted nor scored, and no other token attends to them"
-    return Tokens(pieces, (Skipped(f"{kept.size - int(kept.sum()):,} masked tokens of the probe", why),))
+    left_out = (Skipped(f"{kept.size - int(kept.sum()):,} masked tokens of the probe", why),)
+    if len(pieces) == 1:
+        return Tokens(pieces[0], left_out)
+    return Tokens(pieces, left_out, int(rows.shape[1]) if len(rows) > 1 else None)

@@ -50,8 +50,8 @@ class ProbeSizes:
         )
 
     def tokens(self, length: int) -> int:
-        """Tokens in all parts, in whole sequences of `length` tokens."""
-        return length * sum(self.in_sequences(length))
+        """Tokens in all parts, in whole sequences of `length` tokens; none for a length that cannot be."""
+        return length * sum(self.in_sequences(length)) if length > 0 else 0
 
     def least(self, length: int) -> int:
         """The fewest sequences of `length` tokens that can be split in these proportions."""

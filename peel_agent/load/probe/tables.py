@@ -83,12 +83,14 @@ class Table:
         """The ids of the column `input_ids` that `attention_mask`, if there is one, leaves; about `limit` of them."""
         names = (_IDS, _MASK) if _MASK in self.columns else (_IDS,)
         texts: list[Ids] = []
+        rows: set[int] = set()
         masked = count = 0
         for number, values in enumerate(self.rows(*names), 1):
             if not values[0].is_valid:
                 continue
             ids, *masks = (_numbers(value, self.path, number) for value in values)
             left = unmasked(ids, masks[0], self.path) if masks else Tokens(ids)
+            rows.add(len(ids))
             pieces = left.ids if isinstance(left.ids, tuple) else (left.ids,)
             texts += pieces
             masked += len(ids) - sum(map(len, pieces))
@@ -97,7 +99,10 @@ class Table:
                 break
         why = "`attention_mask` is 0 for them: they are neither fitted nor scored, and no other token attends to them"
         left_out = (Skipped(f"{masked:,} masked tokens of the probe", why),) if masked else ()
-        return Tokens(np.stack(texts) if len({len(text) for text in texts}) == 1 else tuple(texts), left_out)
+        row_length = rows.pop() if len(rows) == 1 else None
+        return Tokens(
+            np.stack(texts) if len({len(text) for text in texts}) == 1 else tuple(texts), left_out, row_length
+        )
 
 
 def _reader(stream: Any, file: Path) -> Any:

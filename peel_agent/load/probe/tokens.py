@@ -17,11 +17,13 @@ class Tokens:
     """Token ids of a file: one stream [T], rows [N, S], or a tuple of pieces [T_i] of several lengths.
 
     A stream may be cut anywhere. A row or a piece begins where its text begins, so no sequence goes over its end.
-    `left_out` says what of the file is not used, and why.
+    `left_out` says what of the file is not used, and why. `row_length` is that of the rows which the pieces come from,
+    where they had one.
     """
 
     ids: Ids | tuple[Ids, ...]
     left_out: tuple[Skipped, ...] = ()
+    row_length: int | None = None
 
     @property
     def stream(self) -> Ids | None:
