@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 
 from peel_agent import registry, watch
 from peel_agent.pipeline import locate, scan
@@ -54,11 +56,27 @@ def as_distributed(model: Any, folder: Path) -> Path:
     return path
 
 
+def as_adapter(model: Any, folder: Path) -> Path:
+    """An adapter of PEFT that replaces one norm of a base model, inside its folder, in which that norm was another."""
+    tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if name.endswith(("norm.weight", "ln_f.weight"))
+    }
+    model.save_pretrained(folder / "base")
+    stored = load_file(folder / "base" / "model.safetensors")
+    save_file({name: one + (name in tensors) for name, one in stored.items()}, folder / "base" / "model.safetensors")
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "base_model_name_or_path": "base"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 WRITERS: dict[str, Callable[[Any, Path], Path]] = {
     "torch folder": as_pickle,
     "nanoGPT layout": as_nano,
     "Lightning layout": as_lightning,
     "distributed": as_distributed,
+    "adapter": as_adapter,
 }
 
 

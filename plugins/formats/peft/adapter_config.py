@@ -6,6 +6,7 @@ its name.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ _PATTERN = re.compile(r"(?:(?:[\w.\-]|\\[.dw\-]|\[[\w\-]+\])[*+?]?|\((?:\?:)?|\)
 _REPEATS = re.compile(r"(?<!\\)[*+]")
 MAX_PATTERN = 400
 MAX_REPEATS = 2
-MAX_PATTERNS = 20_000
+MAX_PATTERNS = 5_000
 
 
 Number = TypeVar("Number", int, float)
@@ -76,15 +77,16 @@ def refused(what: str, fault: str, *, remedy: str = MERGE) -> CheckpointError:
 class LoraSettings:
     """How the pairs of matrices A and B of a LoRA adapter are scaled, and what they are added to.
 
-    `base` is the base model's folder as the file names it, None when it names none. `tokens` are those that have
-    embeddings of their own, by the end of the embedding's name; "" is any.
+    The keys of `ranks` and `alphas` are regular expressions; they are compiled where a module is asked for, since this
+    record is made in the parent daemon. `base` is the base model's folder as the file names it, None when it names
+    none. `tokens` are those that have embeddings of their own, by the end of the embedding's name; "" is any.
     """
 
     base: str | None
     rank: int
     alpha: float
-    ranks: Sequence[tuple[re.Pattern[str], int]]
-    alphas: Sequence[tuple[re.Pattern[str], float]]
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
     by_root_of_rank: bool
     by_magnitude: bool
     fan_in_fan_out: bool
@@ -116,8 +118,8 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
         base=base or None,
         rank=_rank("r", config.get("r", 8)),
         alpha=_alpha("lora_alpha", config.get("lora_alpha", 8)),
-        ranks=[(_pattern(key), _rank(f"rank_pattern: {key}", own)) for key, own in _table(config, "rank_pattern")],
-        alphas=[(_pattern(key), _alpha(f"alpha_pattern: {key}", own)) for key, own in _table(config, "alpha_pattern")],
+        ranks={key: _rank(f"rank_pattern: {key}", own) for key, own in _table(config, "rank_pattern")},
+        alphas={key: _alpha(f"alpha_pattern: {key}", own) for key, own in _table(config, "alpha_pattern")},
         by_root_of_rank=_switch(config, "use_rslora"),
         by_magnitude=_switch(config, "use_dora"),
         fan_in_fan_out=_switch(config, "fan_in_fan_out"),
@@ -166,25 +168,32 @@ def _table(config: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
     table = config.get(key) or {}
     if not isinstance(table, dict) or len(table) > MAX_PATTERNS:
         raise refused(CONFIG, f"has {key} that is no object of at most {MAX_PATTERNS:,} patterns")
+    for pattern in table:
+        _check_pattern(pattern)
     return list(table.items())
 
 
+def _check_pattern(key: str) -> None:
+    """Raises CheckpointError for a regular expression that could keep a matcher busy: a repeated group, long ones."""
+    if len(key) > MAX_PATTERN or not _PATTERN.fullmatch(key) or len(_REPEATS.findall(key)) > MAX_REPEATS:
+        raise _no_pattern(key)
+
+
+@functools.lru_cache(maxsize=MAX_PATTERNS)
 def _pattern(key: str) -> re.Pattern[str]:
-    """What fits the names of modules that end as the regular expression `key` says.
-
-    Expressions that could keep a matcher busy for ever (a repeated group, many repetitions) are refused.
-    """
-    plain = len(key) <= MAX_PATTERN and _PATTERN.fullmatch(key) and len(_REPEATS.findall(key)) <= MAX_REPEATS
+    """What fits the names of modules that end as the regular expression `key` says."""
     try:
-        if plain:
-            return re.compile(rf"(?:.*\.)?(?:{key})$")
-    except re.error:
-        pass
-    raise refused(CONFIG, f"has the pattern {key!r}, which is no simple regular expression of a module's name")
+        return re.compile(rf"(?:.*\.)?(?:{key})$")
+    except re.error as error:
+        raise _no_pattern(key) from error
 
 
-def _first(patterns: Sequence[tuple[re.Pattern[str], Number]], module: str, otherwise: Number) -> Number:
-    return next((value for pattern, value in patterns if pattern.match(module)), otherwise)
+def _no_pattern(key: str) -> CheckpointError:
+    return refused(CONFIG, f"has the pattern {key!r}, which is no simple regular expression of a module's name")
+
+
+def _first(patterns: Mapping[str, Number], module: str, otherwise: Number) -> Number:
+    return next((value for key, value in patterns.items() if _pattern(key).match(module)), otherwise)
 
 
 def _rank(key: str, value: object) -> int:
