@@ -2,7 +2,7 @@
 
 Put the folder of this file into PYTHONPATH and `factory = "own_model:factory"` under `[model]` in peel.toml. A checkpoint
 is what nanoGPT's training loop saves: `torch.save({"model": model.state_dict(), "model_args": {...}, ...}, "ckpt.pt")`.
-With nanoGPT itself the factory is the same: `GPT(GPTConfig(**config))` in place of `Decoder(**config)`.
+For nanoGPT itself there is nanogpt.py beside this file.
 """
 
 from __future__ import annotations
