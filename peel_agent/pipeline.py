@@ -286,6 +286,7 @@ def plan_of(peeling: PeelSettings) -> Plan:
         maps=peeling.maps,
         solver=peeling.solver,
         parts=not quick,
+        few_sequences=quick,
         seconds=peeling.time_budget_seconds,
     )
 

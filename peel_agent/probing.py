@@ -12,10 +12,16 @@ from peel_agent.records import Probe, ProbeSettings, Snapshot
 if TYPE_CHECKING:
     from peel_agent.load import ProbeSizes
 
-QUICK_SEQUENCE_LENGTH = 64
-QUICK_TOKENS_PER_COLUMN = 8
-QUICK_SELECT_TOKENS = 256
-QUICK_CONFIRM_TOKENS = 1024
+QUICK_SEQUENCE_LENGTH = 128
+QUICK_FIT_TOKENS = 6144
+QUICK_FIT_TOKENS_PER_COLUMN = 8
+"""The larger of the two: an affine map of fewer tokens is worse than that of effort standard, which looks as if the
+block earned more than it does. Tokens to fit are cheap: those that are scored run through the model once a block.
+"""
+QUICK_SELECT_SEQUENCES = 4
+"""With fewer the worse of two stand-ins is picked too often, and the block seems to earn more than it does."""
+QUICK_SELECT_TOKENS = 512
+QUICK_CONFIRM_TOKENS = 2048
 
 
 def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = False) -> Probe:
@@ -39,13 +45,14 @@ def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = Fals
 
 def quick_sizes(sizes: ProbeSizes, width: int) -> ProbeSizes:
     """As few tokens as a model of this width allows, none more than `sizes`; whole sequences of any length."""
-    fit = min(sizes.fit, QUICK_TOKENS_PER_COLUMN * (width + 1))
+    fit = min(sizes.fit, max(QUICK_FIT_TOKENS, QUICK_FIT_TOKENS_PER_COLUMN * (width + 1)))
     return replace(
         sizes,
         fit=fit,
         least_fit=fit,
         select=min(sizes.select, QUICK_SELECT_TOKENS),
         confirm=min(sizes.confirm, QUICK_CONFIRM_TOKENS),
+        least_select=QUICK_SELECT_SEQUENCES,
         usual_length=QUICK_SEQUENCE_LENGTH,
     )
 

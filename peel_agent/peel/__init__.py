@@ -143,6 +143,9 @@ def _possible(plan: Plan, block: Block) -> tuple[Plan, tuple[Skipped, ...]]:
         why = "effort quick judges whole blocks" if not plan.parts else "this architecture adds both parts at once"
         skipped.append(Skipped("margins of attention and MLP parts", why))
         plan = replace(plan, parts=False)
+    if plan.references and not plan.parts and "previous" not in plan.references:
+        why = "effort quick has `skip` and `affine` only: with `previous` too, a margin may be lower"
+        skipped.append(Skipped("`previous` references", why))
     if "previous" in plan.references and not block.has_projections:
         skipped.append(Skipped("`previous` references", "this architecture has no output projections to refit"))
         plan = replace(plan, references=tuple(own for own in plan.references if own != "previous"))

@@ -52,9 +52,8 @@ def layer_reports(
 
 
 def _hint(layer: LayerReport) -> str:
-    return (
-        f"{layer.name} earns far less than the other blocks: effort standard tells whether a part of it earns nothing"
-    )
+    what = f"{layer.name} earns far less than the blocks beside it"
+    return f"{what}: effort standard tells whether a part of it earns nothing"
 
 
 def _layer_report(

@@ -31,6 +31,8 @@ class Plan:
     solver: str = "closed_form"
     parts: bool = True
     """Whether the two parts of each block get margins too."""
+    few_sequences: bool = False
+    """Whether so few sequences are scored that it is unsure which reference is best: intervals then allow for it."""
     seconds: float | None = None
     """The time budget; what it does not suffice for is left out and said."""
 

@@ -16,6 +16,9 @@ SPLIT_SEED = 0
 MIN_CONFIRM_SEQUENCES = 8
 """Fewer sequences than this give no usable bootstrap interval."""
 
+LEAST_SEQUENCES = 44
+"""With the default sizes so many are needed, to have enough in confirm: with others never more."""
+
 
 @dataclass(frozen=True)
 class ProbeSizes:
@@ -32,6 +35,8 @@ class ProbeSizes:
     usual_length: int = 1024
     least_fit: int = 0
     """Tokens that a fit needs: however long the sequences are, `fit` takes enough of them to hold so many."""
+    least_select: int = 1
+    """Sequences in select, however long they are."""
 
     @property
     def total(self) -> int:
@@ -45,7 +50,7 @@ class ProbeSizes:
         """The sizes in whole sequences of `length` tokens; an interval needs a least number of them in confirm."""
         return (
             max(1, self.fit // length, -(-self.least_fit // length)),
-            max(1, self.select // length),
+            max(self.least_select, self.select // length),
             max(MIN_CONFIRM_SEQUENCES, self.confirm // length),
         )
 
@@ -54,9 +59,9 @@ class ProbeSizes:
         return length * sum(self.in_sequences(length)) if length > 0 else 0
 
     def least(self, length: int) -> int:
-        """The fewest sequences of `length` tokens that can be split in these proportions."""
+        """The fewest sequences of `length` tokens that can be split in these proportions, or nearly."""
         fit, select, confirm = self.in_sequences(length)
-        return -(-MIN_CONFIRM_SEQUENCES * (fit + select + confirm) // confirm)
+        return min(LEAST_SEQUENCES, -(-MIN_CONFIRM_SEQUENCES * (fit + select + confirm) // confirm))
 
 
 def split(sequences: Ids, tokens: Tokens, path: Path, sizes: ProbeSizes, vocabulary: int) -> Probe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -16,8 +16,10 @@ from peel_agent.records import Estimate, Status
 MEDIAN_FRACTION = 0.1
 """A block is `below` when its margin stays under this fraction of the other blocks' median margin."""
 
-FAR_UNDER = 0.33
-"""A block earns far less than the others when its margin is certainly under this fraction of their median."""
+FAR_UNDER = 1 / 3
+"""A block earns far less than its neighbours when its margin is under this fraction of either's, and certainly less
+than either's. Small trained models: blocks with a dead attention 0 to 0.25, healthy ones 0.5 and more.
+"""
 
 Place = tuple[int, Target]
 """A block, or a part of one."""
@@ -39,10 +41,19 @@ class Margin:
     whole: bool
 
 
-def margin(trained: Losses, references: Mapping[str, Losses], selecting: int, *, complete: bool) -> Margin:
+def margin(
+    trained: Losses,
+    references: Mapping[str, Losses],
+    selecting: int,
+    *,
+    complete: bool,
+    unsure_of_best: bool = False,
+) -> Margin:
     """Margin from losses per score sequence [n], the first `selecting` of which are `select`.
 
     A reference's losses are NaN on the sequences where it was not measured; the best is one of those measured on most.
+    Where it is unsure which that is, the interval spans those of all that may be it, by their paired differences: of
+    the one that was picked alone it would say how sure its loss is, and not how sure the margin.
     """
     measured = {name: np.isfinite(losses) for name, losses in references.items()}
     most = max(int(own.sum()) for own in measured.values())
@@ -52,8 +63,12 @@ def margin(trained: Losses, references: Mapping[str, Losses], selecting: int, *,
         name: estimate((losses - trained)[selecting:][measured[name][selecting:]])
         for name, losses in references.items()
     }
+    spanned = differences[best]
+    if unsure_of_best:
+        rivals = [differences[name] for name in references if may_be_better(references[name], references[best])]
+        spanned = replace(spanned, low=min(own.low for own in rivals), high=max(own.high for own in rivals))
     return Margin(
-        estimate=differences[best],
+        estimate=spanned,
         best=best,
         references={name: own.value for name, own in differences.items()},
         least=min(own.low for own in differences.values()),
@@ -62,12 +77,29 @@ def margin(trained: Losses, references: Mapping[str, Losses], selecting: int, *,
     )
 
 
+def may_be_better(losses: Losses, best: Losses) -> bool:
+    """Whether a reference is not certainly worse than the one that was picked; that one itself is not."""
+    difference = losses - best
+    return estimate(difference[np.isfinite(difference)]).low <= 0.0
+
+
 def margins_of(
-    trained: Losses, variants: Mapping[Variant, Losses], references: Sequence[str], selecting: int
+    trained: Losses,
+    variants: Mapping[Variant, Losses],
+    references: Sequence[str],
+    selecting: int,
+    *,
+    unsure_of_best: bool = False,
 ) -> dict[Place, Margin]:
     """The margin of every block and part that has variants, by block and target."""
     return {
-        place: margin(trained, found, selecting, complete=set(found) >= reachable(*place, references))
+        place: margin(
+            trained,
+            found,
+            selecting,
+            complete=set(found) >= reachable(*place, references),
+            unsure_of_best=unsure_of_best,
+        )
         for place, found in by_place(variants).items()
     }
 
@@ -87,24 +119,24 @@ def reachable(block: int, target: Target, references: Sequence[str]) -> set[str]
 
 def thresholds(margins: Sequence[Margin]) -> tuple[float, ...]:
     """What each margin is held against: a fraction of the others' median, never below 0 (method.md 4)."""
-    return tuple(max(0.0, MEDIAN_FRACTION * typical) for typical in _medians_of_others(margins))
-
-
-def _medians_of_others(margins: Sequence[Margin]) -> list[float]:
-    """The median margin of the others for each; 0 where there are none."""
     values = [own.estimate.value for own in margins]
     others = [values[:place] + values[place + 1 :] for place in range(len(values))]
-    return [median(own) if own else 0.0 for own in others]
+    return tuple(max(0.0, MEDIAN_FRACTION * median(own)) if own else 0.0 for own in others)
 
 
 def far_under(margins: Mapping[int, Margin]) -> frozenset[int]:
-    """The blocks that earn far less than the others."""
-    medians = _medians_of_others(list(margins.values()))
-    return frozenset(
-        index
-        for (index, own), typical in zip(margins.items(), medians, strict=True)
-        if own.estimate.high < FAR_UNDER * typical
-    )
+    """The blocks that earn far less than the blocks before and after them.
+
+    Not than the median of all: in a shallow model the first block's margin, which is often many times the others',
+    would make every other one look weak.
+    """
+    found = []
+    for index, own in margins.items():
+        near = [margins[place].estimate.value for place in (index - 1, index + 1) if place in margins]
+        least = min(near, default=0.0)
+        if own.estimate.value < FAR_UNDER * least and own.estimate.high < least:
+            found.append(index)
+    return frozenset(found)
 
 
 def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from peel_agent.peel.margins.margin import Margin, Place, by_place, margins_of, of_target, thresholds
+from peel_agent.peel.margins.margin import Margin, Place, by_place, margins_of, may_be_better, of_target, thresholds
 from peel_agent.peel.numerics.intervals import estimate
 from peel_agent.peel.numerics.losses import Losses
 from peel_agent.peel.numerics.stopwatch import Stopwatch
@@ -77,7 +77,7 @@ def race(
 
 def _raced(trace: Trace, plan: Plan, swept: Sweep, comparison: Comparison | None) -> Raced:
     selecting = len(trace.probe.select)
-    margins = margins_of(swept.trained, swept.variants, plan.references, selecting)
+    margins = margins_of(swept.trained, swept.variants, plan.references, selecting, unsure_of_best=plan.few_sequences)
     progress: dict[Place, Estimate] = {}
     # What was measured before the comparison fell counts for nothing: its files may be torn.
     for variant, losses in swept.progress.items() if comparison is not None and comparison.stands else ():
@@ -131,8 +131,7 @@ def contenders(variants: Mapping[Variant, Losses], margins: Mapping[Place, Margi
     for place in still_open(margins):
         best = losses[place][margins[place].best]
         for name, own in losses[place].items():
-            measured = np.isfinite(own)
-            if estimate((own - best)[measured]).low <= 0.0:
+            if may_be_better(own, best):
                 found.append(Variant(*place, name))
     return tuple(found)
 
