@@ -40,6 +40,8 @@ NOTICE = Notice(
     "the attention of model.layers.0 earns less — see",
     600,
     ("it does nothing yet",),
+    ("margins of parts were not asked for",),
+    "peel-agent status",
 )
 
 FULL = PeelReport(
@@ -200,12 +202,15 @@ FORM = {
             "text": "the attention of model.layers.0 earns less — see",
             "since_step": 600,
             "causes": ["it does nothing yet"],
+            "unchecked": ["margins of parts were not asked for"],
+            "command": "peel-agent status",
         }
     ],
     "skipped": [{"what": "affine of model.layers.1", "why": "512 fit tokens; 1024 would be enough"}],
     "timing": {"load": 0.1, "capture": 0.2, "solve": 0.3, "score": 0.4},
 }
 
+TEXTS = st.lists(st.text()).map(tuple)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 ESTIMATES = st.builds(Estimate, NUMBERS, NUMBERS, NUMBERS)
 CHANGES = st.builds(Change, NUMBERS, st.none() | st.builds(WorstMatrix, st.text(), NUMBERS))
@@ -252,7 +257,7 @@ REPORTS = st.builds(
     bound_step=st.none() | st.integers(),
     since_step=st.none() | st.integers(),
     finding=st.none() | FINDINGS,
-    alerts=st.lists(st.builds(Notice, causes=st.lists(st.text()).map(tuple))).map(tuple),
+    alerts=st.lists(st.builds(Notice, causes=TEXTS, unchecked=TEXTS, command=st.none() | st.text())).map(tuple),
     schema=st.just("peel-agent/report/1"),
 )
 
