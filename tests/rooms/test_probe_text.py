@@ -304,6 +304,16 @@ def test_a_tokenizer_that_cannot_be_used(tmp_path: Path, spoil: Any, words: str)
         load(tmp_path / "p.txt", tmp_path / "tokenizer.json")
 
 
+def test_a_text_that_the_tokenizer_cannot_encode(tmp_path: Path) -> None:
+    """A tokenizer without a token for what it does not know is refused with the text, not with a traceback."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "p.txt").write_text("b")
+    with pytest.raises(ProbeError, match=r"cannot encode a text of p\.txt"):
+        load(tmp_path / "p.txt", tmp_path)
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -39,7 +39,13 @@ def tokenised(texts: Iterable[str], path: Path, tokenizer: Path | None, limit: i
     encode = open_tokenizer(tokenizer, path)
     ids: list[int] = []
     for text in texts:
-        ids.extend(encode(text))
+        try:
+            ids.extend(encode(text))
+        except Exception as error:  # the libraries raise nothing narrower
+            raise ProbeError(
+                f"the tokenizer cannot encode a text of {path.name}: {error}",
+                remedy="give the tokenizer of the model that was trained on such text, whole as it was saved",
+            ) from error
         if len(ids) >= limit:
             break
     if not ids:
