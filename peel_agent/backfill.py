@@ -11,6 +11,7 @@ from peel_agent.errors import printable
 from peel_agent.journal import Journal
 from peel_agent.ledger import Lane
 from peel_agent.run import Run
+from peel_agent.spi import Declining
 
 DRAIN_SECONDS = 300.0
 """How long everything that is owed may take to be sent, or to fail, once."""
@@ -35,7 +36,8 @@ def tell_what_was_read(run: Run, journal: Journal) -> int:
     ledger, name = run.ledger, run.settings.name
     if ledger.count("peeled"):
         return 0
-    formats = ", ".join(form.name for form in registry.formats(run.settings.watch.format))
+    read = (form for form in registry.formats(run.settings.watch.format) if not isinstance(form, Declining))
+    formats = ", ".join(form.name for form in read)
     words = f"nothing readable in {run.source.label}: expected checkpoints of one of the formats {formats}"
     journal.tell("unreadable", f"{words}, such as checkpoint-N", run=name, level="error")
     for path, reason in ledger.refused():

@@ -7,7 +7,7 @@ neither torch nor a tracker's library.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from peel_agent.errors import (
     IncompleteCheckpoint,
     TornCheckpoint,
     WorkerError,
+    printable,
 )
 from peel_agent.probing import probe_for, probe_path, probe_sizes
 from peel_agent.records import (
@@ -45,7 +46,7 @@ from peel_agent.records import (
     YesMemory,
 )
 from peel_agent.spi import Format
-from peel_agent.watch import checkpoint_ref, fetch, fingerprint, is_url
+from peel_agent.watch import checkpoint_ref, fetch, fingerprint, inspected, is_url
 
 
 def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
@@ -54,10 +55,11 @@ def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}", remedy="give the path of a checkpoint directory or file")
     listing = LocalListing(path)
-    winner = registry.claimed(listing, registry.formats(format_name))
+    formats = registry.formats(format_name)
+    winner = registry.claimed(listing, formats)
     if winner is not None:
         form, _ = winner
-        readiness = form.inspect(listing)
+        readiness = inspected(listing, form)
         if readiness.state == "complete":
             return checkpoint_ref(path, form.name, readiness, form.step(listing))
         if readiness.state == "damaged":
@@ -68,10 +70,19 @@ def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
             remedy=readiness.remedy or "wait until it is written, or take another checkpoint",
         )
     raise CheckpointError(
-        f"{path} is no checkpoint of a known format",
+        f"{path} is no checkpoint of a known format{_what_it_holds(listing, formats)}",
         remedy="give one checkpoint (a checkpoint-N or save_pretrained folder, a .safetensors or .pt file); "
         "for a folder of checkpoints use `peel-agent watch --once`",
     )
+
+
+def _what_it_holds(listing: LocalListing, formats: Sequence[Format]) -> str:
+    """The checkpoints in a folder that is none itself, or else what is in it."""
+    names = sorted(listing.names())
+    inside = [name for name in names if registry.claimed(listing.folder(name), formats) is not None]
+    if inside:
+        return printable(f"; there are checkpoints in it ({', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''})")
+    return printable(f"; it holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}") if names else ""
 
 
 def measure(

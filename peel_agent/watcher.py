@@ -10,11 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peel_agent import registry
 from peel_agent.errors import ConfigurationError, PeelError, printable
 from peel_agent.journal import Journal
 from peel_agent.run import Run
-from peel_agent.watch import Folder, Hints, Observed, nearby
+from peel_agent.watch import Folder, Hints, Observed
 
 LOOK_PAUSE_SECONDS = 0.5
 """A save in progress raises a hint for every write; looks keep at least this far apart."""
@@ -94,11 +93,18 @@ class Watcher:
             self.on_end()
 
     def _await(self, root: Path) -> bool:
-        """Waits for a directory that is not there, or not there yet; False when the agent ends meanwhile."""
+        """Waits for a directory that is not there, or not there yet; False when the agent ends meanwhile.
+
+        What is asked for once is not waited for.
+        """
         while not self._stopping.is_set():
             with suppress(OSError):
                 if root.exists():
                     return True
+            if self.run.once:
+                remedy = "give the directory that the training writes its checkpoints to, or ask again once it is there"
+                self.journal.tell("unreadable", f"{root} is not there -> {remedy}", run=self.name, level="error")
+                return False
             words = f"{root}: it is not there now; nothing is lost, and it is looked for again"
             self.journal.begin(f"run/{self.key}/place", words, run=self.name)
             self._stopping.wait(FIRST_TROUBLE_SECONDS)
@@ -166,14 +172,14 @@ class Watcher:
             self.journal.end(trouble, f"{source.label} is there again", run=self.name)
 
     def _say_what_is_near(self, observed: Observed) -> None:
-        """Once, where nothing was ever found: a folder too high, an adapter, a link that is not followed."""
+        """Once, where nothing was ever found: a folder too high, a link that is not followed, other things."""
         source = self.run.source
-        if self._has_looked_near or not isinstance(source, Folder):
+        if self._has_looked_near or source.away is not None:
             return
         is_empty = not (observed.ready or observed.waiting or observed.unreadable)
         self._has_looked_near = True
         if is_empty and not self.run.ledger.count("peeled"):
-            for sentence in nearby(source.root, registry.formats(self.run.settings.watch.format)):
+            for sentence in source.near():
                 self.journal.tell("unreadable", sentence, run=self.name, level="warning")
 
     def _words_of_ledger(self, error: sqlite3.Error) -> str:

@@ -51,7 +51,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def _check_place(place: str) -> None:
-    if not is_url(place) and not Path(place).is_dir():
+    # One that is not there yet is waited for.
+    if not is_url(place) and Path(place).exists() and not Path(place).is_dir():
         raise ConfigurationError(
             f"{place} is no directory", remedy="give the directory that the training writes its checkpoints to"
         )

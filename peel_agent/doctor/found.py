@@ -16,7 +16,7 @@ from peel_agent.errors import ConfigurationError, PeelError, WorkerError
 from peel_agent.records import CheckpointRef, ModelSettings, ProbeSettings, plain
 from peel_agent.spi import Format
 from peel_agent.watch import Settling, Unread, scan
-from peel_agent.watch.nearby import contents, misplaced
+from peel_agent.watch.nearby import contents, misplaced, of_folder
 
 CHILD_SECONDS = 300.0
 """So long a child may take to open a checkpoint and a probe: longer than a slow file server needs for their headers."""
@@ -52,8 +52,9 @@ def checkpoints_in(root: Path, format_name: str, markers: Sequence[str], now: fl
     seen = Checkpoints(observed.ready, observed.waiting, observed.unreadable)
     if observed.ready:
         return seen
-    wrong = misplaced(root, formats)
-    return replace(seen, misplaced=wrong, other=() if wrong else contents(root, formats))
+    label, listing = str(root.resolve()), of_folder(root)
+    wrong = misplaced(listing, label, formats)
+    return replace(seen, misplaced=wrong, other=() if wrong else contents(listing, label, formats))
 
 
 @dataclass(frozen=True)

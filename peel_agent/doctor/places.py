@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from peel_agent import registry
 from peel_agent.config import RunSettings
 from peel_agent.doctor.configuration import failed
 from peel_agent.doctor.found import Checkpoints, Opened, checkpoints_in, opened_by_child
@@ -16,8 +17,12 @@ from peel_agent.mounts import SILENT, kind_of
 from peel_agent.probing import probe_path
 from peel_agent.records import Check, CheckpointRef
 from peel_agent.watch import Hints, Pins, Store, is_url
+from peel_agent.watch.nearby import misplaced
+from peel_agent.watch.objects import ObjectListing
 from peel_agent.watch.pins import spare_bytes
+from peel_agent.watch.units import Division
 
+WHERE = "see to that: [watch] path is the folder that a run's whole checkpoints are directly in"
 GIB = 2**30
 LEAST_STATE_BYTES = 256 * 2**20
 CLOCK_SECONDS = 30.0
@@ -77,7 +82,7 @@ def check_place(run: RunSettings, state_dir: Path | None, name: str, now: Callab
     """The watched place of a run, the model in it, the probe, and what an agent does there; `name` begins each."""
     place = str(run.watch.path)
     if is_url(place):
-        yield from _bucket(place, name)
+        yield from _bucket(run, place, name)
         yield from _probe_file(run, name)
         return
     root = Path(place)
@@ -106,8 +111,7 @@ def _contents(root: Path, found: Checkpoints, what: str) -> Check:
         count = f"{len(found.whole)} whole checkpoint{'s' if len(found.whole) != 1 else ''} in {root}"
         return Check(what, True, f"{count}, the last {newest.path.name} ({newest.format}{step}){others}")
     if found.misplaced:
-        remedy = "see to that: [watch] path is the folder that a run's whole checkpoints are directly in"
-        return Check(what, False, f"no checkpoint in {root}: {'; '.join(found.misplaced)}", remedy)
+        return Check(what, False, f"no checkpoint in {root}: {'; '.join(found.misplaced)}", WHERE)
     if found.unreadable:
         path, reason, remedy = found.unreadable[0]
         remedy = remedy or "save it in a format that is read"
@@ -120,7 +124,7 @@ def _contents(root: Path, found: Checkpoints, what: str) -> Check:
     return Check(what, None, words, "ask again once there is a checkpoint: then the model is tried")
 
 
-def _bucket(url: str, name: str) -> Iterator[Check]:
+def _bucket(run: RunSettings, url: str, name: str) -> Iterator[Check]:
     what = f"{name}watched place"
     try:
         objects = Store(url).list()
@@ -129,6 +133,12 @@ def _bucket(url: str, name: str) -> Iterator[Check]:
         return
     newest = max((remote.modified_ns for remote in objects), default=0)
     words = f"{url} can be listed: {len(objects):,} objects" + ("" if newest else "; it is empty as yet")
+    listing = ObjectListing(url.rstrip("/").rpartition("/")[2], objects)
+    formats = registry.formats(run.watch.format)
+    found_below = () if Division(listing.name, formats).units(objects) else misplaced(listing, url, formats)
+    if found_below:
+        yield Check(what, False, f"no checkpoint in {url}: {'; '.join(found_below)}", WHERE)
+        return
     yield Check(what, True, words)
     remedy = "try one: peel-agent scan URL --probe FILE"
     yield Check(f"{name}model", None, "a checkpoint of an object store is not fetched only to be looked at", remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import stat
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ class Listing(Protocol):
     def is_folder_at(self, name: str) -> bool:
         """True for a folder of this name in the folder, or a link to one."""
 
+    def is_link(self, name: str) -> bool:
+        """True for a link of this name, wherever it leads."""
+
     def folder(self, name: str) -> Listing:
         """What is in the folder of this name; empty where there is none."""
 
@@ -75,11 +79,17 @@ class Listing(Protocol):
 
 
 class LocalListing:
-    """The `Listing` of a path on this machine, as it was when it was first asked: make a new one for every look."""
+    """The `Listing` of a path on this machine, as it was when it was first asked: make a new one for every look.
 
-    def __init__(self, path: Path, parent: LocalListing | None = None) -> None:
+    Of a folder with more than `most` entries, and of those in it, so many are seen. `denied` says that it may not be
+    listed.
+    """
+
+    def __init__(self, path: Path, parent: LocalListing | None = None, *, most: int | None = None) -> None:
         self.path = path
+        self.denied = False
         self._parent = parent
+        self._most = most
         self._children: dict[str, LocalListing] = {}
 
     @property
@@ -115,13 +125,12 @@ class LocalListing:
         return stat.S_ISDIR(self._mode_of(name))
 
     def is_link(self, name: str) -> bool:
-        """True for a link of this name, wherever it leads."""
         entry = self._entries.get(name)
         return entry is not None and entry.is_symlink()
 
     def folder(self, name: str) -> LocalListing:
         if name not in self._children:
-            self._children[name] = LocalListing(self.path / name, self)
+            self._children[name] = LocalListing(self.path / name, self, most=self._most)
         return self._children[name]
 
     def size(self, name: str) -> int:
@@ -160,8 +169,9 @@ class LocalListing:
     def _entries(self) -> dict[str, os.DirEntry[str]]:
         try:
             with os.scandir(self.path) as entries:
-                return {entry.name: entry for entry in entries}
-        except (OSError, ValueError):
+                return {entry.name: entry for entry in itertools.islice(entries, self._most)}
+        except (OSError, ValueError) as error:
+            self.denied = isinstance(error, PermissionError)
             return {}
 
 

@@ -4,10 +4,9 @@ from peel_agent.watch.earlier import Earlier
 from peel_agent.watch.events import Hints
 from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror
-from peel_agent.watch.nearby import nearby
 from peel_agent.watch.pins import NoRoom, Pins
 from peel_agent.watch.queue import Queue
-from peel_agent.watch.scan import Sighting, scan
+from peel_agent.watch.scan import Sighting, inspected, scan
 from peel_agent.watch.settle import GIVE_UP_SECONDS, Observed, Settling, Unread, checkpoint_ref, fingerprint
 from peel_agent.watch.source import Bucket, Folder, Source
 from peel_agent.watch.store import Store, is_url
@@ -31,7 +30,7 @@ __all__ = [
     "checkpoint_ref",
     "fetch",
     "fingerprint",
+    "inspected",
     "is_url",
-    "nearby",
     "scan",
 ]

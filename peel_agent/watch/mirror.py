@@ -21,6 +21,7 @@ from typing import Any
 from peel_agent.errors import CheckpointError, NoRoom, TornCheckpoint
 from peel_agent.spi import Format
 from peel_agent.watch.fetch import check_space, check_unchanged, download
+from peel_agent.watch.objects import ObjectListing
 from peel_agent.watch.pins import COMPANIONS
 from peel_agent.watch.settle import GIVE_UP_SECONDS, Unread, waits_for
 from peel_agent.watch.store import RemoteObject, Store, torn
@@ -83,6 +84,7 @@ class Mirror:
         self._done: dict[str, _Done] = {}
         self._rests: dict[str, tuple[str, float]] = {}
         self._written = ""
+        self._listed: Sequence[RemoteObject] = ()
         self._recall()
         for path in (self._objects, self.root.parent):
             path.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,7 @@ class Mirror:
         store any more is removed; files that somebody holds open, or has links to, stay. Raises StoreUnavailable, after
         which everything is as it was, and ConfigurationError.
         """
-        listing = self._store.list()
+        listing = self._listed = self._store.list()
         units = self._division.units(listing)
         companions = companions_of(listing)
         self._forget(units, companions)
@@ -138,6 +140,10 @@ class Mirror:
         self._done[name] = held
         self._remember()
         self._remove(name)
+
+    def listing(self) -> ObjectListing:
+        """What was in the store when it was last listed."""
+        return ObjectListing(self._store.name, self._listed)
 
     def url(self, name: str) -> str:
         """Where in the store the unit of this name is."""

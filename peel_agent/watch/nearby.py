@@ -1,19 +1,19 @@
-"""What is in a watched folder, and one or two levels below it, when no checkpoint is found where they are looked for.
+"""What is in a watched place, and one or two levels below it, when no checkpoint is found where they are looked for.
 
-No link is followed, and a large tree is not looked through to its end.
+Nothing behind a link is looked at, and a large tree is not looked through to its end.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from peel_agent.errors import printable
-from peel_agent.records import Claim, LocalListing
+from peel_agent.records import Claim, Listing, LocalListing
 from peel_agent.registry import claimed
 from peel_agent.spi import Declining, Format
+from peel_agent.watch.links import NotFollowed, target_of
 from peel_agent.watch.scan import LEVELS, STAGING
 
 DEEPER = 2
@@ -24,123 +24,107 @@ MAX_SENTENCES = 6
 SHOWN = 3
 
 
-@dataclass(frozen=True)
-class _Entry:
-    path: Path
-    is_link: bool
-    is_folder: bool
-
-
 @dataclass
 class _Seen:
-    """What was met on the way down, in the order in which it was met."""
+    """What was met on the way down from `root`, in the order in which it was met, by the places' names."""
 
-    below: dict[Path, list[str]] = field(default_factory=dict)
-    declined: list[tuple[Path, Claim]] = field(default_factory=list)
-    staged: list[Path] = field(default_factory=list)
-    links: list[Path] = field(default_factory=list)
+    root: Path | None
+    formats: Sequence[Format]
+    below: dict[str, list[str]] = field(default_factory=dict)
+    declined: list[tuple[str, Claim]] = field(default_factory=list)
+    staged: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
     left: int = MAX_ENTRIES
 
 
-def nearby(root: Path, formats: Sequence[Format]) -> tuple[str, ...]:
-    """Sentences that say what is there instead of checkpoints; none for an empty folder, or one that cannot be listed.
+def of_folder(root: Path) -> LocalListing:
+    """A folder of this machine to be looked at here: not to the end of one with many entries."""
+    return LocalListing(root.resolve(), most=MAX_ENTRIES)
 
-    To be asked when `scan` found nothing whole: a folder too high, a link, a folder of other things.
+
+def nearby(root: Listing, label: str, formats: Sequence[Format]) -> tuple[str, ...]:
+    """Sentences that say what is there instead of checkpoints; none for an empty place, or one that cannot be listed.
+
+    To be asked when nothing whole was found: a folder too high, a link that is not followed, a folder of other things.
+    `label` is what to call the place.
     """
-    root = root.resolve()
-    return misplaced(root, formats) or contents(root, formats)
+    return misplaced(root, label, formats) or contents(root, label, formats)
 
 
-def misplaced(root: Path, formats: Sequence[Format]) -> tuple[str, ...]:
+def misplaced(root: Listing, label: str, formats: Sequence[Format]) -> tuple[str, ...]:
     """Sentences on what only somebody's doing can mend: checkpoints further below, links; at most six."""
-    seen = _Seen()
-    _look(root.resolve(), formats, 0, seen)
+    seen = _Seen(root.path if isinstance(root, LocalListing) else None, formats)
+    _look(root, label, 0, seen)
     sentences = [_too_high(folder, names) for folder, names in seen.below.items()]
-    sentences += [f"in {_shown(path.parent)}, {claim.fault}; {claim.remedy}" for path, claim in seen.declined]
+    sentences += [f"in {printable(place)}, {claim.fault}; {claim.remedy}" for place, claim in seen.declined]
     sentences += [
-        f"{_shown(path)} has the name of a checkpoint that is still being put together" for path in seen.staged
+        f"{printable(place)} has the name of a checkpoint that is still being put together" for place in seen.staged
     ]
-    sentences += [_link(path) for path in seen.links]
+    sentences += seen.links
     if len(sentences) > MAX_SENTENCES:
         return (*sentences[: MAX_SENTENCES - 1], f"and {len(sentences) - MAX_SENTENCES + 1} more such places")
     return tuple(sentences)
 
 
-def contents(root: Path, formats: Sequence[Format]) -> tuple[str, ...]:
+def contents(root: Listing, label: str, formats: Sequence[Format]) -> tuple[str, ...]:
     """One sentence on what a folder holds when nothing of it is a checkpoint; none for an empty one."""
-    entries = _entries(root.resolve(), MAX_ENTRIES)
-    if not entries or any(_is_recognised(path, formats) for path in (root, *(entry.path for entry in entries))):
+    names = sorted(root.names())
+    listings = (root, *(root.folder(name) for name in names))
+    if not names or any(claimed(listing, formats) is not None for listing in listings):
         return ()
-    names = [entry.path.name + ("/" if entry.is_folder else "") for entry in entries]
+    shown = [name + ("/" if _is_folder(root, name) else "") for name in names]
     known = ", ".join(sorted(form.name for form in formats if not isinstance(form, Declining)))
     count = f"{len(names):,} entries" + (" or more" if len(names) >= MAX_ENTRIES else "")
-    return (f"{_shown(root)} holds {count} ({_some(names)}), and no checkpoint of a format that is read: {known}",)
+    return (f"{printable(label)} holds {count} ({_some(shown)}), and no checkpoint of a format that is read: {known}",)
 
 
-def _look(folder: Path, formats: Sequence[Format], level: int, seen: _Seen) -> None:
+def _look(folder: Listing, label: str, level: int, seen: _Seen) -> None:
     """`level` is how far the folder is below the root."""
-    entries = _entries(folder, seen.left)
-    seen.left -= len(entries)
-    for entry in entries:
-        if entry.is_link:
-            if level <= LEVELS:
-                seen.links.append(entry.path)
-        elif entry.is_folder and STAGING.fullmatch(entry.path.name):
-            seen.staged.append(entry.path)
-        elif not entry.path.name.startswith("."):
-            _look_at(entry, formats, level, seen)
+    names = sorted(folder.names())[: seen.left]
+    seen.left -= len(names)
+    for name in names:
+        place = f"{label}/{name}"
+        if folder.is_link(name):
+            if level <= LEVELS and isinstance(folder, LocalListing) and seen.root is not None:
+                seen.links.append(_link(folder.path / name, seen.root))
+        elif _is_folder(folder, name) and STAGING.fullmatch(name):
+            seen.staged.append(place)
+        elif not name.startswith("."):
+            _look_at(folder, name, label, level, seen)
 
 
-def _look_at(entry: _Entry, formats: Sequence[Format], level: int, seen: _Seen) -> None:
-    """One file or folder that is no link. What is higher than the levels of `scan` is told by that."""
-    winner = claimed(LocalListing(entry.path), formats)
+def _look_at(folder: Listing, name: str, label: str, level: int, seen: _Seen) -> None:
+    """One file or folder that is no link. What is no deeper than `scan` looks is told by that."""
+    winner = claimed(folder.folder(name), seen.formats)
     if winner is not None and level >= LEVELS:
         if winner[1].strength == "declined":
-            seen.declined.append((entry.path, winner[1]))
+            seen.declined.append((label, winner[1]))
         else:
-            seen.below.setdefault(entry.path.parent, []).append(entry.path.name)
-    elif winner is None and entry.is_folder and level < LEVELS + DEEPER - 1 and seen.left > 0:
-        _look(entry.path, formats, level + 1, seen)
+            seen.below.setdefault(label, []).append(name)
+    elif winner is None and _is_folder(folder, name) and level < LEVELS + DEEPER - 1 and seen.left > 0:
+        _look(folder.folder(name), f"{label}/{name}", level + 1, seen)
 
 
-def _is_recognised(path: Path, formats: Sequence[Format]) -> bool:
-    return claimed(LocalListing(path), formats) is not None
+def _is_folder(folder: Listing, name: str) -> bool:
+    return folder.is_folder_at(name) and not folder.is_link(name)
 
 
-def _entries(folder: Path, most: int) -> list[_Entry]:
-    """At most so many entries of a folder, in the order of their names; none of one that cannot be listed."""
-    found: list[_Entry] = []
-    try:
-        with os.scandir(folder) as listed:
-            for entry in listed:
-                if len(found) >= most:
-                    break
-                found.append(_Entry(Path(entry.path), entry.is_symlink(), entry.is_dir(follow_symlinks=False)))
-    except OSError:
-        return []
-    return sorted(found, key=lambda entry: entry.path.name)
-
-
-def _too_high(folder: Path, names: Sequence[str]) -> str:
+def _too_high(folder: str, names: Sequence[str]) -> str:
     what = "is a checkpoint" if len(names) == 1 else f"are {len(names)} checkpoints"
     return (
-        f"in {_shown(folder)} there {what} ({_some(names)}): too deep to be seen from the folder that was given; "
+        f"in {printable(folder)} there {what} ({_some(names)}): too deep to be seen from the folder that was given; "
         "give that one"
     )
 
 
-def _link(path: Path) -> str:
+def _link(link: Path, root: Path) -> str:
     try:
-        target = printable(str(path.readlink()))
-    except OSError:
-        target = "elsewhere"
-    return f"{_shown(path)} is a link to {target}, and no link is followed: give the folder that it names"
+        target = target_of(link, root).path
+    except NotFollowed as answer:
+        return f"{printable(str(link))} {answer}: give the folder that it names"
+    return f"{printable(str(link))} is a link to {printable(str(target))}, which is no checkpoint: give that folder"
 
 
 def _some(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > SHOWN else ""
     return printable(", ".join(names[:SHOWN])) + more
-
-
-def _shown(path: Path) -> str:
-    return printable(str(path))

@@ -47,6 +47,10 @@ class ObjectListing:
     def is_folder_at(self, name: str) -> bool:
         return name in self._folders
 
+    def is_link(self, _name: str) -> bool:
+        """False: a store has no links."""
+        return False
+
     def folder(self, name: str) -> ObjectListing:
         return ObjectListing(name, self._folders.get(name, ()), self)
 

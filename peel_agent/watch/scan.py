@@ -1,4 +1,4 @@
-"""What is under the watched root now: every checkpoint that a format recognises, whole or not."""
+"""What is under the watched root now: every checkpoint that a format claims, whole or not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from peel_agent.errors import ConfigurationError
 from peel_agent.records import LocalListing, Readiness
 from peel_agent.registry import claimed
 from peel_agent.spi import Format
+from peel_agent.watch.links import REMEDY, NotFollowed, target_of
 from peel_agent.watch.pins import FOLDER as PINS
 
 STAGING = re.compile(
@@ -25,7 +26,7 @@ LEVELS = 1
 
 @dataclass(frozen=True)
 class Sighting:
-    """A path that a format recognised, and what that format says about it.
+    """A path that a format claimed, and what that format says about it.
 
     `lacking` are the marker files of the configuration that are not in its folder.
     """
@@ -42,32 +43,75 @@ def scan(root: Path, formats: Sequence[Format], markers: Sequence[str] = ()) -> 
 
     The format with the strongest claim has a path. A claimed folder is one checkpoint, so its files are not looked at
     again; its sub-folders are, because Trainer ends a run by saving the model beside its checkpoints: the
-    `checkpoint-N` come first, then that last export. Links and hidden names are passed over: what is inside the root
-    is found under its own name. What vanishes meanwhile is no error; a root that may not be listed is
-    ConfigurationError. `markers` are names of files that a checkpoint's folder must have; a single file needs none.
+    `checkpoint-N` come first, then that last export. Hidden names are passed over. A link is followed one step (see
+    `target_of`): what it leads to has its own path, and is seen once. What vanishes meanwhile is no error; a root that
+    may not be listed is ConfigurationError. `markers` are names of files that a checkpoint's folder must have; a single
+    file needs none.
     """
     root = root.resolve()
     if os.access(root, os.F_OK) and not os.access(root, os.R_OK):
         raise ConfigurationError(
             f"{root} may not be listed", remedy="give the user of peel-agent read and search permission on it"
         )
-    return tuple(_sightings(LocalListing(root), formats, LEVELS, markers))
+    return tuple(_Scan(root, formats, markers).sightings(LocalListing(root), LEVELS))
 
 
-def _sightings(
-    listing: LocalListing, formats: Sequence[Format], levels: int, markers: Sequence[str]
-) -> Iterator[Sighting]:
-    winner = claimed(listing, formats)
-    for name in _children(listing) if levels > 0 else ():
-        if listing.is_folder_at(name):
-            yield from _sightings(listing.folder(name), formats, levels - 1, markers)
-        elif winner is None:
-            yield from _sightings(listing.folder(name), formats, 0, markers)
-    if winner is not None:
-        form = winner[0]
-        readiness = form.inspect(listing)
-        step = form.step(listing) if readiness.state == "complete" else None
-        yield Sighting(listing.path, form.name, readiness, step, _lacking(listing, markers))
+@dataclass(frozen=True)
+class _Scan:
+    root: Path
+    formats: Sequence[Format]
+    markers: Sequence[str]
+
+    def sightings(self, listing: LocalListing, levels: int) -> Iterator[Sighting]:
+        winner = claimed(listing, self.formats)
+        names = sorted(name for name in listing.names() if not is_aside(name)) if levels > 0 else []
+        for name in names:
+            if listing.is_link(name):
+                continue
+            if listing.is_folder_at(name):
+                yield from self.sightings(listing.folder(name), levels - 1)
+            elif winner is None:
+                yield from self.sightings(listing.folder(name), 0)
+        yield from self._behind_links(listing, [name for name in names if listing.is_link(name)])
+        if winner is not None:
+            form = winner[0]
+            readiness = inspected(listing, form)
+            step = form.step(listing) if readiness.state == "complete" else None
+            yield Sighting(listing.path, form.name, readiness, step, _lacking(listing, self.markers))
+
+    def _behind_links(self, folder: LocalListing, names: Sequence[str]) -> Iterator[Sighting]:
+        seen: set[Path] = set()
+        for name in names:
+            link = folder.path / name
+            try:
+                target = target_of(link, self.root)
+            except NotFollowed as answer:
+                yield from self._refused(link, str(answer))
+                continue
+            is_seen = target.path in seen or target.path.parent == folder.path
+            seen.add(target.path)
+            if not is_seen and not is_aside(target.name):
+                yield from self.sightings(target, 0)
+
+    def _refused(self, link: Path, reason: str) -> Iterator[Sighting]:
+        """A link that is not followed, when there is a checkpoint behind it that is not seen otherwise."""
+        real = Path(os.path.realpath(link))
+        if real.is_dir() and real.parent != link.parent and not self.root.is_relative_to(real):
+            winner = claimed(LocalListing(real), self.formats)
+            if winner is not None:
+                yield Sighting(link, winner[0].name, Readiness("damaged", f"{link.name} {reason}", remedy=REMEDY), None)
+
+
+def inspected(listing: LocalListing, form: Format) -> Readiness:
+    """What a format says of a path; of a folder that may not be listed, that, and how to mend it."""
+    listing.names()
+    if listing.denied:
+        return Readiness(
+            "incomplete",
+            f"{listing.path} may not be listed",
+            remedy="give the user that peel-agent runs as the right to list and search it (chmod, setfacl)",
+        )
+    return form.inspect(listing)
 
 
 def _lacking(listing: LocalListing, markers: Sequence[str]) -> tuple[str, ...]:
@@ -78,8 +122,3 @@ def _lacking(listing: LocalListing, markers: Sequence[str]) -> tuple[str, ...]:
 def is_aside(name: str) -> bool:
     """True for a name that is passed over: hidden, our own, or that of a checkpoint still being put together."""
     return name.startswith(".") or name == PINS or STAGING.fullmatch(name) is not None
-
-
-def _children(folder: LocalListing) -> list[str]:
-    """Each child that is no link, not hidden and not still put together."""
-    return sorted(name for name in folder.names() if not is_aside(name) and not folder.is_link(name))

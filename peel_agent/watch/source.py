@@ -12,6 +12,7 @@ from peel_agent.errors import StoreUnavailable
 from peel_agent.records import CheckpointRef
 from peel_agent.spi import Format
 from peel_agent.watch.mirror import Mirror
+from peel_agent.watch.nearby import nearby, of_folder
 from peel_agent.watch.scan import scan
 from peel_agent.watch.settle import Observed, Settling, Unread
 from peel_agent.watch.units import ROOT
@@ -29,6 +30,9 @@ class Source(Protocol):
 
     def look(self, now: float) -> Observed:
         """What is there at the time `now`, in Unix seconds."""
+
+    def near(self) -> tuple[str, ...]:
+        """Sentences on what is there instead, when the last look found nothing."""
 
     def done(self, ref: CheckpointRef) -> None:
         """The checkpoint is not needed any more."""
@@ -51,6 +55,9 @@ class Folder:
         if self.away is not None:
             return Observed((), (Unread(self.label, "it is not there now"),), ())
         return self._settling.observe(scan(self.root, self._formats, self._markers), now)
+
+    def near(self) -> tuple[str, ...]:
+        return nearby(of_folder(self.root), str(self.root.resolve()), self._formats)
 
     def done(self, ref: CheckpointRef) -> None:
         """The trainer's own files stay."""
@@ -90,6 +97,9 @@ class Bucket:
             waiting=(*observed.waiting, *waiting),
             unreadable=(*(one._replace(place=self._url(Path(one.place))) for one in observed.unreadable), *refused),
         )
+
+    def near(self) -> tuple[str, ...]:
+        return nearby(self.mirror.listing(), self.label, self.formats)
 
     def done(self, ref: CheckpointRef) -> None:
         self.mirror.drop(ref.path)

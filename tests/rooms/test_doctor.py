@@ -37,7 +37,7 @@ from peel_agent.ledger import Ledger
 from peel_agent.pipeline import locate
 from peel_agent.records import Check, Claim, Listing, ModelSettings, ProbeSettings
 from peel_agent.testing import trackers as kit
-from peel_agent.watch import nearby
+from peel_agent.watch.nearby import nearby, of_folder
 from peel_plugins.trackers import jsonl_file, mlflow_run
 from tests import nvml, servers, zoo
 from tests.nvml import Gpu
@@ -94,8 +94,11 @@ def adapter_below(root: Path) -> None:
 
 
 def linked(root: Path) -> None:
-    outside = write_checkpoint(root.parent / "outside" / "checkpoint-3", 3)
-    (root / "latest").symlink_to(outside)
+    write_checkpoint(root.parent / "outside" / "checkpoint-3", 3)
+    (root.parent / "current").symlink_to(root.parent / "outside")
+    (root / "all").symlink_to(root.parent / "outside")
+    (root / "latest").symlink_to(root.parent / "current")
+    (root / "last.pt").symlink_to(root.parent / "outside" / "checkpoint-3" / "model.safetensors")
 
 
 def staged(root: Path) -> None:
@@ -113,7 +116,15 @@ class TestNearby:
         [
             (too_high, ["exp1/checkpoints there are 2 checkpoints (checkpoint-10, checkpoint-5)", "exp2 there is a"]),
             (adapter_below, ["a/b there is a checkpoint (checkpoint-5)"]),
-            (linked, ["latest is a link to", "outside/checkpoint-3, and no link is followed"]),
+            (
+                linked,
+                [
+                    "outside, which is no checkpoint: give that folder",
+                    "latest is a link to",
+                    "which is itself a link, and one step is followed: give the folder that it names",
+                    "which is no folder, and only those to folders are followed",
+                ],
+            ),
             (staged, ["tmp-checkpoint-5 has the name of a checkpoint that is still being put together"]),
             (others, ["holds 2 entries (logs/, notes\\x1b[31m.txt), and no checkpoint", "transformers"]),
             (lambda root: None, []),
@@ -124,7 +135,7 @@ class TestNearby:
         """Each mistake has a sentence that names the place; an empty folder has none."""
         (tmp_path / "run").mkdir()
         make(tmp_path / "run")
-        sentences = nearby(tmp_path / "run", FORMATS)
+        sentences = nearby(of_folder(tmp_path / "run"), str(tmp_path / "run"), FORMATS)
         assert bool(sentences) == bool(said)
         for part in said:
             assert part in " | ".join(sentences)
@@ -133,7 +144,7 @@ class TestNearby:
     def test_a_checkpoint_in_the_making_is_no_mistake(self, tmp_path: Path) -> None:
         """A folder with checkpoint-5, empty as yet, is not called one without checkpoints."""
         (tmp_path / "checkpoint-5").mkdir()
-        assert nearby(tmp_path, FORMATS) == ()
+        assert nearby(of_folder(tmp_path), str(tmp_path), FORMATS) == ()
 
     def test_it_looks_nowhere_outside(self, tmp_path: Path) -> None:
         """Links are named, and nothing behind them is looked at; a link to itself ends nothing."""
@@ -149,14 +160,14 @@ class TestNearby:
         (root / "a" / "b").mkdir(parents=True)
         (root / "a" / "b" / "out").symlink_to(tmp_path / "outside")
         (root / "loop").symlink_to(root)
-        assert any("loop is a link" in sentence for sentence in nearby(root, [Spy()]))
+        assert any("loop is a link" in sentence for sentence in nearby(of_folder(root), str(root), [Spy()]))
         assert {path.relative_to(root).as_posix() for path in looked} == {".", "a", "a/b"} - {"."}
 
     def test_it_is_bounded(self, tmp_path: Path) -> None:
         """Of many mistakes six sentences are said, and a large tree is not looked through to its end."""
         for number in range(30):
             write_checkpoint(tmp_path / f"run{number:03}" / "checkpoint-5", 5)
-        sentences = nearby(tmp_path, FORMATS)
+        sentences = nearby(of_folder(tmp_path), str(tmp_path), FORMATS)
         assert (len(sentences), sentences[-1]) == (6, "and 25 more such places")
         wide = tmp_path / "run000" / "wide"
         wide.mkdir()
@@ -169,12 +180,12 @@ class TestNearby:
                 asked.append(listing)
                 return None
 
-        nearby(tmp_path, [Counting()])
+        nearby(of_folder(tmp_path), str(tmp_path), [Counting()])
         assert len(asked) < 2 * 2000 + 100
 
     def test_a_folder_that_is_gone(self, tmp_path: Path) -> None:
         """Nothing is said of it, and nothing raised."""
-        assert nearby(tmp_path / "gone", FORMATS) == ()
+        assert nearby(of_folder(tmp_path / "gone"), str(tmp_path / "gone"), FORMATS) == ()
 
 
 # ---------------------------------------------------------------- the configuration

@@ -22,6 +22,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from peel_agent import registry
+from peel_agent.config import RunSettings, WatchSettings
+from peel_agent.doctor.places import check_place
 from peel_agent.errors import (
     CheckpointError,
     ConfigurationError,
@@ -30,7 +32,7 @@ from peel_agent.errors import (
     TornCheckpoint,
 )
 from peel_agent.pipeline import locate
-from peel_agent.watch import Unread, scan, store
+from peel_agent.watch import Bucket, Unread, scan, store
 from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror, Synced
 from peel_agent.watch.store import RemoteObject, Store, name_fault
@@ -342,6 +344,20 @@ class TestLayouts:
             side.put(marker, b"")
         synced = side.settle(side.mirror())
         assert (synced.waiting, synced.refused, side.gateway.gets) == ((), (), [])
+
+    def test_a_prefix_too_high(self, side: Side, saved: Path) -> None:
+        """Checkpoints below the place where they are looked for are named with the folder to give, as in a folder."""
+        side.upload(saved / "export", "exp1/checkpoints/checkpoint-5")
+        side.upload(saved / "export", "exp2/checkpoint-7")
+        bucket = Bucket(side.mirror(), FORMATS, SETTLE, newest_only=False, stopping=lambda: False)
+        observed = bucket.look(side.now)
+        assert (observed.ready, observed.waiting, observed.unreadable) == ((), (), ())
+        sentences = " | ".join(bucket.near())
+        assert f"in {side.url}/exp1/checkpoints there is a checkpoint (checkpoint-5): too deep to be seen" in sentences
+        assert f"in {side.url}/exp2 there is a checkpoint (checkpoint-7)" in sentences
+        check = next(iter(check_place(RunSettings("run", WatchSettings(path=side.url)), side.folder, "", time.time)))
+        assert (check.ok, sentences.split(" | ")[0] in check.words) == (False, True)
+        assert side.gateway.gets == []
 
     def test_what_is_declined_is_not_fetched(self, side: Side) -> None:
         """A layout that is known and not read is refused with its way out, before a byte of it is read."""

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,7 +21,6 @@ from peel_agent.watch import scan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from peel_agent.records import CheckpointRef, Claim, Listing, Readiness, Strength, Weights
 
@@ -177,16 +178,54 @@ class Renamed:
 
 
 class TestLinks:
-    def test_no_link_is_followed(self, tmp_path: Path) -> None:
-        """Links to checkpoints outside the root are not seen, and one inside is seen once, under its own name."""
+    def test_a_link_is_followed_one_step(self, tmp_path: Path) -> None:
+        """A link to a checkpoint's plain folder is seen under that folder's own path, once; what is seen without it, a
+        folder of checkpoints, a file, the root itself and nothing are not.
+        """
         outside = write_checkpoint(tmp_path / "outside" / "checkpoint-3", 3)
         root = tmp_path / "root"
         real = write_checkpoint(root / "checkpoint-5", 5)
-        (root / "checkpoint-3").symlink_to(outside)
-        (root / "exp").symlink_to(tmp_path / "outside")
-        (root / "loose.safetensors").symlink_to(outside / "model.safetensors")
-        (root / "latest").symlink_to(real)
-        assert [path for path, *_ in found(root)] == ["checkpoint-5"]
+        deep = write_checkpoint(root / "exp" / "checkpoint-7", 7)
+        for name, target in {
+            "checkpoint-3": outside,
+            "again": outside,
+            "latest": real,
+            "relative": "checkpoint-5",
+            "best": deep,
+            "all": tmp_path / "outside",
+            "loose.safetensors": outside / "model.safetensors",
+            "self": root,
+            "up": "..",
+            "itself": "itself",
+            "gone": tmp_path / "gone",
+        }.items():
+            (root / name).symlink_to(target)
+        seen = scan(root, FORMATS)
+        assert [(one.path, one.readiness.state, one.step) for one in seen] == [
+            (real, "complete", 5),
+            (outside, "complete", 3),
+            (deep, "complete", 7),
+        ]
+
+    def test_a_checkpoint_behind_a_link_that_is_not_followed(self, tmp_path: Path, monkeypatch: Any) -> None:
+        """A checkpoint behind two links, or of another user, is named with the reason and what to do."""
+        outside = write_checkpoint(tmp_path / "outside" / "checkpoint-3", 3)
+        (root := tmp_path / "root").mkdir()
+        (tmp_path / "current").symlink_to(outside)
+        (root / "latest").symlink_to(tmp_path / "current")
+        (seen,) = scan(root, FORMATS)
+        assert (seen.path, seen.readiness.state) == (root / "latest", "damaged")
+        assert "latest is a link to" in seen.readiness.reason
+        assert "itself a link" in seen.readiness.reason
+        assert "watch the folder that it is in" in seen.readiness.remedy
+        (root / "latest").unlink()
+        (root / "best").symlink_to(outside)
+        assert [one.path for one in scan(root, FORMATS)] == [outside]
+        seen_by = os.lstat
+        others = SimpleNamespace(st_mode=seen_by(outside).st_mode, st_uid=seen_by(outside).st_uid + 1)
+        monkeypatch.setattr(Path, "lstat", lambda path: others if path == outside else seen_by(path))
+        (seen,) = scan(root, FORMATS)
+        assert "which belongs to another user than the watched folder" in seen.readiness.reason
 
     def test_a_root_that_is_a_link(self, tmp_path: Path) -> None:
         """The root may be a link; paths are those of what it names."""
@@ -235,6 +274,21 @@ class TestWhatVanishes:
 
         monkeypatch.setattr(os, "scandir", stale)
         assert [path for path, *_ in found(tmp_path)] == ["checkpoint-7"]
+
+    def test_a_checkpoint_that_may_not_be_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It says so, and how to mend it: never that it should be waited for or written again."""
+        (tmp_path / "checkpoint-5").mkdir()
+        listed = os.scandir
+
+        def denied(path: Path) -> object:
+            if str(path).endswith("checkpoint-5"):
+                raise PermissionError(13, "Permission denied")
+            return listed(path)
+
+        monkeypatch.setattr(os, "scandir", denied)
+        (seen,) = scan(tmp_path, FORMATS)
+        assert seen.readiness.reason == f"{tmp_path}/checkpoint-5 may not be listed"
+        assert "the right to list and search it" in seen.readiness.remedy
 
     def test_a_root_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A root that may not be listed is a configuration error that names it, not an empty root."""
