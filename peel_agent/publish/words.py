@@ -55,11 +55,8 @@ def headline(report: PeelReport) -> str:
 
 
 def _anything_measured(report: PeelReport) -> bool:
-    """Whether anything was measured of a layer that a finding could stand on."""
-    return any(
-        layer.status != "not_measured" or layer.change is not None or layer.headroom is not None
-        for layer in report.layers
-    )
+    """Whether anything was measured by which a layer could be found to be at fault: headroom alone is none."""
+    return any(layer.status != "not_measured" or layer.change is not None for layer in report.layers)
 
 
 def _open_questions(report: PeelReport) -> list[str]:

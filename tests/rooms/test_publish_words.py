@@ -149,7 +149,7 @@ MOVED = {"change": Change(1.0)}
     ("fields", "since_step", "expected"),
     [
         ({}, None, "margins not measured"),
-        (WON, None, "nothing found in any layer; margins not measured"),
+        (WON, None, "margins not measured"),
         (WON | MOVED, 600, "nothing found in any layer; margins and progress not measured"),
         (MOVED | {"progress": Estimate(0.1, 0.0, 0.2)}, 600, "nothing found in any layer; margins not measured"),
         (WON | {"finding": found("improvable")}, None, f"{BLOCK} is improvable; margins not measured"),
