@@ -5,8 +5,9 @@ BIN := .venv/bin
 
 .PHONY: demo test proof lint format bench clean
 
-demo: .venv/installed
-	$(BIN)/peel-agent demo
+# The demo needs a part of what the tests do: theirs is used where it is there, and not installed for the demo.
+demo: $(if $(wildcard .venv/installed),.venv/installed,.venv/demo)
+	$(BIN)/peel-agent demo $(DEMO)
 
 # Module by module in several processes, each with one thread: more of them than processors only get in each other's way.
 test: .venv/installed
@@ -33,6 +34,15 @@ bench: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peel-agent needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test]"
+	touch $@
+
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peel-agent needs Python 3.11 or newer")'
+	@echo "make demo, 1 of 3: an environment of its own in .venv"
+	$(PYTHON) -m venv .venv
+	@echo "make demo, 2 of 3: peel-agent, torch, transformers and MLflow into it; once, some minutes; each package is named"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[demo]"
+	@echo "make demo, 3 of 3: the demo itself"
 	touch $@
 
 clean:

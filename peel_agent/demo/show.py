@@ -1,28 +1,39 @@
-"""Starts the training and the sidecar as two processes, relays what the sidecar says, and ends with the finding."""
+"""Starts the training and the sidecar as two processes, tells how far both are, and ends with the finding."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from peel_agent.demo.text import corpus
+from peel_agent.errors import ConfigurationError
 from peel_agent.publish import ACCUSING, report_from_json, table
 from peel_agent.records import PeelReport
+from peel_agent.signals import Interrupted
 
 HELD_BACK = 3
 STEPS = 500
 SAVE_EVERY = 100
-GIVE_UP_SECONDS = 900
+
+STALL_SECONDS = 900.0
+"""The demo gives up when neither the training nor the sidecar has given a sign of life for so long."""
+
+LOOK_SECONDS = 0.5
+
+OPTIONS = "demo.json"
 
 CONFIGURATION = """\
 [watch]
@@ -38,22 +49,68 @@ confirm_tokens = 16384
 
 
 def run_demo(keep: Path | None, *, healthy: bool, bits: str | None = None) -> int:
-    """Runs the demo in `keep` (default: a new temporary folder, kept too); 0 when the finding is the right one."""
+    """Runs the demo in `keep` (default: a new temporary folder, kept too), or goes on with the one begun there.
+
+    Returns 0 when the finding is the right one. Raises ConfigurationError for a folder with another demo in it, and
+    Interrupted for Ctrl-C.
+    """
     folder = (keep or Path(tempfile.mkdtemp(prefix="peel-demo-"))).resolve()
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    _write_probe(folder)
     print(f"demo: everything is kept in {folder}", flush=True)
-    run_id = _new_run(folder)
+    run_id = _run_id(folder, healthy=healthy, bits=bits)
+    _write_probe(folder)
+    if _last(folder) is not None:
+        return _tell(folder, healthy=healthy)
     held = "no block held back" if healthy else f"block {HELD_BACK} held back: it never learns"
     kind = "Llama" if bits is None else f"{bits} Llama"
     print(f"demo: training a 6-block {kind} on the standard library's sources, {STEPS} steps, {held}", flush=True)
-    with (
-        _training(folder, checkpoints, run_id, healthy=healthy, bits=bits) as training,
-        _sidecar(folder, checkpoints, run_id, bits=bits) as sidecar,
-    ):
-        report = _wait_for_last(folder, training, sidecar)
-    return _tell(folder, report, healthy=healthy)
+    signs = Signs(folder / "training.log", time.monotonic)
+    try:
+        with (
+            _training(folder, checkpoints, run_id, healthy=healthy, bits=bits) as training,
+            _sidecar(folder, checkpoints, run_id, signs, bits=bits) as sidecar,
+        ):
+            why_not = _wait_for_last(folder, signs, training, sidecar)
+    except KeyboardInterrupt:
+        _tell_so_far(folder)
+        at = f" at training step {signs.step} of {STEPS}" if signs.step else ""
+        again = _again(folder, healthy=healthy, bits=bits)
+        raise Interrupted(f"interrupted{at}; `{again}` goes on from the last checkpoint") from None
+    if why_not is not None:
+        print(f"demo: did not reach its end: {why_not}; see {signs.log} and the lines above")
+        print(f"To go on:  {_again(folder, healthy=healthy, bits=bits)}")
+        return 1
+    return _tell(folder, healthy=healthy)
+
+
+def _run_id(folder: Path, *, healthy: bool, bits: str | None) -> str:
+    """The MLflow run of the demo that was begun here, or a new one, in a store of its own as a user's would be."""
+    from mlflow import MlflowClient
+
+    file, wanted = folder / OPTIONS, {"healthy": healthy, "bits": bits}
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        run_id: str = kept.pop("run_id")
+        if kept != wanted:
+            raise ConfigurationError(
+                f"the demo in {folder} was begun with other options: {kept}", remedy="give --keep another folder"
+            )
+        print("demo: going on with the one that was begun there", flush=True)
+        return run_id
+    client = MlflowClient(tracking_uri=_store(folder))
+    experiment = client.get_experiment_by_name("peel-demo")
+    place = (folder / "artifacts").as_uri()
+    number = experiment.experiment_id if experiment else client.create_experiment("peel-demo", artifact_location=place)
+    run_id = client.create_run(number, run_name="demo").info.run_id
+    file.write_text(json.dumps({"run_id": run_id, **wanted}), encoding="utf-8")
+    return run_id
+
+
+def _again(folder: Path, *, healthy: bool, bits: str | None) -> str:
+    """The command that goes on."""
+    flags = (["--healthy"] if healthy else []) + ([] if bits is None else ["--bits", bits])
+    return shlex.join([sys.executable, "-m", "peel_agent", "demo", "--keep", str(folder), *flags])
 
 
 def _write_probe(folder: Path) -> None:
@@ -67,14 +124,43 @@ def _store(folder: Path) -> str:
     return f"sqlite:///{folder / 'mlflow.db'}"
 
 
-def _new_run(folder: Path) -> str:
-    """An MLflow run in a store of its own, as a user's training would have."""
-    from mlflow import MlflowClient
+@dataclass
+class Signs:
+    """Signs of life: lines of the training's log and of the sidecar. `now` gives seconds."""
 
-    client = MlflowClient(tracking_uri=_store(folder))
-    experiment = client.create_experiment("peel-demo", artifact_location=(folder / "artifacts").as_uri())
-    run_id: str = client.create_run(experiment, run_name="demo").info.run_id
-    return run_id
+    log: Path
+    now: Callable[[], float]
+    step: int = 0
+    _last: float = field(init=False)
+    _size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._last = self.now()
+        self._size = self.log.stat().st_size if self.log.exists() else 0
+
+    def give(self) -> None:
+        """There was one."""
+        self._last = self.now()
+
+    def look(self) -> list[str]:
+        """What the training said of its steps since the last look."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(self._size)
+                new = file.read()
+        except OSError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        if whole:
+            self._size += len(whole)
+            self.give()
+        said = re.findall(r"^step (\d+) (of .*)$", whole.decode(errors="replace"), flags=re.MULTILINE)
+        self.step = int(said[-1][0]) if said else self.step
+        return [f"step {step} {rest}" for step, rest in said]
+
+    @property
+    def have_ceased(self) -> bool:
+        return self.now() - self._last > STALL_SECONDS
 
 
 def _environment(folder: Path, run_id: str) -> dict[str, str]:
@@ -94,8 +180,9 @@ def _training(
     command += ["--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--report-to", "mlflow"]
     command += [] if healthy else ["--hold-back", str(HELD_BACK)]
     command += [] if bits is None else ["--bits", bits]
-    with (folder / "training.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(folder, run_id))
+    with (folder / "training.log").open("ab") as log:
+        # Ctrl-C is for the demo, which ends the training.
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(folder, run_id), process_group=0)
         try:
             yield process
         finally:
@@ -104,14 +191,18 @@ def _training(
 
 
 @contextmanager
-def _sidecar(folder: Path, checkpoints: Path, run_id: str, *, bits: str | None) -> Iterator[subprocess.Popen[str]]:
+def _sidecar(
+    folder: Path, checkpoints: Path, run_id: str, signs: Signs, *, bits: str | None
+) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "peel_agent", "watch", str(checkpoints), "-c", str(folder / "peel.toml")]
     command += ["--probe", str(folder / "probe.npy"), "--state", str(folder / "state")]
     command += ["--run-id", run_id, "--tracking-uri", _store(folder)]
     command += [] if bits is None else ["--precision", f"model.layers.*_proj.weight={bits}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment(folder, run_id))
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=_environment(folder, run_id), process_group=0
+    )
     assert process.stderr is not None
-    relay = threading.Thread(target=_relay, args=(process.stderr,), daemon=True)
+    relay = threading.Thread(target=_relay, args=(process.stderr, signs), daemon=True)
     relay.start()
     try:
         yield process
@@ -121,22 +212,26 @@ def _sidecar(folder: Path, checkpoints: Path, run_id: str, *, bits: str | None) 
         relay.join()
 
 
-def _relay(lines: IO[str]) -> None:
+def _relay(lines: IO[str], signs: Signs) -> None:
     for line in lines:
+        signs.give()
         print(f"  sidecar: {line.rstrip()}", flush=True)
 
 
 def _wait_for_last(
-    folder: Path, training: subprocess.Popen[bytes], sidecar: subprocess.Popen[str]
-) -> PeelReport | None:
-    """The report of the last checkpoint, or None when one of the two processes failed."""
-    deadline = time.monotonic() + GIVE_UP_SECONDS
-    while time.monotonic() < deadline:
-        if (last := _last(folder)) is not None:
-            return report_from_json(json.loads(last.read_text(encoding="utf-8")))
-        if training.poll() not in (None, 0) or sidecar.poll() is not None:
-            return None
-        time.sleep(0.5)
+    folder: Path, signs: Signs, training: subprocess.Popen[bytes], sidecar: subprocess.Popen[str]
+) -> str | None:
+    """Until the last checkpoint has its report: None; else why it will have none: one failed, or both stand still."""
+    while _last(folder) is None:
+        for words in signs.look():
+            print(f"demo: training {words}", flush=True)
+        if training.poll() not in (None, 0):
+            return f"the training ended with status {training.returncode}"
+        if sidecar.poll() is not None:
+            return f"the sidecar ended with status {sidecar.returncode}"
+        if signs.have_ceased:
+            return f"neither the training nor the sidecar has given a sign of life for {STALL_SECONDS:.0f} s"
+        time.sleep(LOOK_SECONDS)
     return None
 
 
@@ -145,10 +240,28 @@ def _last(folder: Path) -> Path | None:
     return next((folder / "state").glob(f"runs/*/reports/step-{STEPS:09d}.json"), None)
 
 
-def _tell(folder: Path, report: PeelReport | None, *, healthy: bool) -> int:
-    if report is None:
-        print(f"demo: did not reach its end; see {folder / 'training.log'} and the lines above")
-        return 1
+def _read(file: Path) -> PeelReport:
+    return report_from_json(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _tell_so_far(folder: Path) -> None:
+    """The newest report, if there is any, and where everything can be seen."""
+    reports = sorted((folder / "state").glob("runs/*/reports/step-*.json"), key=lambda path: path.name)
+    if reports:
+        print("\n" + table(_read(reports[-1])) + "\n")
+        print(f"Report so far: {reports[-1]}")
+    _tell_mlflow(folder)
+
+
+def _tell_mlflow(folder: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _store(folder)])
+    print(f"In MLflow: {command}", flush=True)
+
+
+def _tell(folder: Path, *, healthy: bool) -> int:
+    file = _last(folder)
+    assert file is not None
+    report = _read(file)
     print("\n" + table(report) + "\n")
     accused = [layer for layer in report.layers if layer.finding is not None and layer.finding.kind in ACCUSING]
     for layer in accused:
@@ -158,7 +271,10 @@ def _tell(folder: Path, report: PeelReport | None, *, healthy: bool) -> int:
         undecided = sum(layer.status == "undecided" for layer in report.layers)
         print(f"Finding: nothing is wrong with any layer; {undecided} undecided.")
     print(f"Training loss, which shows nothing of this: {folder / 'training.log'}")
-    print(f"Report:   {_last(folder)}")
-    print(f"In MLflow: mlflow ui --backend-store-uri {_store(folder)}")
+    print(f"Report:   {file}")
+    _tell_mlflow(folder)
+    watch = [sys.executable, "-m", "peel_agent", "watch", str(folder / "checkpoints"), "-c", str(folder / "peel.toml")]
+    places = ["--probe", str(folder / "probe.npy"), "--state", str(folder / "state"), "--tracking-uri", _store(folder)]
+    print(f"To go on watching: {shlex.join([*watch, *places])}")
     expected = [] if healthy else [HELD_BACK]
     return int([layer.index for layer in accused] != expected)

@@ -1,8 +1,9 @@
 """A real training by transformers' Trainer: a small decoder, byte by byte on the standard library's sources.
 
-Run as `python -m peel_agent.demo.train OUTPUT`; writes OUTPUT/checkpoint-N as any Trainer run does. With
-`--hold-back I`, block I never learns: its parameters are frozen at their initial values. With `--bits SET` the matrices
-of the blocks are quantised in every forward pass (straight-through), and the checkpoints hold their latents.
+Run as `python -m peel_agent.demo.train OUTPUT`; writes OUTPUT/checkpoint-N as any Trainer run does, and goes on from
+the last one that is there. With `--hold-back I`, block I never learns: its parameters are frozen at their initial
+values. With `--bits SET` the matrices of the blocks are quantised in every forward pass (straight-through), and the
+checkpoints hold their latents.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from peel_agent.demo.text import VOCABULARY, corpus
 from peel_agent.precision import straight_through
@@ -95,6 +104,20 @@ def hold_back(model: nn.Module, index: int) -> None:
     blocks[index].requires_grad_(requires_grad=False)
 
 
+class _TellStep(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
+    """Says how far the training is, a line each time that it logs."""
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in (logs or {}):
+            print(f"step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.4f}", flush=True)
+
+
+def _last_whole(output: Path) -> str | None:
+    """The newest checkpoint of an earlier training that was ended; its state is what the Trainer writes last."""
+    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
@@ -135,7 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         train_dataset=_Windows(torch.from_numpy(corpus()[0])),
     )
-    trainer.train()
+    trainer.add_callback(_TellStep())
+    trainer.train(resume_from_checkpoint=_last_whole(options.output))
     return 0
 
 
