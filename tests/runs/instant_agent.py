@@ -1,11 +1,12 @@
 """`peel-agent` with an engine that answers at once: `python -m tests.runs.instant_agent watch ...`.
 
 All else is real: the loop, the ledger, the courier's process, the trackers. `PEELS` in the environment names the file
-where each peel is noted; `PAUSES` lists seconds in place of the pauses before a next try.
+where each peel is noted, `REPORTS` a function of another module that gives each report (`module:name`).
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ class _Plugin:
     name = "instant"
 
     def open(self, environment: object) -> InstantEngine:
-        return InstantEngine(Path(os.environ["PEELS"]))
+        module, _, name = os.environ.get("REPORTS", "tests.runs.stoppable:report_of").partition(":")
+        return InstantEngine(Path(os.environ["PEELS"]), getattr(importlib.import_module(module), name))
 
 
 if __name__ == "__main__":
