@@ -185,8 +185,7 @@ host = "127.0.0.1"
 port = {port}
 security = "starttls"
 ca_file = "{ca_file}"
-allow_private = true
-from = "peel-agent@example.org"
+sender = "peel-agent@example.org"
 to = ["on-call@example.org"]
 """
 
@@ -202,7 +201,8 @@ def live(folder: Path, checkpoints: int) -> tuple[list[dict[str, object]], list[
             with sidecar.running():
                 for number in range(1, checkpoints + 1):
                     sidecar.write(number * STEPS)
-                wait_for(lambda: len(sidecar.steps()) == checkpoints, 1200)
+                wait_for(lambda: sidecar.has_ended or len(sidecar.steps()) == checkpoints, 1200)
+                assert not sidecar.has_ended, sidecar.said()
                 wait_for(lambda: not sidecar.read("SELECT 1 FROM deliveries WHERE lane = 'notices'"), 300)
             wait_for(lambda: len(passed_on(hook)) >= 2, 60)
         lines = (sidecar.state / "notices.jsonl").read_text().splitlines()

@@ -91,6 +91,11 @@ class Sidecar:
             if self.process is not None:
                 self.stop()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the agent is gone, by itself."""
+        return self.process is not None and self.process.poll() is not None
+
     def write(self, *steps: int) -> None:
         for step in steps:
             write_checkpoint(self.root / f"checkpoint-{step}", step)
