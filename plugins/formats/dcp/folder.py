@@ -18,7 +18,7 @@ MAX_METADATA_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChunkedTensors:
     """A checkpoint found whole. The files of `tensors` are in `folder` under `inside` + their name."""
 
     folder: Path

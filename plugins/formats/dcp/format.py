@@ -18,7 +18,7 @@ from ..files.remembered import Remembered
 from ..files.steps import counts_savings, marks_of_accelerate, step_in_name
 from ..megatron.metadata import is_megatron_folder
 from ..safetensors.reader import INDEX, WEIGHTS
-from .folder import Layout, check_shards, read_metadata
+from .folder import ChunkedTensors, check_shards, read_metadata
 from .metadata import METADATA, SHARD, read_contents
 
 ACCELERATE = "pytorch_model_fsdp_0"
@@ -84,12 +84,12 @@ def _inside(names: frozenset[str]) -> str:
     return "" if direct or ACCELERATE not in names else f"{ACCELERATE}/"
 
 
-def _read(path: Path, inside: str) -> Layout:
+def _read(path: Path, inside: str) -> ChunkedTensors:
     pickle, stamp = read_metadata(path, inside)
     contents = read_contents(pickle)
     shards = check_shards(path, inside, contents.ends)
     config, own = read_config(path, inside, above=True)
-    return Layout(path, inside, config, contents.tensors, by_name([stamp], shards, own))
+    return ChunkedTensors(path, inside, config, contents.tensors, by_name([stamp], shards, own))
 
 
 def _read_ends(path: Path, inside: str, stamp: FileStamp) -> Mapping[str, int]:

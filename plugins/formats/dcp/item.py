@@ -13,14 +13,14 @@ from ..pickles.torch_archive import View, offsets_of, view_of
 from ..pickles.torch_pickle import REBUILD_TENSOR, UNTYPED, read_pickle
 from ..pickles.torch_tensors import DTYPE_BYTES, STORAGES
 from ..pickles.torch_zip import read_archive
-from .metadata import Chunk
+from .metadata import StoredChunk
 
 MAX_READ = 1 << 20  # the directory of an archive with one tensor has under 1 KiB, its pickle under 300 bytes
 _PICKLE_MEMORY = 16 << 20
 _WORDS = frozenset({*REBUILD_TENSOR, UNTYPED, ORDERED_DICT, *(("torch", name) for name in (*STORAGES, *DTYPE_BYTES))})
 
 
-def find_numbers(descriptor: int, chunk: Chunk, dtype: str) -> View:
+def find_numbers(descriptor: int, chunk: StoredChunk, dtype: str) -> View:
     """Where the numbers of a chunk lie in its open file, side by side in some order of the dimensions.
 
     Raises CheckpointError when what is stored there is not a tensor of this dtype and of the chunk's sizes.

@@ -73,7 +73,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class StoredChunk:
     """A part of a tensor: `sizes` numbers from `offsets` on in each dimension."""
 
     offsets: tuple[int, ...]
@@ -87,7 +87,7 @@ class StoredTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[StoredChunk, ...]
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _stored(name: str, entry: object, items: Mapping[_Place, Item], allowance: I
             raise refused(what, f"is stored in {item.file} through an extension (compressed?), which is not read")
         if item.length <= size:
             raise refused(what, f"has {item.length:,} bytes in {item.file} for {size:,} bytes of numbers")
-        chunks.append(Chunk(offsets, sizes, item))
+        chunks.append(StoredChunk(offsets, sizes, item))
     fault = check_tiling(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
     if fault is not None:
         raise refused(what, fault)

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ..files.checkpoint_folder import read_into, refused, unknown_tensor
 from ..files.held_files import HeldFiles
-from .folder import Layout
+from .folder import ChunkedTensors
 from .item import find_numbers
-from .metadata import Chunk, StoredTensor
+from .metadata import StoredChunk, StoredTensor
 from .tiling import Box, intersection
 
 
 class DcpWeights:
     """`records.Weights` read by offset from files held open; raises TornCheckpoint as HeldFiles does."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: ChunkedTensors) -> None:
         self._layout = layout
         files = {chunk.item.file for tensor in layout.tensors.values() for chunk in tensor.chunks}
         self._files = HeldFiles(layout.folder, layout.files, files, inside=layout.inside)
@@ -65,7 +65,7 @@ class DcpWeights:
             raise unknown_tensor(self._layout.folder, name)
         return self._layout.tensors[name]
 
-    def _read_share(self, chunk: Chunk, share: Box, dtype: torch.dtype) -> Tensor:
+    def _read_share(self, chunk: StoredChunk, share: Box, dtype: torch.dtype) -> Tensor:
         """The numbers of a box inside one chunk, contiguous."""
         file, (offsets, sizes) = chunk.item.file, share
         with self._files.opened(file) as descriptor:

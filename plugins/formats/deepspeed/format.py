@@ -46,7 +46,7 @@ _WEIGHTS = re.compile(r"(?:pytorch_)?model(?:-\d+-of-\d+)?\.(?:safetensors|bin)(
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankedTensors:
     """A checkpoint found whole: its weights by the model's names, and the stamps of all files that were read."""
 
     folder: Path
@@ -126,13 +126,13 @@ class _Looked:
     step: int | None
 
 
-def _read(listing: LocalListing) -> Layout:
+def _read(listing: LocalListing) -> RankedTensors:
     path, own = listing.path, _read_own(listing)
     merged = _read_states(path, own.inside, _names(listing, own.inside))
     config, config_files = read_config(path, own.inside, above=True)
     skip = len(shared_prefix(tuple(merged.tensors)))
     tensors = {name[skip:]: tensor for name, tensor in merged.tensors.items()}
-    return Layout(path, own.inside, config, tensors, by_name(merged.files, own.files, config_files))
+    return RankedTensors(path, own.inside, config, tensors, by_name(merged.files, own.files, config_files))
 
 
 def _read_own(listing: LocalListing) -> _Own:

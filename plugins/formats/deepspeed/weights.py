@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..files.checkpoint_folder import unknown_tensor
 from ..files.held_files import HeldFiles
-from .format import Layout
+from .format import RankedTensors
 
 
 class DeepSpeedWeights:
     """`records.Weights` read by offset from files held open; raises TornCheckpoint as HeldFiles does."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: RankedTensors) -> None:
         self._layout = layout
         files = {file for tensor in layout.tensors.values() for file in tensor.files}
         self._files = HeldFiles(layout.folder, layout.files, files, inside=layout.inside)

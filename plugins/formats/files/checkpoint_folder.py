@@ -167,17 +167,17 @@ def not_whole(error: CheckpointError, files: tuple[FileStamp, ...]) -> Readiness
     return Readiness("incomplete" if unfinished else "damaged", error.what, files, error.remedy)
 
 
-class Found(Protocol):
+class HasFiles(Protocol):
     """A checkpoint found whole, of whatever layout."""
 
     @property
     def files(self) -> tuple[FileStamp, ...]: ...
 
 
-Layout = TypeVar("Layout", bound=Found)
+Whole = TypeVar("Whole", bound=HasFiles)
 
 
-def as_found(ref: CheckpointRef, read: Callable[[], Layout]) -> Layout:
+def as_found(ref: CheckpointRef, read: Callable[[], Whole]) -> Whole:
     """The layout of a checkpoint, read again.
 
     Raises TornCheckpoint when its files are not those of `ref.files` any more, otherwise as `read` does.

@@ -53,5 +53,5 @@ def check_seen(path: Path, files: Iterable[FileStamp], stamps: Iterable[FileStam
 
 
 def _bare(error: CheckpointError) -> CheckpointError:
-    """The same error without what hangs on one that was raised: the frames, and in them the whole file."""
+    """The same error without its traceback, whose frames would keep the whole file in memory."""
     return type(error)(error.what, remedy=error.remedy)

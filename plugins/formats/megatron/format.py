@@ -14,7 +14,7 @@ from typing import Any
 from peel_agent.errors import CheckpointError, TornCheckpoint
 from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalListing, Readiness, Weights
 
-from ..dcp.folder import Layout, check_shards, read_metadata
+from ..dcp.folder import ChunkedTensors, check_shards, read_metadata
 from ..dcp.metadata import METADATA
 from ..files.checkpoint_folder import (
     WAIT,
@@ -75,7 +75,7 @@ class MegatronFormat:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _WholeFolder:
     files: tuple[FileStamp, ...]
     config: Mapping[str, Any]
 
@@ -88,7 +88,7 @@ class _Summary:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def _look(path: Path) -> _Found:
+def _look(path: Path) -> _WholeFolder:
     backend = check_backend(path)
     stamp = stamp_of(path, METADATA)
     found = _files(path, backend, stamp, _summary(path, stamp).ends)
@@ -96,20 +96,20 @@ def _look(path: Path) -> _Found:
     return found
 
 
-def _read(path: Path) -> Layout:
+def _read(path: Path) -> ChunkedTensors:
     backend = check_backend(path)
     pickle, stamp = read_metadata(path, "")
     contents = read_contents(pickle)
     found = _files(path, backend, stamp, contents.ends)
-    return Layout(path, "", found.config, contents.tensors, found.files)
+    return ChunkedTensors(path, "", found.config, contents.tensors, found.files)
 
 
-def _files(path: Path, backend: FileStamp, metadata: FileStamp, ends: Mapping[str, int]) -> _Found:
+def _files(path: Path, backend: FileStamp, metadata: FileStamp, ends: Mapping[str, int]) -> _WholeFolder:
     shards = check_shards(path, "", ends)
     common = stamp_of(path, COMMON)
     _check_common(path, common)
     config, own = read_config(path, above=True)
-    return _Found(by_name([backend, metadata, common], shards, own), config)
+    return _WholeFolder(by_name([backend, metadata, common], shards, own), config)
 
 
 def _read_summary(path: Path, stamp: FileStamp) -> _Summary:

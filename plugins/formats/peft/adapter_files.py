@@ -14,7 +14,7 @@ from ..files.steps import step_in_name
 from ..files.trainer import check_written, is_trainer_name, trainer_step
 from ..pickles.torch_archive import View, read_saved_model
 from ..safetensors.header import Extent, read_header
-from ..safetensors.reader import Layout
+from ..safetensors.reader import LocatedTensors
 from .adapter_config import CONFIG, LoraSettings, read_settings
 
 SAFETENSORS = "adapter_model.safetensors"
@@ -30,7 +30,7 @@ class Adapter:
     """An adapter found whole: `layout` says where its tensors lie, `views` how those of a pickled file are laid out."""
 
     settings: LoraSettings
-    layout: Layout
+    layout: LocatedTensors
     views: Mapping[str, View] | None
     step: int | None
 
@@ -62,7 +62,7 @@ def read_adapter(folder: Path, names: frozenset[str]) -> Adapter:
         raise IncompleteCheckpoint(f"neither {SAFETENSORS} nor {PICKLED} is there", remedy=WAIT)
     tensors, views, weights = _tensors(folder, name)
     step = trainer_step(folder, names) if is_trainers else step_in_name(folder.name)
-    return Adapter(settings, Layout(folder, {}, tensors, by_name((stamp, weights))), views, step)
+    return Adapter(settings, LocatedTensors(folder, {}, tensors, by_name((stamp, weights))), views, step)
 
 
 def _tensors(folder: Path, name: str) -> tuple[dict[str, tuple[str, Extent]], Mapping[str, View] | None, FileStamp]:

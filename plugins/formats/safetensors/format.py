@@ -11,7 +11,7 @@ from ..files.begun import is_begun
 from ..files.checkpoint_folder import CONFIG
 from ..files.steps import marks_of_accelerate, step_in_name, step_of_folder
 from ..files.trainer import is_trainer_folder
-from .reader import Layout, inspect_layout, open_weights, read_files, read_folder, weights_among
+from .reader import LocatedTensors, inspect_layout, open_weights, read_files, read_folder, weights_among
 
 SUFFIX = ".safetensors"
 _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
@@ -54,7 +54,7 @@ class SafetensorsFormat:
         return open_weights(ref, lambda: _read(ref.path, LocalListing(ref.path).names()))
 
 
-def _read(path: Path, names: frozenset[str]) -> Layout:
+def _read(path: Path, names: frozenset[str]) -> LocatedTensors:
     # By name, not by what is there now: a file that vanished is still a file that is missing.
     if path.suffix == SUFFIX:
         return read_files(path.parent, (path.name,), own_config=False)

@@ -40,7 +40,7 @@ _RELEVANT = re.compile(r".*\.safetensors|.*\.json|.*\.txt")
 
 
 @dataclass(frozen=True)
-class Layout:
+class LocatedTensors:
     """The weights of one checkpoint found whole: for each tensor its file and its place in it, and all stamps.
 
     `texts` are what the files' headers say beside the tensors, `beside` what is said of weights that are not read.
@@ -69,7 +69,7 @@ def weights_among(names: frozenset[str]) -> frozenset[str]:
     return frozenset(name for name in names if name in (WEIGHTS, INDEX) or _SHARD.fullmatch(name))
 
 
-def read_folder(folder: Path, names: frozenset[str]) -> Layout:
+def read_folder(folder: Path, names: frozenset[str]) -> LocatedTensors:
     """The layout of a folder with these names, written by save_pretrained, in one file or in shards.
 
     Accelerate saves no config.json: a folder with its marks may have that above, and its mark is a file of the
@@ -122,7 +122,7 @@ def _time_of(folder: Path, name: str) -> int:
 
 def read_files(
     folder: Path, weight_files: Sequence[str], *, own_config: bool = True, mark: str | None = None
-) -> Layout:
+) -> LocatedTensors:
     """The layout of config.json and the named weight files; raises as `read_folder` does.
 
     Without `own_config` the folder's config.json belongs to several checkpoints: writing it again with the next one
@@ -148,15 +148,15 @@ def read_files(
         if len(tensors) > MAX_TENSORS:
             raise refused("there", f"are more than {MAX_TENSORS:,} tensors up to {name}")
         stamps.append(stamp)
-    return Layout(folder, config, tensors, by_name(stamps), texts)
+    return LocatedTensors(folder, config, tensors, by_name(stamps), texts)
 
 
-def with_file(layout: Layout, stamp: FileStamp) -> Layout:
+def with_file(layout: LocatedTensors, stamp: FileStamp) -> LocatedTensors:
     """The same layout with one more file that belongs to the checkpoint."""
     return dataclasses.replace(layout, files=by_name(layout.files, [stamp]))
 
 
-Read = Callable[[Path, frozenset[str]], Layout]
+Read = Callable[[Path, frozenset[str]], LocatedTensors]
 """Reads the checkpoint at a path, of which there are files of these names."""
 
 
@@ -190,14 +190,14 @@ def _read_files(
 _files = Remembered(_read_files, incomplete=True)
 
 
-def open_weights(ref: CheckpointRef, read: Callable[[], Layout]) -> Weights:
+def open_weights(ref: CheckpointRef, read: Callable[[], LocatedTensors]) -> Weights:
     """The weights of a checkpoint, its files held open; raises as `as_found` does."""
     from .weights import SafetensorsWeights  # imports torch
 
     return SafetensorsWeights(as_found(ref, read))
 
 
-def _read_shards(folder: Path, *, mark: str | None) -> Layout:
+def _read_shards(folder: Path, *, mark: str | None) -> LocatedTensors:
     weight_map, stamp = read_index(folder, INDEX, ".safetensors")
     layout = read_files(folder, sorted(set(weight_map.values())), mark=mark)
     check_index(INDEX, weight_map, layout.tensors)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..files.checkpoint_folder import unknown_tensor
 from ..files.held_files import HeldFiles
-from .reader import Layout
+from .reader import LocatedTensors
 
 
 class SafetensorsWeights:
     """`records.Weights` read by offset from files held open; raises TornCheckpoint as HeldFiles does."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: LocatedTensors) -> None:
         self._layout = layout
         self._files = HeldFiles(layout.folder, layout.files, {file for file, _ in layout.tensors.values()})
 

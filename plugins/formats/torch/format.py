@@ -24,7 +24,7 @@ from ..pickles.torch_archive import View, read_saved_model
 from ..pickles.torch_zip import refused
 from ..safetensors.header import MAX_TENSORS, Extent
 from ..safetensors.reader import (
-    Layout,
+    LocatedTensors,
     check_index,
     holds_pickles_only,
     is_pickle,
@@ -92,10 +92,10 @@ class TorchFormat:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _LocatedViews:
     """A checkpoint found whole: its files and where each tensor's bytes lie, and what the bytes are."""
 
-    layout: Layout
+    layout: LocatedTensors
     views: Mapping[str, View]
     step: int | None
 
@@ -124,15 +124,15 @@ def _read_files(path: Path, names: frozenset[str], stamps: tuple[FileStamp, ...]
 _examine = Remembered(_read_files, incomplete=False)
 
 
-def _read(listing: LocalListing) -> _Found:
+def _read(listing: LocalListing) -> _LocatedViews:
     return _read_single(listing.path) if _is_single(listing) else _read_named(listing.path, _names_of(listing))
 
 
-def _read_single(path: Path) -> _Found:
+def _read_single(path: Path) -> _LocatedViews:
     return _read_pickles(path.parent, (path.name,), own_config=False)
 
 
-def _read_named(folder: Path, names: frozenset[str]) -> _Found:
+def _read_named(folder: Path, names: frozenset[str]) -> _LocatedViews:
     """The checkpoint in a folder in which there are files of these names."""
     if not is_trainer_name(folder.name):
         return _read_folder(folder, names)
@@ -141,7 +141,7 @@ def _read_named(folder: Path, names: frozenset[str]) -> _Found:
     return dataclasses.replace(found, step=trainer_step(folder, names))
 
 
-def _read_folder(folder: Path, names: frozenset[str]) -> _Found:
+def _read_folder(folder: Path, names: frozenset[str]) -> _LocatedViews:
     mark = min(marks_of_accelerate(names), default=None)
     for name in WEIGHTS:  # transformers too prefers it to an index
         if name in names:
@@ -163,7 +163,7 @@ def _read_pickles(
     weight_map: Mapping[str, str] | None = None,
     own_config: bool = True,
     mark: str | None = None,
-) -> _Found:
+) -> _LocatedViews:
     """config.json and the named files; raises IncompleteCheckpoint or CheckpointError.
 
     Where there is no config.json, the settings that a single file has of its model take its place.
@@ -171,7 +171,7 @@ def _read_pickles(
     alone = len(names) == 1 and not LocalListing(folder).is_file(CONFIG)
     first = read_saved_model(folder, names[0]) if alone else None
     if first is not None and first.settings is not None:
-        layout = Layout(folder, first.settings, {}, ())
+        layout = LocatedTensors(folder, first.settings, {}, ())
     else:
         layout = read_files(folder, (), own_config=own_config, mark=mark)
     places: dict[str, tuple[str, View]] = {}
@@ -193,7 +193,7 @@ def _read_pickles(
         tensor[skip:]: (name, Extent("uint8", (view.size,), view.offset, view.size))
         for tensor, (name, view) in places.items()
     }
-    return _Found(dataclasses.replace(layout, tensors=extents), views, step)
+    return _LocatedViews(dataclasses.replace(layout, tensors=extents), views, step)
 
 
 def _is_file_of_weights(listing: Listing) -> bool:

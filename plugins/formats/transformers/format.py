@@ -18,7 +18,14 @@ from ..files.trainer import (
     marks_of_trainer,
     trainer_step,
 )
-from ..safetensors.reader import Layout, holds_pickles_only, inspect_layout, open_weights, read_folder, weights_among
+from ..safetensors.reader import (
+    LocatedTensors,
+    holds_pickles_only,
+    inspect_layout,
+    open_weights,
+    read_folder,
+    weights_among,
+)
 
 
 class TransformersFormat:
@@ -59,7 +66,7 @@ class TransformersFormat:
         return open_weights(ref, lambda: _read(ref.path, LocalListing(ref.path).names()))
 
 
-def _read(path: Path, names: frozenset[str]) -> Layout:
+def _read(path: Path, names: frozenset[str]) -> LocatedTensors:
     check_written(path)
     layout = read_folder(path, names)
     trainer_step(path, names)
