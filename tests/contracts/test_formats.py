@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import peel_agent
 from peel_agent import registry
 from peel_agent.errors import CheckpointError, IncompleteCheckpoint, TornCheckpoint
 from peel_agent.pipeline import locate
@@ -588,6 +590,16 @@ def test_other_weights_beside_are_said(beside: Mapping[str, bytes], newer: bool,
     assert readiness.state == "complete"
     assert re.search(said, readiness.beside) if said else readiness.beside == ""
     assert locate(path).beside == readiness.beside
+
+
+def test_other_weights_beside_are_in_the_report(tmp_path: Path) -> None:
+    """A scan's report says among what was skipped which weights were there and not read."""
+    save(tmp_path / "final")
+    (tmp_path / "final" / "pytorch_model.bin").write_bytes(b"an older save")
+    np.save(tmp_path / "probe.npy", np.random.default_rng(0).integers(0, 19, (64, 32)))
+    report = peel_agent.scan(tmp_path / "final", probe=tmp_path / "probe.npy", quantities=())
+    (said,) = [skipped.why for skipped in report.skipped if skipped.what == "other weights in the folder"]
+    assert said.startswith("pytorch_model.bin is there too and is not read")
 
 
 def test_the_state_is_read_again_when_it_changed(tmp_path: Path) -> None:
