@@ -46,11 +46,12 @@ def settings_of(options: argparse.Namespace) -> Settings:
     for run in settings.runs:
         check_probe(run.probe)
     if len(settings.runs) == 1:  # one of several may be away, or be written to later
-        _check_place(str(settings.runs[0].watch.path))
+        check_place(str(settings.runs[0].watch.path))
     return settings
 
 
-def _check_place(place: str) -> None:
+def check_place(place: str) -> None:
+    """Raises ConfigurationError for a watched place that cannot become a directory."""
     # One that is not there yet is waited for.
     if not is_url(place) and Path(place).exists() and not Path(place).is_dir():
         raise ConfigurationError(

@@ -50,10 +50,15 @@ class FormatCase:
 
 
 def check_complete_once_written(case: FormatCase, folder: Path) -> None:
-    """A whole checkpoint is claimed, complete, has stamps of its weights, and says its step."""
+    """A whole checkpoint is claimed, with its weights among what is needed, complete, has stamps of its weights, and
+    says its step.
+    """
     path, _ = case.write(folder)
     claim = case.format.claim(LocalListing(path))
-    _claim(claim is not None, f"{path.name} is not claimed")
+    if claim is None:
+        raise AssertionError(f"{path.name} is not claimed")
+    within = {file.relative_to(path).as_posix() for file in case.weight_files(path)} if path.is_dir() else set()
+    _claim(within <= claim.needs, f"the claim does not need {sorted(within - claim.needs)}, which hold tensors")
     readiness = case.format.inspect(LocalListing(path))
     _claim(readiness.state == "complete", f"{path.name} is {readiness.state}: {readiness.reason}")
     stamped = {stamp.name for stamp in readiness.files}

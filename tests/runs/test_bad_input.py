@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from peel_agent.cli.watch import check_place
+from peel_agent.errors import ConfigurationError
 from tests import zoo
 from tests.runs.command import peel_agent
 
@@ -107,6 +109,14 @@ def test_a_probe_that_never_fits_ends_the_watch(checkpoints: Path, tmp_path: Pat
     )
     assert finished.returncode == 2
     assert "token id 99" in finished.stderr
+
+
+def test_a_directory_that_is_not_there_yet_is_no_mistake(tmp_path: Path) -> None:
+    """The training may be about to make it: the watch waits for it. A file is none."""
+    check_place(str(tmp_path / "nowhere"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="file is no directory"):
+        check_place(str(tmp_path / "file"))
 
 
 def test_unknown_key(checkpoints: Path, probe: Path, tmp_path: Path) -> None:
