@@ -61,6 +61,8 @@ class Judging:
         self._journal = journal
         self._owed = owed
         self._resent: dict[str, float] = {}
+        self._known: tuple[RuleState, ...] | None = None
+        """The states as the ledger has them, which nobody else changes: a tick does not read thousands of rows."""
 
     def finish(self, ref: CheckpointRef, peeled: Peeled, *, observed: bool, now: float) -> Finished:
         """Judged and made final in the ledger; what destinations get is owed by then.
@@ -69,7 +71,7 @@ class Judging:
         CheckpointError for numbers that cannot be judged, sqlite3.Error and OSError.
         """
         earlier = tuple(lineage(map(report_from_json, self._ledger.history()), ref.step)) if observed else ()
-        states = self._ledger.rule_states()
+        states = self._states()
         loss = self._ledger.alerting.training_loss() if observed else ()
         try:
             report = diagnose(peeled.report, earlier)
@@ -85,6 +87,7 @@ class Judging:
             what = f"its numbers cannot be judged: {type(error).__name__}: {error}"
             raise CheckpointError(what, remedy="please report it") from error
         line = report_line(report)
+        self._known = None
         self._ledger.record(
             ref,
             report=line,
@@ -95,11 +98,12 @@ class Judging:
             observed=observed,
             sketches=peeled.sketches,
         )
+        self._known = verdict.states
         return Finished(report, line, verdict.notices)
 
     def tick(self, now: float) -> None:
         """Time has passed: rules that go by the clock are judged, and what was held back until now is told."""
-        states = self._ledger.rule_states()
+        states = self._states()
         after = judge(self._observed(now), self._settings.rules, states)
         moment = Moment(now, self._last_step())
         verdict = self._told(after, moment)
@@ -120,7 +124,7 @@ class Judging:
 
     def withdraw_all(self, reason: str, now: float) -> None:
         """Nothing of this run is watched any more: what was told firing is resolved, for this reason."""
-        states = self._ledger.rule_states()
+        states = self._states()
         told = tell(withdrawn(states, reason), (), (), Moment(now, self._last_step()), run=self._settings.name)
         self._keep(told, states, now, key=f"withdrawn/{now:.3f}")
 
@@ -130,6 +134,11 @@ class Judging:
             level: Level = "warning" if notice.state == "firing" else "info"
             words = f"ALERT {notice.state}: {notice.text}"
             self._journal.tell("alert", words, run=self._settings.name, step=notice.step, level=level)
+
+    def _states(self) -> tuple[RuleState, ...]:
+        if self._known is None:
+            self._known = self._ledger.rule_states()
+        return self._known
 
     def _observed(self, now: float) -> TickObservation:
         standing = self._ledger.alerting.standing()
@@ -161,7 +170,9 @@ class Judging:
         last = self._ledger.last_peeled()
         step, committed_at = last if last is not None else (None, now)
         sent = Publication(step or 0, round(committed_at * 1000), metrics={}, tags=tags)
+        self._known = None
         self._ledger.keep_verdict(verdict, _alert_lines(verdict), self._debts(sent, verdict, key, now))
+        self._known = verdict.states
         self.tell(verdict.notices)
         self._owed()
 
