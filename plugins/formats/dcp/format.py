@@ -13,7 +13,7 @@ from pathlib import Path
 from peel_agent.errors import CheckpointError
 from peel_agent.records import CheckpointRef, Claim, FileStamp, Listing, LocalListing, Readiness, Weights
 
-from ..files.checkpoint_folder import as_found, by_name, not_whole, read_config, stamp_of, stamps_of
+from ..files.checkpoint_folder import CONFIG, as_found, by_name, not_whole, read_config, stamp_of, stamps_of
 from ..files.remembered import Remembered
 from ..files.steps import counts_savings, marks_of_accelerate, step_in_name
 from ..megatron.metadata import is_megatron_folder
@@ -75,7 +75,7 @@ class DistributedFormat:
 
 def _parts_of(names: frozenset[str], inside: str) -> frozenset[str]:
     """What is read among the names of the folder `inside`."""
-    return frozenset(inside + name for name in names if name == METADATA or name.endswith(".distcp"))
+    return frozenset(inside + name for name in names if name in (METADATA, CONFIG) or name.endswith(".distcp"))
 
 
 def _inside(names: frozenset[str]) -> str:
