@@ -195,7 +195,7 @@ def live(folder: Path, checkpoints: int) -> tuple[list[dict[str, object]], list[
     tls = receivers.certificates(folder)
     (folder / "manager").mkdir()
     with http_receiver() as hook, mail_server("starttls", tls.right) as mail:
-        with alertmanager(folder / "manager", f"http://127.0.0.1:{hook.port}/") as url:
+        with alertmanager(folder / "manager", f"http://127.0.0.1:{hook.port}/", "5m") as url:
             more = CONFIGURATION.format(alertmanager=url, port=mail.port, ca_file=tls.ca_file)
             sidecar = Sidecar(folder / "run", more, REPORTS="tests.bench.week:report_of")
             with sidecar.running():
@@ -204,7 +204,7 @@ def live(folder: Path, checkpoints: int) -> tuple[list[dict[str, object]], list[
                 wait_for(lambda: sidecar.has_ended or len(sidecar.steps()) == checkpoints, 1200)
                 assert not sidecar.has_ended, sidecar.said()
                 wait_for(lambda: not sidecar.read("SELECT 1 FROM deliveries WHERE lane = 'notices'"), 300)
-            wait_for(lambda: len(passed_on(hook)) >= 2, 60)
+            wait_for(lambda: len(passed_on(hook)) >= len(EXPECTED), 60)
         lines = (sidecar.state / "notices.jsonl").read_text().splitlines()
         notices = [one for line in lines for one in json.loads(line)["notices"]]
         return notices, [f"{one['Subject']}" for one in mail.messages], hook
@@ -223,6 +223,9 @@ def main() -> int:
     wrong = faults_of(notices)
     if len(mails) != len({one["step"] for one in notices}):
         wrong.append(f"{len(mails)} mails for {len({one['step'] for one in notices})} moments")
+    handed_on = [(state, subject) for state, _, subject, _, _ in EXPECTED]
+    if sorted(passed_on(hook)) != sorted(handed_on):
+        wrong.append(f"Alertmanager handed on {passed_on(hook)}, and not {handed_on}")
     for words in wrong:
         print(f"WRONG: {words}")
     return int(bool(wrong))

@@ -43,10 +43,10 @@ def group(*notices: Notice, at: float = 1_700_000_000.0, standing: bool = False)
 
 
 @contextlib.contextmanager
-def alertmanager(folder: Path, hook: str) -> Iterator[str]:
-    """A real one, which hands each group on at once; what it does not hear of for 2 s has ended for it."""
+def alertmanager(folder: Path, hook: str, resolve_timeout: str = "2s") -> Iterator[str]:
+    """A real one, which hands each group on at once; what it does not hear of for so long has ended for it."""
     settings = {
-        "global": {"resolve_timeout": "2s"},
+        "global": {"resolve_timeout": resolve_timeout},
         "route": {
             "receiver": "hook",
             "group_by": ["run", "alertname"],

@@ -78,16 +78,24 @@ def test_the_threshold_of_run_below_bound_is_a_fraction_of_the_loss() -> None:
     assert spoken(Rule("r", "run_below_bound", threshold=0.0), seen) == {"run": "for"}
 
 
-def test_the_heads_gap_is_told_apart() -> None:
-    """A gap that a refitted head alone explains is said to be the head's; any other names its map."""
-    rule = Rule("r", "run_below_bound")
-    of_head = KINDS["run_below_bound"](ReportObservation(with_gap(around(0.02), bound("head", 0.98))), rule)["run"]
-    of_layers = KINDS["run_below_bound"](
-        ReportObservation(with_gap(around(0.02), bound("head", 0.99), bound("1-4", 0.98))), rule
-    )["run"]
-    assert "the gap is the head's, not the layers'" in of_head.words
-    assert "(map 1-4, built at step 100)" in of_layers.words
-    assert set(of_head.causes).isdisjoint(of_layers.causes)
+HEADS = {
+    "the head alone wins": ([bound("head", 0.9)], "against"),
+    "the layers win all but nothing more than the head": ([bound("head", 0.9), bound("1-4", 0.895)], "neither"),
+    "the layers win as much again": ([bound("head", 0.95), bound("1-4", 0.9)], "for"),
+}
+
+
+@pytest.mark.parametrize("case", HEADS.values(), ids=HEADS.keys())
+def test_the_heads_gap_is_told_apart(case: tuple) -> None:
+    """What a refitted head alone explains is not the layers', and raises nothing."""
+    bounds, expected = case
+    testimony = KINDS["run_below_bound"](
+        ReportObservation(with_gap(around(0.1), *bounds)), Rule("r", "run_below_bound")
+    )
+    assert testimony["run"].speaks == expected
+    if expected == "for":
+        assert "(map 1-4, built at step 100)" in testimony["run"].words
+        assert "0.0500 of it by its layers" in testimony["run"].words
 
 
 def test_an_early_run_explains_its_gap() -> None:
