@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from peel_agent.errors import PeelError
 from peel_agent.records import Check
 
-from .mlflow_failure import Stage, failures, run_of, shown
+from .mlflow_failure import Stage, is_known, run_of, shown
 
 if TYPE_CHECKING:
     from .mlflow_run import MlflowTracker
@@ -56,11 +56,13 @@ def _guarded(asking: _Asking, steps: Callable[[_Asking], Iterator[Check]]) -> It
             yield unmade
             return
         yield from steps(asking)
-    except failures(asking.mlflow) as error:
-        failed = _failed(asking.what, asking.tracker.failure(error, asking.stage))
-        yield _refused_host(asking.uri, error) or failed
     except PeelError as error:
         yield _failed(asking.what, error)
+    except Exception as error:
+        if not is_known(asking.mlflow, error, asking.stage):
+            raise
+        failed = _failed(asking.what, asking.tracker.failure(error, asking.stage))
+        yield _refused_host(asking.uri, error) or failed
 
 
 def _found_run(asking: _Asking) -> Iterator[Check]:
@@ -117,15 +119,16 @@ def _to_be_created(tracker: MlflowTracker) -> Check:
 
 
 def _found(run: Any, uri: str) -> Check:
-    name, run_id = run.info.run_name, run.info.run_id
+    run_id = run.info.run_id
+    named = f"{run_id} ({run.info.run_name})" if run.info.run_name else run_id
     if run.info.lifecycle_stage == "deleted":
         return Check(
             "run",
             False,
-            f"{run_id} ({name}) is deleted",
+            f"{named} is deleted",
             f"restore it (`mlflow runs restore --run-id {run_id}`), or name another run_id",
         )
-    return Check("run", True, f"{run_id} ({name}) is found at {shown(uri)}")
+    return Check("run", True, f"{named} is found at {shown(uri)}")
 
 
 def _refused_host(uri: str, error: Exception) -> Check | None:

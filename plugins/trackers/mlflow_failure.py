@@ -70,20 +70,17 @@ class Where:
     artifacts: str
 
 
-def failures(mlflow: Any) -> tuple[type[Exception], ...]:
-    """What MLflow's library raises where a server, a store or their answers are at fault."""
+def is_known(mlflow: Any, error: Exception, stage: Stage) -> bool:
+    """Whether a server, a store or their answers are at fault, and not this program.
+
+    The client of an artifact store raises errors of its own library (a login that is missing, a bucket), whichever that
+    is: of files, everything is the store's.
+    """
     from google.protobuf.json_format import Error as FormatError
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (
-        mlflow.exceptions.MlflowException,
-        SQLAlchemyError,
-        OSError,
-        ImportError,
-        StrangeAnswer,
-        FormatError,
-        json.JSONDecodeError,
-    )
+    of_library = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError, FormatError)
+    return stage == "files" or isinstance(error, (*of_library, StrangeAnswer, json.JSONDecodeError))
 
 
 def failure(error: Exception, stage: Stage, where: Where) -> DeliveryError:
@@ -95,6 +92,8 @@ def failure(error: Exception, stage: Stage, where: Where) -> DeliveryError:
             return strange
     place = f"the artifact store of {where.words} ({where.artifacts})" if is_file else where.words
     why = cause(error, where.uri)
+    if is_file and not hasattr(error, "error_code") and not isinstance(error, OSError):
+        why = f"{type(error).__name__}: {why}"
     if _is_transient(error):
         mend = "start the server, or correct [tracker.mlflow] tracking_uri; it is tried again"
         if is_file:

@@ -19,7 +19,7 @@ from peel_agent.errors import DeliveryError, DestinationDenied
 from peel_agent.records import Check, Publication, TrainingLog
 from peel_agent.spi import TrackerPlugin, setting
 
-from .mlflow_failure import Stage, Where, failure, failures, must_be, run_of, shown
+from .mlflow_failure import Stage, Where, failure, is_known, must_be, run_of, shown
 from .mlflow_training import training_log
 
 REQUEST_TIMEOUT_SECONDS = 15
@@ -85,7 +85,9 @@ class MlflowTracker:
             self._write_numbers(publication, mlflow.entities, is_late=at < int(tags.get(TIME_TAG, at)))
             stage = "files"
             self._write_files(publication, is_late=at < int(tags.get(FILES_TIME_TAG, at)))
-        except failures(mlflow) as error:
+        except Exception as error:
+            if not is_known(mlflow, error, stage):
+                raise
             # `from None`: the library's own message may hold the URI with its password.
             raise self.failure(error, stage) from None
 

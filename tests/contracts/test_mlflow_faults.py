@@ -202,6 +202,28 @@ def test_faults_of_a_folder_of_artifacts(
     assert "tracking_uri" not in error.remedy
 
 
+class NoCredentialsError(Exception):
+    """As botocore has one: no MlflowException, and no OSError."""
+
+
+def test_an_error_of_the_artifact_stores_own_library(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its library raises is told as the store's, with its kind and what to do; metrics are there."""
+
+    def fail(*_: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    place.numbers.publish(NUMBERS)
+    with monkeypatch.context() as fault:
+        fault.setattr(type(place.client), "log_text", fail)
+        error = refused(place.files, FILES)
+    assert type(error) is DestinationDenied
+    assert "the artifact store of MLflow run" in error.what
+    assert "NoCredentialsError: Unable to locate credentials" in error.what
+    assert "serve artifacts through the tracking server" in error.remedy
+    place.files.publish(FILES)
+    assert place.file_names() == ["peel/checkpoints/step-000000100.json"]
+
+
 def test_a_run_that_is_deleted_and_restored(place: Place) -> None:
     """Both lanes wait while the run is deleted, told the command that restores it; then all arrives, once."""
     client = place.client
