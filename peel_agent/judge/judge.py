@@ -10,6 +10,7 @@ from peel_agent.judge.testimony import SILENCE, Testimony
 from peel_agent.records import OF_TIME, PeelReport, ReportObservation, Rule, RuleState, TickObservation
 
 RULE_GONE = "its rule was renamed or removed"
+KIND_CHANGED = "its rule is of another kind now"
 LAYER_GONE = "the model has no such block any more"
 
 
@@ -19,18 +20,22 @@ def judge(
     """The states after this observation; `states` are those before it.
 
     There is one for every rule and every subject seen so far. Rules that do not read this kind of observation keep
-    theirs; an alert of a rule that is not configured any more, or of a block that the model has no longer, is over, and
-    its words say so. Judging one checkpoint twice counts it twice: the caller prevents it. A checkpoint without a step
-    counts as step 0 against `after_step`.
+    theirs; an alert of a rule that is not configured any more, or is of another kind now, or of a block that the model
+    has no longer, is over, and its words say so. Judging one checkpoint twice counts it twice: the caller prevents it.
+    A checkpoint without a step counts as step 0 against `after_step`.
     """
     kept: list[RuleState] = []
     for rule in rules:
-        of_rule = {state.subject: state for state in states if state.rule == rule.name}
+        of_name = [state for state in states if state.rule == rule.name]
+        of_rule = {state.subject: state for state in of_name if _is_of_kind(state, rule)}
+        over = withdrawn([state for state in of_name if not _is_of_kind(state, rule)], KIND_CHANGED)
+        kept += over
         if (rule.kind in OF_TIME) != isinstance(observed, TickObservation):
             kept += of_rule.values()
             continue
         testimonies = KINDS[rule.kind](observed, rule)
-        for subject in dict.fromkeys((*testimonies, *of_rule)):
+        is_ending = {state.subject for state in over}  # it is told first, and then the subject may begin anew
+        for subject in (subject for subject in dict.fromkeys((*testimonies, *of_rule)) if subject not in is_ending):
             before = of_rule.get(subject) or RuleState(rule.name, subject, "inactive", 0, None)
             after = _after(observed, rule, before, testimonies.get(subject, SILENCE))
             kept += [] if after is None else [after]
@@ -41,6 +46,11 @@ def judge(
 def withdrawn(states: Sequence[RuleState], reason: str) -> tuple[RuleState, ...]:
     """The states of alerts that are over for this reason; those that nobody was told of are dropped."""
     return tuple(_ended(state, f"{state.subject}: {reason}") for state in states if state.told)
+
+
+def _is_of_kind(state: RuleState, rule: Rule) -> bool:
+    """Whether a state of this name comes of a rule of the same kind, or of one whose kind was not kept yet."""
+    return state.kind in (rule.kind, "")
 
 
 def _after(
@@ -72,7 +82,7 @@ def _step(state: RuleState, testimony: Testimony, rule: Rule, step: int | None, 
 
     `now` tells this observation from every other one.
     """
-    state = replace(state, severity=rule.severity)
+    state = replace(state, severity=rule.severity, kind=rule.kind)
     if testimony.speaks == "neither":
         return state
     streak = state.streak + 1

@@ -106,7 +106,7 @@ def _unusable(outcome: str, step: int | None, path: str, detail: str) -> str | N
 def rule_states(database: Database, run: str) -> tuple[RuleState, ...]:
     """The state of every (rule, subject) of a run."""
     rows = database.query(
-        "SELECT rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold "
+        "SELECT rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold, kind "
         "FROM rule_states WHERE run = ? ORDER BY rule, subject",
         (run,),
     )
@@ -114,9 +114,9 @@ def rule_states(database: Database, run: str) -> tuple[RuleState, ...]:
 
 
 def _state_of(row: Sequence[Any]) -> RuleState:
-    rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold = row
+    rule, subject, phase, streak, since_step, began, words, causes, severity, told, untold, kind = row
     parsed = tuple(json.loads(causes))
-    return RuleState(rule, subject, phase, streak, since_step, began, words, parsed, severity, told, untold)
+    return RuleState(rule, subject, phase, streak, since_step, began, words, parsed, severity, told, untold, kind)
 
 
 def keep_rule_states(db: sqlite3.Connection, run: str, states: Sequence[RuleState]) -> None:
@@ -125,7 +125,7 @@ def keep_rule_states(db: sqlite3.Connection, run: str, states: Sequence[RuleStat
     rows = [
         (run, *(json.dumps(value) if isinstance(value, tuple) else value for value in astuple(one))) for one in states
     ]
-    db.executemany("INSERT INTO rule_states VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    db.executemany("INSERT INTO rule_states VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def silences(database: Database, now: float) -> tuple[Silence, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 _CHECKPOINTS = """
 CREATE TABLE checkpoints (
@@ -25,6 +25,7 @@ CREATE TABLE rule_states (
     told INTEGER NOT NULL, untold INTEGER NOT NULL, PRIMARY KEY (run, rule, subject)
 );
 """
+_NEW_IN_6 = "ALTER TABLE rule_states ADD COLUMN kind TEXT NOT NULL DEFAULT '';\n"
 _ALERTS = """
 CREATE TABLE alerts (
     position INTEGER PRIMARY KEY, run TEXT NOT NULL, id TEXT NOT NULL, line TEXT NOT NULL, UNIQUE (run, id)
@@ -62,7 +63,7 @@ CREATE TABLE training_loss (run TEXT NOT NULL, step INTEGER NOT NULL, value REAL
 CREATE TABLE training (run TEXT PRIMARY KEY, status TEXT NOT NULL);
 """
 
-TABLES = _CHECKPOINTS + _RULE_STATES_5 + _ALERTS + _BOUND_MEMORY + _LAST_OBSERVED + _NEW_IN_4 + _NEW_IN_5
+TABLES = _CHECKPOINTS + _RULE_STATES_5 + _ALERTS + _BOUND_MEMORY + _LAST_OBSERVED + _NEW_IN_4 + _NEW_IN_5 + _NEW_IN_6
 
 UNCLAIMED = ""
 """The run of what a ledger of one watched place held: the first run that watches that place takes it over."""
@@ -107,10 +108,12 @@ CREATE TABLE last_observed (
     4: f"""
 ALTER TABLE rule_states RENAME TO old_rule_states;{_RULE_STATES_5}
 INSERT INTO rule_states
-    SELECT run, rule, subject, phase, streak, since_step, coalesce(since_step, ''), '', '[]', 'warning',
-        phase = 'firing', 0
+    SELECT run, rule, subject, phase, streak, since_step, coalesce(since_step, ''),
+        iif(phase = 'firing', subject || ' fired before peel-agent was updated; the next checkpoint tells more', ''),
+        '[]', 'warning', phase = 'firing', 0
     FROM old_rule_states;
 DROP TABLE old_rule_states;{_NEW_IN_5}""",
+    5: _NEW_IN_6,
 }
 """What brings a ledger of each version to the next one; 2 is that of the first version that was released."""
 

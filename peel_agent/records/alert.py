@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peel_agent.records.report import Notice, PeelReport, Severity
+from peel_agent.records.rule import RuleKind
 
 Phase = Literal["inactive", "pending", "firing"]
 
@@ -61,6 +62,7 @@ class RuleState:
     `streak` counts checkpoints in a row that spoke against the phase. `began` tells this alert from an earlier one of
     the same rule and subject. `words` say why it fires, or why it does not any more, and `causes` what the likely
     reasons are. It was told `told` times that it fires, 0 when nobody was told, `untold` checkpoints ago the last time.
+    `kind` is its rule's; empty where an earlier version did not keep it, or nothing has been said yet.
     """
 
     rule: str
@@ -74,6 +76,7 @@ class RuleState:
     severity: Severity = "warning"
     told: int = 0
     untold: int = 0
+    kind: RuleKind | Literal[""] = ""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from peel_agent.config import RunSettings, TrackerSettings, WatchSettings
 from peel_agent.deliver import Carrier
 from peel_agent.destinations import Address
 from peel_agent.journal import Journal
+from peel_agent.judge import KIND_CHANGED
 from peel_agent.judging import Judging
 from peel_agent.ledger import Lane, Ledger, RunLedger, silence
 from peel_agent.publish import to_trackers
@@ -34,11 +35,16 @@ class Desk:
         self.ledger = Ledger(folder)
         self.run: RunLedger = self.ledger.run("key", "mine", "/runs/mine")
         self.now, self.said, self.woken = 1000.0, list[str](), 0
+        self.journal = Journal(self.said.append, lambda: self.now)
+        self.sinks = sinks or {"mail": None}
+        self.rule(*rules)
+
+    def rule(self, *rules: Rule) -> None:
+        """An agent that has just read these rules."""
         settings = RunSettings(
             "mine", WatchSettings(path="/runs/mine"), tracker=TrackerSettings(use=("jsonl",)), rules=rules
         )
-        self.journal = Journal(self.said.append, lambda: self.now)
-        self.judging = Judging(settings, self.run, lambda: sinks or {"mail": None}, self.journal, self.wake)
+        self.judging = Judging(settings, self.run, lambda: self.sinks, self.journal, self.wake)
 
     def wake(self) -> None:
         self.woken += 1
@@ -202,3 +208,44 @@ def test_a_tracker_that_cannot_be_read_costs_no_delivery(
     deliver(desk, tmp_path, mlflow_uri, run_id, ("loss",))
     assert desk.run.alerting.training_loss() == ()
     desk.ledger.close()
+
+
+SAME_NAME = {
+    "a block's, then the watching's": (Rule("it", "layer_below", 1, 1), Rule("it", "lag", threshold=9)),
+    "a block's, then the run's": (Rule("it", "layer_below", 1, 1), Rule("it", "run_below_bound")),
+    "a block's, then another of blocks": (Rule("it", "layer_below", 1, 1), Rule("it", "layer_flooding")),
+    "the watching's, then a block's": (Rule("it", "no_checkpoint", threshold=60), Rule("it", "layer_below", 1, 1)),
+    "the watching's, then another of it": (Rule("it", "no_checkpoint", threshold=60), Rule("it", "lag", threshold=9)),
+    "the watching's, then the agent's": (Rule("it", "no_checkpoint", threshold=60), Rule("it", "agent_error")),
+}
+
+
+@pytest.mark.parametrize("rules", SAME_NAME.values(), ids=SAME_NAME)
+def test_a_rule_that_is_of_another_kind_ends_what_it_told_before(desk: Desk, rules: tuple[Rule, Rule]) -> None:
+    """A name that stays keeps no alert that nothing could clear any more: it is resolved once, with the reason."""
+    desk.rule(rules[0])
+    desk.peel(1, "b")
+    desk.now += 61
+    desk.judging.tick(desk.now)
+    ((fired,),) = [group["notices"] for group in desk.owed("mail")]
+    desk.rule(rules[1])
+    for step in (2, 3):
+        desk.judging.tick(desk.now)
+        desk.peel(step, "u")
+    told = [notice for group in desk.owed("mail") for notice in group["notices"]]
+    assert [(one["state"], one["subject"]) for one in told] == [
+        ("firing", fired["subject"]),
+        ("resolved", fired["subject"]),
+    ]
+    assert KIND_CHANGED in told[1]["text"]
+    assert [state.kind for state in desk.run.rule_states() if state.phase == "firing"] == []
+
+
+def test_an_alert_whose_rule_changed_its_kind_may_begin_anew(desk: Desk) -> None:
+    """The old one ends before the new one of the same name and subject begins, and both are told."""
+    desk.peel(1, "b")
+    desk.rule(Rule("below", "layer_flooding", 1, 1))
+    desk.peel(2, "b")
+    desk.rule(BELOW)
+    told = [*desk.peel(3, "b"), *desk.peel(4, "b")]
+    assert told == ["firing below model.layers.3"]

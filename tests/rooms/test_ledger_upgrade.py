@@ -59,6 +59,9 @@ INSERT INTO rule_states VALUES ('layer_below', 'model.layers.2', 'inactive', 0, 
 INSERT INTO alerts (position, id, line) VALUES (4, 'n1', '{"id": "n1", "layer": "model.layers.3"}');
 """
 
+UPDATED = "model.layers.3 fired before peel-agent was updated; the next checkpoint tells more"
+"""What an alert says that fired when no words were kept of it: Alertmanager is told it again before any checkpoint."""
+
 VERSIONS = {2: VERSION_2, 3: VERSION_3}
 
 
@@ -92,7 +95,7 @@ def held_by_0_1(folder: Path, root: Path) -> CheckpointRef:
 def check_all_of_it(run: RunLedger, version: int, memory: Memory) -> None:
     assert run.rule_states() == (
         RuleState("layer_below", "model.layers.2", "inactive", 0, None, ""),
-        RuleState("layer_below", "model.layers.3", "firing", 1, 3, "3", told=1),
+        RuleState("layer_below", "model.layers.3", "firing", 1, 3, "3", UPDATED, told=1),
     )
     assert run.bound_memory() == memory
     assert [run.outcome(one) for one in ("f1", "f0", "f-", "f=")] == ["peeled", "refused", "passed over", "vanished"]
