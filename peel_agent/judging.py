@@ -44,7 +44,8 @@ class Judging:
     """The judge of one run.
 
     `sinks` names those that get notices now, with the seconds after which they are to be told again of all that fires,
-    None for never; `owed` is called when they are owed any.
+    None for never; `owed` is called when they are owed any. With `once` no checkpoint is awaited: that none comes, and
+    how many wait, is then no alert.
     """
 
     def __init__(
@@ -54,12 +55,15 @@ class Judging:
         sinks: Callable[[], Mapping[str, float | None]],
         journal: Journal,
         owed: Callable[[], None],
+        *,
+        once: bool = False,
     ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._sinks = sinks
         self._journal = journal
         self._owed = owed
+        self._once = once
         self._resent: dict[str, float] = {}
         self._known: tuple[RuleState, ...] | None = None
         """The states as the ledger has them, which nobody else changes: a tick does not read thousands of rows."""
@@ -142,9 +146,10 @@ class Judging:
 
     def _observed(self, now: float) -> TickObservation:
         standing = self._ledger.alerting.standing()
-        return TickObservation(
+        observed = TickObservation(
             now=now, troubles=self._journal.troubles_of(self._settings.name), **dataclasses.asdict(standing)
         )
+        return dataclasses.replace(observed, last_checkpoint_at=None, waiting=None) if self._once else observed
 
     def _last_step(self) -> int | None:
         last = self._ledger.last_peeled()

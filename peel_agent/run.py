@@ -81,7 +81,12 @@ class Run:
             self.once,
         )
         self._judging = Judging(
-            self.settings, self.ledger, lambda: self.sinks, self.services.journal, self.services.owed
+            self.settings,
+            self.ledger,
+            lambda: self.sinks,
+            self.services.journal,
+            self.services.owed,
+            once=self.once,
         )
         if self.ended is not None:
             self.withdraw_all(self.ended)
@@ -148,14 +153,23 @@ class Run:
         return (*self._queue.held(), *working, *earlier)
 
     def round(self, now: float) -> Observed:
-        """One round at the time `now`, in Unix seconds. Raises ConfigurationError when nothing can be peeled so."""
-        self._conclude(now)
-        observed = self.source.look(now)
-        self._intake.take(observed)
-        self._intake.mind_space()
-        self._start(now)
-        self._judging.tick(now)
+        """One round at the time `now`, in Unix seconds. Raises ConfigurationError when nothing can be peeled so.
+
+        Alerts go by the clock after a round that failed too: that rounds fail is what one of them is about.
+        """
+        try:
+            self._conclude(now)
+            observed = self.source.look(now)
+            self._intake.take(observed)
+            self._intake.mind_space()
+            self._start(now)
+        finally:
+            self.tick(now)
         return observed
+
+    def tick(self, now: float) -> None:
+        """Alerts that go by the clock are judged, with or without a look at the place."""
+        self._judging.tick(now)
 
     def is_idle(self, observed: Observed) -> bool:
         """Whether nothing of what was observed is left to wait for."""

@@ -107,6 +107,8 @@ class Watcher:
                 return False
             words = f"{root}: it is not there now; nothing is lost, and it is looked for again"
             self.journal.begin(f"run/{self.key}/place", words, run=self.name)
+            with suppress(sqlite3.Error, OSError):  # a full disk: it is told when the place is there
+                self.run.tick(time.time())
             self._stopping.wait(FIRST_TROUBLE_SECONDS)
         return False
 

@@ -14,7 +14,7 @@ from peel_agent.cli.options import say
 from peel_agent.cli.watch import state_folder
 from peel_agent.config import load_settings
 from peel_agent.destinations import sink_addresses
-from peel_agent.errors import ConfigurationError, PeelError
+from peel_agent.errors import ConfigurationError, PeelError, printable
 from peel_agent.ledger import Reader, open_beside, silence, unsilence
 from peel_agent.notify import group, silenced_by
 from peel_agent.records import Notice, RuleState, Silence, plain
@@ -56,7 +56,7 @@ def _list(options: argparse.Namespace) -> int:
         print(json.dumps(form, indent=2))
         return 0
     for run, state in alerts:
-        print(_line(run, state, silenced_by(silences, run, state, now)))
+        print(printable(_line(run, state, silenced_by(silences, run, state, now))))
     if not any(state.phase == "firing" for _, state in alerts):
         print("nothing fires")
     for one in silences:
@@ -96,22 +96,31 @@ def _test(options: argparse.Namespace) -> int:
         except PeelError as error:
             say(f"{address.name}: {error}")
             status = 1
+        except Exception as error:  # a plug-in may raise anything
+            say(printable(f"{address.name} failed: {type(error).__name__}: {error}"))
+            status = 1
     return status
 
 
 def _silence(options: argparse.Namespace) -> int:
-    until = time.time() + _seconds(options.time)
+    now = time.time()
+    until = now + _seconds(options.time)
+    globs = {what: printable(getattr(options, f"{what}_glob")) for what in ("run", "rule", "subject")}
     with closing(open_beside(state_folder(options), writing=True)) as database:
-        globs = {"run": options.run_glob, "rule": options.rule_glob, "subject": options.subject_glob}
-        number = reading(lambda: silence(database, **globs, until=until, why=options.why))
+        number = reading(lambda: silence(database, **globs, until=until, why=printable(options.why)))
+    with closing(Reader(state_folder(options))) as reader:
+        alerts = reading(reader.alerts)
+    made = Silence(number, **globs, until=until, why="")
+    held = sum(state.phase == "firing" and silenced_by([made], run, state, now) is not None for run, state in alerts)
     ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(until))
     print(f"silence {number} until {ends}; `peel-agent alerts unsilence {number}` ends it")
+    print(f"alerts that fire now, and that it is for: {held}")
     return 0
 
 
 def _seconds(text: str) -> float:
     match = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if match is None:
+    if match is None or not int(match[1]):
         raise ConfigurationError(f"--for is `{text}`", remedy="give a number and a unit: 90s, 30m, 8h or 2d")
     return float(match[1]) * SECONDS[match[2]]
 
@@ -119,5 +128,8 @@ def _seconds(text: str) -> float:
 def _unsilence(options: argparse.Namespace) -> int:
     with closing(open_beside(state_folder(options), writing=True)) as database:
         count = reading(lambda: unsilence(database, options.numbers))
-    print(f"{count} silences ended; what still fires is told within a minute where an agent is running")
-    return 0 if count == len(options.numbers) else 1
+    print(f"silences ended: {count}; what still fires is told within a minute where an agent is running")
+    if count < len(set(options.numbers)):
+        say("not every number is that of a silence\n  -> `peel-agent alerts list` shows those in force")
+        return 1
+    return 0

@@ -60,6 +60,8 @@ def agent_error(observed: TickObservation, rule: Rule) -> dict[str, Testimony]:
 def lag(observed: TickObservation, rule: Rule) -> dict[str, Testimony]:
     """Too many checkpoints wait to be peeled; it ends when half as many wait."""
     limit, waiting = threshold_of(rule), observed.waiting
+    if waiting is None:
+        return {RUN: SILENCE}
     if waiting >= limit:
         return {RUN: Testimony("for", f"{waiting} checkpoints wait to be peeled", causes=_LAG)}
     return {RUN: Testimony("against", f"{waiting} checkpoints wait to be peeled") if 2 * waiting <= limit else SILENCE}

@@ -39,16 +39,17 @@ class TickObservation:
     """How the watching itself stands at the time `now`; all times are Unix seconds.
 
     `last_checkpoint_at` is when the newest checkpoint was written, of step `last_step`; `longest_pause` the most
-    seconds between two of them so far. `waiting` checkpoints are whole and not peeled yet. `troubles` are what is wrong
-    now, in words, with the time since when. `unusable` says why the newest checkpoint could not be peeled, None when it
-    could. `given_up` deliveries will not be tried again. `ended` says how it is known that the training is over.
+    seconds between two of them so far. `waiting` checkpoints are whole and not peeled yet, None when it does not matter
+    how many. `troubles` are what is wrong now, in words, with the time since when. `unusable` says why the newest
+    checkpoint could not be peeled, None when it could. `given_up` deliveries will not be tried again. `ended` says how
+    it is known that the training is over.
     """
 
     now: float
     last_checkpoint_at: float | None = None
     last_step: int | None = None
     longest_pause: float | None = None
-    waiting: int = 0
+    waiting: int | None = 0
     troubles: tuple[tuple[str, float], ...] = ()
     unusable: str | None = None
     given_up: int = 0

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from peel_agent.cli import main
 from peel_agent.ledger import Alerting, Ledger, RunLedger, silence, silences, unsilence
 from peel_agent.records import RuleState, Verdict
+from peel_plugins.sinks.jsonl_file import JsonlSink
 from tests.rooms.test_ledger import checkpoint, record
 
 FIRING = RuleState("layer_below", "model.layers.3", "firing", 0, 400, "400/f", "it is below", ("why",), "critical", 1)
@@ -66,7 +68,49 @@ def test_a_silence_is_made_shown_and_ended(run: RunLedger, ask: Callable[..., tu
     assert ask("unsilence", "1")[0] == 1
 
 
-@pytest.mark.parametrize("text", ["2", "h", "2w", "-1h", "1.5h"])
+def test_a_silence_says_how_much_it_is_for(run: RunLedger, ask: Callable[..., tuple[int, str]]) -> None:
+    """A name with a slip of the pen is for nothing that fires, and the answer shows it."""
+    run.keep_verdict(Verdict((FIRING, SOON), ()), {}, ())
+    for glob, count in (("layer_below", 1), ("layer_belw", 0), ("*", 1)):
+        status, said = ask("silence", "--for", "2h", "--rule", glob)
+        assert (status, said.splitlines()[1]) == (0, f"alerts that fire now, and that it is for: {count}")
+
+
+def test_numbers_that_no_silence_has(run: RunLedger, ask: Callable[..., tuple[int, str]]) -> None:
+    """However large; one that is given twice is ended once."""
+    ids = [silence(run._database, run="*", rule="*", subject="*", until=1e12, why="") for _ in range(2)]
+    status, said = ask("unsilence", str(ids[0]), str(ids[0]))
+    assert (status, said.split(";")[0]) == (0, "silences ended: 1")
+    for number in ("0", "7", str(2**63), "9" * 40):
+        status, said = ask("unsilence", number)
+        assert (status, said.split(";")[0]) == (1, "silences ended: 0")
+        assert "`peel-agent alerts list` shows" in said
+    assert [one.id for one in run.alerting.silences(0.0)] == ids[1:]
+
+
+def test_texts_that_no_terminal_should_get(run: RunLedger, ask: Callable[..., tuple[int, str]]) -> None:
+    """Bytes that are no text and control characters, in what is given and in what is listed, are escaped."""
+    run.keep_verdict(Verdict((replace(FIRING, words="it is \x1b[31m below"),), ()), {}, ())
+    assert ask("silence", "--for", "2h", "--rule", "\udcff*", "--why", "\udcff\x1b[31m")[0] == 0
+    status, said = ask("list")
+    assert (status, "\x1b" in said, "\udcff" in said) == (0, False, False)
+    assert said.endswith("rule \\udcff*, subject *: \\udcff\\x1b[31m\n")
+
+
+def test_a_sink_that_raises_anything_is_named(
+    tmp_path: Path, ask: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's plug-in; the next one is tried all the same."""
+    monkeypatch.setattr(JsonlSink, "deliver", lambda _sink, _group: {}["a bug"])
+    file = tmp_path / "peel.toml"
+    file.write_text('[[sink]]\nuse = "jsonl"\npath = "~/notices"\n[[sink]]\nuse = "stderr"\n')
+    status, said = ask("test", "-c", str(file))
+    assert status == 1
+    assert "jsonl failed: KeyError: 'a bug'" in said
+    assert "sent to stderr" in said
+
+
+@pytest.mark.parametrize("text", ["0m", "2", "h", "2w", "-1h", "1.5h"])
 def test_a_time_that_is_none(text: str, run: RunLedger, ask: Callable[..., tuple[int, str]]) -> None:
     """A time without a unit, or of another one, is refused with what to write."""
     del run

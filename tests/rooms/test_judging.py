@@ -39,12 +39,12 @@ class Desk:
         self.sinks = sinks or {"mail": None}
         self.rule(*rules)
 
-    def rule(self, *rules: Rule) -> None:
+    def rule(self, *rules: Rule, once: bool = False) -> None:
         """An agent that has just read these rules."""
         settings = RunSettings(
             "mine", WatchSettings(path="/runs/mine"), tracker=TrackerSettings(use=("jsonl",)), rules=rules
         )
-        self.judging = Judging(settings, self.run, lambda: self.sinks, self.journal, self.wake)
+        self.judging = Judging(settings, self.run, lambda: self.sinks, self.journal, self.wake, once=once)
 
     def wake(self) -> None:
         self.woken += 1
@@ -249,3 +249,21 @@ def test_an_alert_whose_rule_changed_its_kind_may_begin_anew(desk: Desk) -> None
     desk.rule(BELOW)
     told = [*desk.peel(3, "b"), *desk.peel(4, "b")]
     assert told == ["firing below model.layers.3"]
+
+
+def test_with_once_nothing_is_awaited(desk: Desk) -> None:
+    """A training of last month has no checkpoint to come, and all of them wait; an alert of that stays as it is."""
+    rules = (LATE, Rule("many", "lag", threshold=1), Rule("error", "agent_error", threshold=0))
+    desk.rule(*rules, once=True)
+    desk.peel(1, "a")
+    desk.run.await_turn(checkpoint(2, desk.now))
+    desk.now += 30 * 86400
+    desk.judging.tick(desk.now)
+    assert desk.owed("mail") == []
+    desk.rule(*rules)
+    desk.judging.tick(desk.now)
+    desk.rule(*rules, once=True)
+    desk.run.refuse(checkpoint(2, desk.now), "it is damaged")
+    desk.judging.tick(desk.now)
+    told = [f"{one['state']} {one['rule']}" for group in desk.owed("mail") for one in group["notices"]]
+    assert told == ["firing late", "firing many", "firing error"]

@@ -979,6 +979,27 @@ def test_a_backlog(desk: Desk, backlog: str, steps: list[int]) -> None:
     assert sorted(step or 0 for step in desk.steps) == [10, 20, 30]
 
 
+def test_a_look_that_fails_is_an_alert_too(desk: Desk) -> None:
+    """Rules that go by the clock are judged whatever becomes of the look, and resolved when looks succeed again."""
+    desk.stopped(rules=(Rule("away", "agent_error", threshold=5), Rule("late", "no_checkpoint", threshold=5)))
+    desk.put(1)
+    desk.finish()
+
+    def fail(_now: float) -> Observed:
+        desk.run.services.journal.begin("run/look", "the directory may not be listed", run="run")
+        raise PermissionError("no")
+
+    look, desk.run.source.look = desk.run.source.look, fail  # type: ignore[method-assign]
+    for seconds in (1.0, 1e6):
+        with pytest.raises(PermissionError):
+            desk.round(seconds)
+    assert any("ALERT firing: the directory may not be listed" in words for words in desk.told("alert"))
+    desk.run.source.look = look  # type: ignore[method-assign]
+    desk.run.services.journal.end("run/look", "it is listed again")
+    desk.round()
+    assert "ALERT resolved: all is well again" in desk.told("alert")[-1]
+
+
 def test_history_is_no_observation(desk: Desk) -> None:
     """A checkpoint that comes after a later one is reported; alerts and the running minimum stay as they were."""
     desk.put(30)
