@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 
 from peel_agent.config.sections import DEFAULT_RULES, RunSettings, Settings
 from peel_agent.errors import ConfigurationError
-from peel_agent.records import NEEDS, QUANTITIES, THRESHOLDS, PeelSettings, Rule
+from peel_agent.records import METRICS, NEEDS, QUANTITIES, THRESHOLDS, PeelSettings, Rule, metric_form
 
 
 def check_rules(settings: Settings) -> None:
@@ -49,6 +50,13 @@ def _check_numbers(rule: Rule) -> None:
             f"the rule `{rule.name}` of kind {rule.kind} {'names a' if rule.metric else 'does not say which'} metric",
             remedy='`metric` is a key in the tracker, such as "peel/loss", for a rule of kind `metric` only',
         )
+    if rule.metric and metric_form(rule.metric) not in METRICS:
+        near = difflib.get_close_matches(metric_form(rule.metric), METRICS, n=1, cutoff=0.4)
+        guess = f"did you mean `{near[0]}`? " if near else ""
+        raise ConfigurationError(
+            f"the rule `{rule.name}` reads the metric `{rule.metric}`, which no checkpoint has",
+            remedy=f"{guess}there are: {', '.join(METRICS)}",
+        )
     for key, count in (
         ("for_checkpoints", rule.raised_after),
         ("clear_checkpoints", rule.cleared_after),
@@ -66,7 +74,7 @@ def _check_sinks(rule: Rule, sinks: Sequence[str]) -> None:
 
 
 def _check_effort(rule: Rule, peel: PeelSettings) -> None:
-    needed = NEEDS.get(rule.kind, ())
+    needed = METRICS[metric_form(rule.metric)] if rule.kind == "metric" else NEEDS.get(rule.kind, ())
     if not needed or set(needed) & set(peel.computed):
         return
     effort = next(name for name, computed in QUANTITIES.items() if set(needed) & set(computed))

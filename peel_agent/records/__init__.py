@@ -82,6 +82,7 @@ from peel_agent.records.request import Request
 from peel_agent.records.rule import (
     CHECKPOINTS,
     CLEARED_AFTER,
+    METRICS,
     NEEDS,
     OF_TIME,
     THRESHOLDS,
@@ -89,6 +90,7 @@ from peel_agent.records.rule import (
     Rule,
     RuleKind,
     Threshold,
+    metric_form,
     threshold_of,
 )
 from peel_agent.records.settings import ID_DTYPES, QUANTITIES, ModelSettings, PeelSettings, Precision, ProbeSettings
@@ -98,6 +100,7 @@ __all__ = [
     "CLEARED_AFTER",
     "FULL_PRECISION",
     "ID_DTYPES",
+    "METRICS",
     "NEEDS",
     "OF_TIME",
     "QUANTITIES",
@@ -194,6 +197,7 @@ __all__ = [
     "Zone",
     "decoded",
     "glob_fits",
+    "metric_form",
     "plain",
     "restored",
     "threshold_of",

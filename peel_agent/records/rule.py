@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -63,7 +64,35 @@ NEEDS: Mapping[RuleKind, tuple[str, ...]] = {
     "false_convergence": ("bounds", "headroom"),
     "quantization_collapse": ("headroom",),
 }
-"""The quantities of a peel that a kind reads; one of them is enough."""
+"""The quantities of a peel that a kind reads; one of them is enough. What `metric` reads is in METRICS."""
+
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "peel/loss": (),
+    "peel/seconds": (),
+    "peel/bound": ("bounds",),
+    "peel/gap": ("bounds",),
+    "peel/yes/<label>": ("bounds",),
+    "peel/layers_below": ("margin",),
+    "peel/layers_undecided": ("margin",),
+    "peel/parts_below": ("margin",),
+    "peel/worst_margin": ("margin",),
+    "peel/margin/L003": ("margin",),
+    "peel/margin/L003/attention": ("margin",),
+    "peel/margin/L003/mlp": ("margin",),
+    "peel/progress/L003": ("margin",),
+    "peel/change/L003": (),
+    "peel/headroom/L003": ("headroom",),
+}
+"""Every form of a key in the tracker that rules may read, and the quantity of a peel that it comes of.
+
+L003 stands for any block, `<label>` for any map.
+"""
+
+
+def metric_form(key: str) -> str:
+    """The form of METRICS that a key has, or the key when it has none."""
+    return re.sub(r"(?<=/)L\d{3,6}(?=/|$)", "L003", re.sub(r"^peel/yes/.+", "peel/yes/<label>", key))
+
 
 OF_TIME: frozenset[RuleKind] = frozenset({"no_checkpoint", "agent_error", "lag"})
 """Kinds that go by the clock and by what waits, not by what a checkpoint's report says."""
@@ -73,7 +102,7 @@ OF_TIME: frozenset[RuleKind] = frozenset({"no_checkpoint", "agent_error", "lag"}
 class Rule:
     """`[[rule]]`: raise after `for_checkpoints` in a row, clear after `clear_checkpoints` in a row.
 
-    None is the kind's own number (CHECKPOINTS, CLEARED_AFTER; judge/thresholds.py). `metric` and `op` are those of a
+    None is the kind's own number (CHECKPOINTS, CLEARED_AFTER, THRESHOLDS). `metric` and `op` are those of a
     rule of kind `metric`. `sinks` are the names of those that get its notices, None for all. While it fires it is told
     again every `repeat_checkpoints`, None for never.
     """

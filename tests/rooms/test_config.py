@@ -251,6 +251,26 @@ def test_sections_of_the_agent(tmp_path: Path, text: str, name: str, expected: o
         ("[[rule]]\nname = 'x'\nkind = 'metric'\nmetric = 'peel/loss'", r"has no threshold(.|\n)*compared with"),
         ("[[rule]]\nname = 'x'\nkind = 'metric'\nthreshold = 1", "does not say which metric"),
         ("[[rule]]\nname = 'x'\nkind = 'lag'\nmetric = 'peel/loss'", "of kind lag names a metric"),
+        (
+            "[[rule]]\nname = 'x'\nkind = 'metric'\nthreshold = 1\nmetric = 'peel/los'",
+            r"metric `peel/los`, which no checkpoint has(.|\n)*did you mean `peel/loss`",
+        ),
+        (
+            "[[rule]]\nname = 'x'\nkind = 'metric'\nthreshold = 1\nmetric = 'peel/margin/L3'",
+            r"`peel/margin/L3`(.|\n)*did you mean `peel/margin/L003`",
+        ),
+        (
+            "[[rule]]\nname = 'x'\nkind = 'metric'\nthreshold = 1\nmetric = 'peel/alerts_firing'",
+            r"`peel/alerts_firing`, which no checkpoint has",
+        ),
+        (
+            "[peel]\neffort = 'quick'\n[[rule]]\nname = 'x'\nkind = 'metric'\nthreshold = 1\nmetric = 'peel/gap'",
+            r"reads bounds, and only margin is(.|\n)*effort = \"standard\"",
+        ),
+        (
+            "[[rule]]\nname = 'x'\nkind = 'metric'\nthreshold = 1\nmetric = 'peel/headroom/L012'",
+            r"reads headroom, and only margin, bounds(.|\n)*effort = \"full\"",
+        ),
         ("[[rule]]\nname = 'x'\nkind = 'metric'\nop = '='", r"`rule.op` is `=`(.|\n)*<, <=, >, >="),
         ("[[rule]]\nname = 'x'\nkind = 'no_checkpoint'\nthreshold = -5", r"threshold` is -5(.|\n)*0 or more: seconds"),
         ("[[rule]]\nname = 'x'\nkind = 'layer_changed'\nthreshold = 0.5", r"threshold` is 0.5(.|\n)*1 or more"),

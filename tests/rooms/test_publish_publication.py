@@ -9,8 +9,9 @@ from math import nan
 
 import pytest
 
-from peel_agent.publish import publication, report_line
+from peel_agent.publish import publication, report_line, series_of
 from peel_agent.records import (
+    METRICS,
     BoundReport,
     Change,
     Estimate,
@@ -21,6 +22,7 @@ from peel_agent.records import (
     Publication,
     RuleState,
     Verdict,
+    metric_form,
 )
 from tests.rooms.test_publish_form import FULL
 
@@ -252,3 +254,18 @@ def test_a_report_with_a_nan_is_not_published() -> None:
     """NaN crashes tracker pages: nothing is composed from a report that holds one."""
     with pytest.raises(ValueError, match="not JSON compliant"):
         published(dataclasses.replace(FULL, loss=Estimate(nan, nan, nan)))
+
+
+def test_every_number_has_a_form_that_rules_may_name() -> None:
+    """What trackers get of a report is what a rule of kind `metric` may read, but for the count of alerts."""
+    every = dataclasses.replace(FULL, layers=tuple(map(_measured, FULL.layers)))
+    assert {metric_form(key) for key in series_of(every)} == set(METRICS)
+
+
+def _measured(layer: LayerReport) -> LayerReport:
+    """The layer with every number that there is."""
+    one = Estimate(0.1, 0.1, 0.1)
+    parts = {name: PartReport("above", one) for name in ("attention", "mlp")}
+    return dataclasses.replace(
+        layer, margin=one, headroom=one, progress=one, change=layer.change or Change(1.0), parts=parts
+    )
