@@ -69,6 +69,19 @@ class Dispatch:
             if tuple(addresses) != self._addresses:
                 self._addresses = tuple(addresses)
                 self._end()
+                self._tell_stranded()
+
+    def _tell_stranded(self) -> None:
+        """What is owed to a destination that was renamed or taken out waits, and somebody must know."""
+        runs = {one.run for one in self._addresses}
+        named = {(one.run, one.name) for one in self._addresses}
+        for lane, (alive, _) in sorted(self._ledger.outbox.owed().items()):
+            if alive and lane.run in runs and (lane.run, lane.destination) not in named:
+                words = (
+                    f"{lane.kind} that wait for {lane.destination}: {alive}; no tracker and no sink is called so now; "
+                    "they are kept, and sent when one is called so again"
+                )
+                self._journal.tell("delivery failed", words, run=self._names(lane.run), level="warning")
 
     def look(self) -> None:
         """Whether each destination is there is to be found out now, and told; the courier does it, nobody waits."""

@@ -365,6 +365,11 @@ def test_what_is_owed_to_nobody_configured_waits(office: Office) -> None:
     office.dispatch.address(addresses[1:])
     office.dispatch.tick()
     assert office.child is None
+    said = [line for line in office.said if "no tracker and no sink" in line]
+    assert [line.split(";")[0].split("name of run-1: ")[1] for line in said] == [
+        "files that wait for jsonl: 2",
+        "numbers that wait for jsonl: 2",
+    ]
     office.dispatch.address(addresses)
     office.tick_until(office.owes_nothing)
 
