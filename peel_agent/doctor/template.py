@@ -57,7 +57,7 @@ BODY = """
 
 # Where numbers are written.
 [tracker]
-# use = ["mlflow"]         # any of the tracker plug-ins: mlflow, jsonl
+# use = ["mlflow"]         # any of the tracker plug-ins: mlflow, tensorboard, jsonl
 # training_loss = "train/loss"   # where the training logs its loss, for the rule false_convergence (by default found)
 # max_series = 400         # never more metric keys than this
 
@@ -72,6 +72,10 @@ BODY = """
 # A local file instead of a server, with use = ["jsonl"].
 # [tracker.jsonl]
 # path = "publications.jsonl"  # by default in the run's own state folder
+
+# Files for TensorBoard, with use = ["tensorboard"]; pip install "peel-agent[tensorboard]".
+# [tracker.tensorboard]
+# log_dir = "/runs/tensorboard"  # what `tensorboard --logdir` is given; by default in the run's own state folder
 
 # What survives a restart: one folder an agent.
 [state]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from peel_agent.records import Check, Publication
 from peel_agent.spi import TrackerPlugin, setting
 
 from ..durable_lines import DurableLines  # noqa: TID252 -- shared by two kinds
+from .local_files import try_to_write
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class JsonlTracker:
 
     def check(self, now: Callable[[], float]) -> tuple[Check, ...]:  # noqa: ARG002 -- the protocol's
         try:
-            _try_to_write(self._path)
+            try_to_write(self._path)
         except OSError as error:
             return (
                 Check(
@@ -74,17 +74,6 @@ class JsonlPlugin:
 
 
 PLUGIN: TrackerPlugin = JsonlPlugin()
-
-
-def _try_to_write(path: Path) -> None:
-    """Raises OSError where the file could not be appended to, or made; leaves nothing behind."""
-    if path.exists():
-        with path.open("ab"):
-            return
-    folder = next(above for above in path.absolute().parents if above.exists())
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"x")
-        file.flush()
 
 
 def _line(publication: Publication) -> bytes:

@@ -36,6 +36,9 @@ OWN_FILES = "peel/checkpoints/"
 
 STATE_FILE = "mlflow-run.json"
 
+MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+"""What MLflow's pages open as model training: without it one is asked, or shown the pages of GenAI."""
+
 _finding_run = threading.Lock()
 """Two connections of one run must not both create it."""
 
@@ -165,7 +168,7 @@ class MlflowTracker:
             return found
         experiment = self._experiment(client)
         if experiment is None:
-            experiment_id = str(client.create_experiment(self._name))
+            experiment_id = str(client.create_experiment(self._name, tags=MODEL_TRAINING))
             must_be(bool(experiment_id), "a new experiment has no id")
         else:
             experiment_id = experiment.experiment_id
