@@ -129,10 +129,14 @@ def _witness(
         lease=DeviceLease(device, visible_gpus() or "", device, "the command's own"),
         nice=0,
     )
-    with _unproven(patch, out) as file:
-        patched = _proven(better, dataclasses.replace(request, patch=file), snapshot.precision)
-        _check_out(out)  # somebody may have made it meanwhile
-        file.replace(out)
+    try:
+        with _unproven(patch, out) as file:
+            patched = _proven(better, dataclasses.replace(request, patch=file), snapshot.precision)
+            _check_out(out)  # somebody may have made it meanwhile
+            file.replace(out)
+    except KeyboardInterrupt:
+        words = f"a headroom of {better.headroom} nats per token is not proven, and no patch is left"
+        raise Interrupted(f"interrupted while the patch was measured again: {words}") from None
     return Witness(better.loss, patched, better.headroom, tuple(sorted(patch)))
 
 
@@ -141,9 +145,6 @@ def _proven(better: Improvement, request: Request, precision: str) -> Estimate:
     engine = registry.engine("local").open(worker_environment)
     try:
         patched = engine.submit(request).result().report.loss
-    except KeyboardInterrupt:
-        words = f"a headroom of {better.headroom} nats per token is not proven, and no patch is left"
-        raise Interrupted(f"interrupted while the patch was measured again: {words}") from None
     finally:
         engine.close(END_SECONDS)
     won = better.loss.value - patched.value

@@ -146,16 +146,17 @@ def test_doctor_says_how_far_it_came(place: Path, tmp_path: Path, flags: tuple[s
 
 
 @pytest.mark.parametrize(
-    ("flags", "moment"),
+    ("flags", "module", "moment"),
     [
-        ([], imports("peel_agent.ledger.ledger")),
-        ([], says("watching ")),
-        (["--once"], says("peeling ")),
-        ([], says(" step 10")),
+        # What the test's own program imports is not the command's.
+        ([], "peel_agent", imports("peel_agent.ledger.ledger")),
+        ([], "tests.runs.instant_agent", says("watching ")),
+        (["--once"], "tests.runs.instant_agent", says("peeling ")),
+        ([], "tests.runs.instant_agent", says(" step 10")),
     ],
     ids=["import", "watching", "peeling", "sending"],
 )
-def test_watch_keeps_what_is_not_done(tmp_path: Path, flags: list[str], moment: Moment) -> None:
+def test_watch_keeps_what_is_not_done(tmp_path: Path, flags: list[str], module: str, moment: Moment) -> None:
     """Status 130, also with a courier in the terminal's group; what is not done is done by the next start."""
     for step in (10, 20):
         write_checkpoint(tmp_path / "run" / f"checkpoint-{step}", step)
@@ -168,7 +169,7 @@ def test_watch_keeps_what_is_not_done(tmp_path: Path, flags: list[str], moment: 
         "PEEL__TRACKER__USE": '["jsonl"]',
         "PEEL__HEALTH__LISTEN": '""',
     }
-    command = Command(tmp_path, *arguments, *flags, module="tests.runs.instant_agent", **environment)
+    command = Command(tmp_path, *arguments, *flags, module=module, **environment)
     assert command.interrupted(moment, times=2) == 130
     said = "\n".join(command.said())
     assert "Traceback" not in said
