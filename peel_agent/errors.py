@@ -12,6 +12,7 @@ PeelError
 │   ├── NotEarlier             the checkpoint to compare with is the same, or of a later step
 │   ├── UnknownFamily          no family plug-in knows this architecture
 │   └── WeightsMismatch        missing, unexpected or misshapen weights
+├── NoReport               there is no report of what was asked for                 (exit 3)
 ├── NoWitness              no better weights were proven
 ├── WorkerError            peeling died, or ran out of memory                         retryable
 │   └── GaveWay                it was ended for somebody else's sake; no fault of the checkpoint
@@ -104,6 +105,10 @@ class UnknownFamily(CheckpointError):
 
 class WeightsMismatch(CheckpointError):
     pass
+
+
+class NoReport(PeelError):
+    exit_code = 3
 
 
 class NoWitness(PeelError):

@@ -18,6 +18,7 @@ from peel_agent.records import (
     Check,
     CheckpointRef,
     Claim,
+    KeptRun,
     Listing,
     LocalListing,
     NoticeGroup,
@@ -151,6 +152,18 @@ class Looking(Protocol):
 
     def look(self) -> tuple[Check, ...]:
         """One Check for each thing that must be there: the server, the run. Raises nothing for what is not."""
+
+
+@runtime_checkable
+class HistoryReader(Protocol):
+    """What a Tracker may have too: it reads back what publications have left in a run that is named in its settings."""
+
+    def read_back(self, folder: Path) -> KeptRun:
+        """The files `peel/checkpoints/*.json`, by step, and the lines of `peel/alerts.jsonl`; writes nothing there.
+
+        `folder` is an empty one that may hold copies meanwhile. Without any such file the run has no reports. Raises as
+        `publish`.
+        """
 
 
 class TrackerPlugin(Protocol):

@@ -20,8 +20,8 @@ from typing import IO
 
 from peel_agent.demo.text import corpus
 from peel_agent.errors import ConfigurationError
-from peel_agent.publish import ACCUSING, report_from_json, table
-from peel_agent.records import PeelReport
+from peel_agent.publish import report_from_json, table
+from peel_agent.records import ACCUSING, PeelReport
 from peel_agent.signals import Interrupted
 
 HELD_BACK = 3

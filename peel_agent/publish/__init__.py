@@ -2,15 +2,16 @@
 
 from peel_agent.publish.debts import to_trackers
 from peel_agent.publish.form import alert_line, report_from_json, report_json, report_line
+from peel_agent.publish.history import history_of
 from peel_agent.publish.meter import Meter
 from peel_agent.publish.publication import publication, series_of
-from peel_agent.publish.words import ACCUSING, headline, table
+from peel_agent.publish.words import headline, table
 
 __all__ = [
-    "ACCUSING",
     "Meter",
     "alert_line",
     "headline",
+    "history_of",
     "publication",
     "report_from_json",
     "report_json",

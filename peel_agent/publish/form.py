@@ -28,6 +28,14 @@ def report_from_json(form: Mapping[str, Any]) -> PeelReport:
     """The report whose `report_json` this is, of this version or an older one. ValueError for another schema."""
     if form["schema"] != SCHEMA:
         raise ValueError(f"a report of schema {form['schema']!r}; this version reads {SCHEMA!r}")
+    return restored(PeelReport, {**form, "alerts": [_with_subject(own) for own in form.get("alerts", ())]})
+
+
+def notice_from_json(form: Mapping[str, Any]) -> Notice:
+    """The notice of one line of `alerts.jsonl`, of this version or an older one."""
+    return restored(Notice, _with_subject(form))
+
+
+def _with_subject(form: Mapping[str, Any]) -> Mapping[str, Any]:
     # An alert was about a whole block before there were parts, and called it `layer`.
-    alerts = [{"subject": own["layer"], **own} if "layer" in own else own for own in form.get("alerts", ())]
-    return restored(PeelReport, {**form, "alerts": alerts})
+    return {"subject": form["layer"], **form} if "layer" in form else form

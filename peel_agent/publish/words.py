@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peel_agent.records import FindingKind, LayerReport, PartName, PeelReport
+from peel_agent.records import ACCUSING, LayerReport, PartName, PeelReport
 
 REDUNDANT_FRACTION = 0.01
 """Blocks are called redundant when a stand-in for them costs less than this fraction of the loss."""
@@ -22,19 +22,6 @@ _HEADER = _COLUMNS.format(
 )
 
 PARTS: tuple[PartName, ...] = ("attention", "mlp")
-
-ACCUSING: tuple[FindingKind, ...] = (
-    "flooding",
-    "changed",
-    "regressed",
-    "dead",
-    "dropped",
-    "stalled",
-    "never_trained",
-    "below",
-    "improvable",
-)
-"""The findings that say that something is wrong with a layer."""
 
 
 def headline(report: PeelReport) -> str:

@@ -27,6 +27,7 @@ from peel_agent.records.device import DeviceLease, SeenDevice
 from peel_agent.records.event import Debt, Event, EventKind, LaneKind, Level
 from peel_agent.records.feedforward import Best, Network, Part, Samples, Stack, YesMemory
 from peel_agent.records.figures import AgentFigures, DeliveryFigures, RunFigures
+from peel_agent.records.history import Gap, GapCause, History, KeptRun
 from peel_agent.records.listing import Claim, Listing, LocalListing, Strength
 from peel_agent.records.model import (
     AdjacentPairs,
@@ -51,6 +52,7 @@ from peel_agent.records.past import Before, Sketches
 from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet, glob_fits
 from peel_agent.records.publication import NoticeGroup, Publication
 from peel_agent.records.report import (
+    ACCUSING,
     SCHEMA,
     BoundMemory,
     BoundReport,
@@ -96,6 +98,7 @@ from peel_agent.records.rule import (
 from peel_agent.records.settings import ID_DTYPES, QUANTITIES, ModelSettings, PeelSettings, Precision, ProbeSettings
 
 __all__ = [
+    "ACCUSING",
     "CHECKPOINTS",
     "CLEARED_AFTER",
     "FULL_PRECISION",
@@ -134,7 +137,11 @@ __all__ = [
     "Finding",
     "FindingKind",
     "Findings",
+    "Gap",
+    "GapCause",
     "Gradient",
+    "History",
+    "KeptRun",
     "LaneKind",
     "LayerReport",
     "Level",

@@ -86,6 +86,20 @@ FindingKind = Literal[
 ]
 
 
+ACCUSING: tuple[FindingKind, ...] = (
+    "flooding",
+    "changed",
+    "regressed",
+    "dead",
+    "dropped",
+    "stalled",
+    "never_trained",
+    "below",
+    "improvable",
+)
+"""The findings that say that something is wrong with a layer."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """What is wrong with one layer, a part of it, or the run, in words that need no paper.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peel_agent.errors import DeliveryError, DestinationDenied
-from peel_agent.records import Check, Publication, TrainingLog
+from peel_agent.records import Check, KeptRun, Publication, TrainingLog
 from peel_agent.spi import TrackerPlugin, setting
 
 from .mlflow_failure import Stage, Where, failure, is_known, must_be, run_of, shown
@@ -116,6 +116,18 @@ class MlflowTracker:
         from .mlflow_check import looks
 
         return tuple(looks(self, _mlflow()))
+
+    def read_back(self, folder: Path) -> KeptRun:
+        """What was published to the run of `run_id`."""
+        from .mlflow_history import kept_run
+
+        mlflow = _mlflow()
+        try:
+            client = mlflow.MlflowClient(tracking_uri=self.given_uri(mlflow))
+            self._run_id = self._settings.run_id or self.existing_run(client)
+            return kept_run(client, run_of(client, self._run_id), folder)
+        except failures(mlflow) as error:
+            raise self.failure(error, "run") from None
 
     def given_uri(self, mlflow: Any) -> str:
         """The tracking URI, MLflow's own default where none is configured; raises DestinationDenied for no URI."""

@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 
-from peel_agent.publish import ACCUSING, headline, table
+from peel_agent.publish import headline, table
 from peel_agent.records import (
+    ACCUSING,
     BoundReport,
     Change,
     Estimate,

@@ -1,0 +1,377 @@
+"""The charts as Vega-Lite specifications. Their data is named, and given apart: a page draws them, and so do images.
+
+No text out of a checkpoint is part of a specification, only of data: Vega draws data as text, and evaluates none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Spec = dict[str, Any]
+
+AXIS_PIXELS = 92
+"""The room left of every chart that shares the axis of steps: so they stand one under the other."""
+
+MOST_LIFETIMES = 40
+"""Alerts that are drawn, the last ones."""
+
+ROW_PIXELS = (6.0, 26.0)
+"""The height of a layer's row, the least and the most."""
+
+MAP_PIXELS = 640.0
+
+LONG_RUN = 20_000
+"""Steps from which on they are written as 25k."""
+
+CAUSES = ("rotated", "refused", "given up", "overtaken", "unreadable report")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One specification; `title` is its heading, `summary` says in words what it shows, `tables` its data by name."""
+
+    key: str
+    title: str
+    summary: str
+    tables: tuple[str, ...]
+    spec: Spec = field(repr=False)
+
+
+def _spec(key: str, summary: str, height: float, **rest: Any) -> Spec:
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "description": summary,
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "background": "transparent",
+        "usermeta": {"chart": key},
+        **rest,
+    }
+
+
+def _steps(domain: tuple[float, float], name: str = "step") -> Spec:
+    form = "~s" if domain[1] >= LONG_RUN else ","
+    axis = {"format": form, "grid": False, "labelOverlap": "greedy", "tickMinStep": 1}
+    return {
+        "field": name,
+        "type": "quantitative",
+        "title": "training step",
+        "axis": axis,
+        "scale": {"domain": list(domain), "nice": False, "zero": False},
+    }
+
+
+def _y_axis(**rest: Any) -> Spec:
+    return {"minExtent": AXIS_PIXELS, "maxExtent": AXIS_PIXELS, "labelLimit": AXIS_PIXELS - 12, **rest}
+
+
+def _number(name: str, title: str) -> Spec:
+    return {"field": name, "type": "quantitative", "title": title, "format": ".5~g"}
+
+
+def _text(name: str, title: str) -> Spec:
+    return {"field": name, "type": "nominal", "title": title}
+
+
+def _whole(name: str, title: str) -> Spec:
+    return {"field": name, "type": "quantitative", "title": title, "format": ","}
+
+
+def _interval(name: str, low: str, high: str) -> Spec:
+    """A transform that makes `interval` of three numbers."""
+    digits = "'.4f'"
+    text = f"format(datum.{name}, {digits}) + ' [' + format(datum.{low}, {digits}) + ', ' + format(datum.{high}, "
+    return {"calculate": f"isValid(datum.{name}) ? {text}{digits}) + ']' : 'not measured'", "as": "interval"}
+
+
+def loss_chart(domain: tuple[float, float], unit: str, *, has_maps: bool) -> Chart:
+    """Loss and bound with their intervals over the zones."""
+    summary = (
+        "Loss of the run, and its bound: the loss of the best cheap model built from the run's own layers, up to then. "
+        "Both with their intervals; dotted lines are all such models, and the ground shows the zone."
+    )
+    zones = {
+        "data": {"name": "checkpoints"},
+        "mark": {"type": "rect", "opacity": 0.25},
+        "encoding": {
+            "x": _steps(domain, "left"),
+            "x2": {"field": "right"},
+            "fill": {
+                "field": "zone",
+                "type": "nominal",
+                "scale": {
+                    "domain": ["effective", "caution", "ineffective", "undecided", "not measured"],
+                    "range": ["#3a9d5d", "#e0a800", "#d1495b", "#8a8f98", "transparent"],
+                },
+                "legend": {"title": "zone", "orient": "top"},
+            },
+            "tooltip": [
+                _whole("step", "step"), _text("zone", "zone"), _text("interval", "loss"), _text("bound_words", "bound"),
+            ],
+        },
+    }  # fmt: skip
+    series = {"loss": "#2f6fde", "bound": "#c2410c"}
+    legend = {"title": None, "orient": "top"}
+    layers: list[Spec] = [zones]
+    if has_maps:
+        layers.append(
+            {
+                "data": {"name": "bounds"},
+                "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.45, "color": series["bound"]},
+                "encoding": {
+                    "x": _steps(domain),
+                    "y": {"field": "loss", "type": "quantitative"},
+                    "detail": {"field": "label", "type": "nominal"},
+                    "strokeDash": {"value": [2, 2]},
+                },
+            }
+        )
+    for name, color in series.items():
+        x = _steps(domain)
+        y = {"field": name, "type": "quantitative", "title": unit, "scale": {"zero": False}, "axis": _y_axis()}
+        low, high = {**y, "field": f"{name}_low"}, {"field": f"{name}_high"}
+        band = {"mark": {"type": "area", "opacity": 0.2, "color": color}, "encoding": {"x": x, "y": low, "y2": high}}
+        shade = {"datum": name, "scale": {"domain": list(series), "range": list(series.values())}, "legend": legend}
+        point = {"filled": True, "size": 18}
+        line = {"mark": {"type": "line", "point": point}, "encoding": {"x": x, "y": y, "color": shade}}
+        layers += [{"data": {"name": "checkpoints"}, "tooltip": None, **one} for one in (band, line)]
+    for layer in layers[1:]:
+        layer.pop("tooltip", None)
+        layer["mark"]["tooltip"] = None
+    bound = _interval("bound", "bound_low", "bound_high")
+    bound["as"] = "bound_words"
+    zones["transform"] = [_interval("loss", "loss_low", "loss_high"), bound]
+    tables = ("checkpoints", "bounds") if has_maps else ("checkpoints",)
+    return Chart("loss", "Loss against its bound", summary, tables, _spec("loss", summary, 220, layer=layers))
+
+
+def heat_map(
+    domain: tuple[float, float], layers: Sequence[int], colors: tuple[float, float], unit: str, *, columns: int
+) -> Chart:
+    """Margins over layer and step: the darker, the less a layer earns; what is undecided is hatched, not coloured."""
+    summary = (
+        "Margin of each layer at each checkpoint: how much loss the layer saves beside a cheap stand-in. Dark saves "
+        "little; hatched is undecided; framed in red is below; blank was not measured. "
+        "A cell's upper half is the whole block, below it are its attention and its MLP."
+    )
+    first, last = (min(layers), max(layers) + 1) if layers else (0, 1)
+    row = min(ROW_PIXELS[1], max(ROW_PIXELS[0], MAP_PIXELS / (last - first)))
+    sparse = [index + 0.5 for index in layers if index % max(1, round(13 / row)) == 0]
+    x, x2 = _steps(domain, "left"), {"field": "right"}
+    y = {
+        "field": "top",
+        "type": "quantitative",
+        "title": "layer",
+        "scale": {"domain": [first, last], "reverse": True, "nice": False, "zero": False},
+        "axis": _y_axis(values=sparse, labelExpr="format(floor(datum.value), 'd')", grid=False, ticks=False),
+    }
+    place = {"x": x, "x2": x2, "y": y, "y2": {"field": "bottom"}}
+    tooltip = [
+        _text("name", "layer"), _text("band", "of it"), _whole("step", "step"), _text("status", "status"),
+        _text("interval", f"margin, {unit}"), _text("stand", "stand-in"),
+    ]  # fmt: skip
+    color = {
+        "field": "margin",
+        "type": "quantitative",
+        "title": f"margin, {unit}",
+        "scale": {"type": "symlog", "constant": 0.01, "domain": list(colors), "clamp": True, "scheme": "viridis"},
+        "legend": {"orient": "top", "gradientLength": 220, "format": ".2~g"},
+    }
+    filled = {
+        "transform": [{"filter": "datum.status != 'undecided'"}],
+        "mark": {"type": "rect"},
+        "encoding": {
+            **place,
+            "color": color,
+            "stroke": {"condition": {"test": "datum.status == 'below'", "value": "#ff2d55"}, "value": None},
+            "strokeWidth": {"value": 1 if row >= 2 * ROW_PIXELS[0] else 0.4},
+            "tooltip": tooltip,
+        },
+    }
+    ground = {
+        "transform": [{"filter": "datum.status == 'undecided'"}],
+        "mark": {"type": "rect", "fill": "#808080", "fillOpacity": 0.08, "stroke": "#808080", "strokeWidth": 0.5},
+        "encoding": {**place, "tooltip": tooltip},
+    }
+    # So many strokes a cell that they are about eight pixels apart.
+    strokes = max(1, round(90 / max(columns, 1)))
+    width = f"(datum.right - datum.left) / {strokes}"
+    hatch = {
+        "transform": [
+            {"filter": "datum.status == 'undecided'"},
+            {"calculate": f"sequence({strokes})", "as": "stroke"},
+            {"flatten": ["stroke"]},
+            {"calculate": f"datum.left + datum.stroke * {width}", "as": "from"},
+            {"calculate": f"datum.left + (datum.stroke + 1) * {width}", "as": "to"},
+        ],
+        "mark": {"type": "rule", "stroke": "#808080", "strokeWidth": 1.2, "tooltip": None},
+        "encoding": {
+            "x": {**x, "field": "from"},
+            "x2": {"field": "to"},
+            "y": {**y, "field": "bottom"},
+            "y2": {"field": "top"},
+        },
+    }
+    spec = _spec(
+        "heat_map",
+        summary,
+        row * (last - first),
+        data={"name": "cells"},
+        transform=[
+            {"lookup": "step", "from": {"data": {"name": "columns"}, "key": "step", "fields": ["left", "right"]}},
+            {"lookup": "layer", "from": {"data": {"name": "layers"}, "key": "layer", "fields": ["name"]}},
+            _interval("margin", "low", "high"),
+            {"calculate": "isValid(datum.stand_in) ? datum.stand_in : '-'", "as": "stand"},
+        ],
+        layer=[ground, filled, hatch],
+    )
+    return Chart("heat_map", "What each layer earns", summary, ("cells", "columns", "layers"), spec)
+
+
+def alert_chart(domain: tuple[float, float], count: int) -> Chart:
+    """Each alert as a bar from the step at which it began to the one at which it ended."""
+    summary = "Each alert from the step that it is about to the step at which it ended; an arrow goes on."
+    y = {"field": "label", "type": "nominal", "title": "alert", "sort": None, "axis": _y_axis(ticks=False)}
+    color = {
+        "field": "severity",
+        "type": "nominal",
+        "scale": {"domain": ["info", "warning", "critical"], "range": ["#4f8fd9", "#d98e04", "#d1345b"]},
+        "legend": {"orient": "top"},
+    }
+    tooltip = [
+        _text("rule", "rule"), _text("subject", "subject"), _text("state", "state"), _whole("since", "since step"),
+        _whole("until", "until step"), _text("text", "what it says"),
+    ]  # fmt: skip
+    bar = {
+        "mark": {"type": "bar", "height": 10, "cornerRadius": 2},
+        "encoding": {"x": _steps(domain, "left"), "x2": {"field": "right"}, "y": y, "color": color, "tooltip": tooltip},
+    }
+    arrow = {
+        "transform": [{"filter": "datum.state == 'firing'"}],
+        "mark": {"type": "point", "shape": "triangle-right", "filled": True, "size": 260, "xOffset": -7, "opacity": 1},
+        "encoding": {"x": _steps(domain, "right"), "y": y, "color": color, "tooltip": tooltip},
+    }
+    spec = _spec(
+        "alerts",
+        summary,
+        min(count, MOST_LIFETIMES) * 20,
+        data={"name": "alerts"},
+        transform=[
+            {"filter": "isValid(datum.left)"},
+            {"window": [{"op": "row_number", "as": "place"}], "sort": [{"field": "left", "order": "descending"}]},
+            {"filter": f"datum.place <= {MOST_LIFETIMES}"},
+        ],
+        layer=[bar, arrow],
+    )
+    return Chart("alerts", "Alerts", summary, ("alerts",), spec)
+
+
+def gap_chart(domain: tuple[float, float], causes: Sequence[str]) -> Chart:
+    """The checkpoints without a report, by cause."""
+    summary = "Checkpoints without a report, at their step, by cause."
+    cause = {"field": "cause", "type": "nominal"}
+    encoding = {
+        "x": _steps(domain),
+        "y": {**cause, "title": "cause", "sort": list(CAUSES), "axis": _y_axis(ticks=False)},
+        "shape": {**cause, "legend": None, "scale": {"domain": list(CAUSES)}},
+        "tooltip": [_whole("step", "step"), _text("cause", "cause"), _text("path", "checkpoint"), _text("why", "why")],
+    }
+    spec = _spec(
+        "gaps",
+        summary,
+        22 * len(causes),
+        data={"name": "gaps"},
+        transform=[{"filter": "isValid(datum.step)"}],
+        mark={"type": "point", "size": 60, "strokeWidth": 2, "color": "#8a6d3b"},
+        encoding=encoding,
+    )
+    return Chart("gaps", "Checkpoints without a report", summary, ("gaps",), spec)
+
+
+def layer_chart(domain: tuple[float, float], layers: Sequence[int], shown: int, unit: str) -> Chart:
+    """One layer's margins over training, chosen from a list; `shown` is chosen first."""
+    summary = "Margin of one layer and of its parts over training, with their intervals."
+    chosen = {"input": "select", "options": list(layers), "name": "Layer "}
+    color = {
+        "field": "band",
+        "type": "nominal",
+        "scale": {"domain": ["block", "attention", "mlp"], "range": ["#2f6fde", "#c2410c", "#3a9d5d"]},
+        "legend": {"title": None, "orient": "top"},
+    }
+    y = {"field": "margin", "type": "quantitative", "title": f"margin, {unit}", "axis": _y_axis()}
+    tooltip = [
+        _text("band", "of it"), _whole("step", "step"), _text("status", "status"),
+        _text("interval", f"margin, {unit}"), _text("stand_in", "stand-in"),
+    ]  # fmt: skip
+    x = _steps(domain)
+    band = {
+        "mark": {"type": "area", "opacity": 0.18},
+        "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": color},
+    }
+    line = {
+        "mark": {"type": "line", "point": {"filled": True, "size": 30}},
+        "encoding": {"x": x, "y": y, "color": color, "tooltip": tooltip},
+    }
+    nothing = {
+        "data": {"values": [{"zero": 0}]},
+        "mark": {"type": "rule", "strokeDash": [4, 3], "stroke": "#808080"},
+        "encoding": {"y": {**y, "field": "zero"}},
+    }
+    spec = _spec(
+        "layer",
+        summary,
+        200,
+        data={"name": "cells"},
+        params=[{"name": "layer", "value": shown, "bind": chosen}],
+        transform=[{"filter": "datum.layer == layer"}, _interval("margin", "low", "high")],
+        layer=[nothing, band, line],
+    )
+    return Chart("layer", "One layer over training", summary, ("cells",), spec)
+
+
+def share_chart(layers: int, unit: str) -> Chart:
+    """The two shares of each low-bit layer as stacked bars."""
+    summary = (
+        "What each low-bit layer could still win: through a better optimiser with the same weight set, and by free "
+        "weights instead of the weight set."
+    )
+    encoding = {
+        "x": {"field": "share", "type": "quantitative", "title": unit, "stack": "zero"},
+        "y": {"field": "layer", "type": "ordinal", "axis": _y_axis(labelOverlap=True)},
+        "color": {
+            "field": "what",
+            "type": "nominal",
+            "scale": {"domain": ["optimiser", "quantiser"], "range": ["#2f6fde", "#d98e04"]},
+            "legend": {"title": None, "orient": "top"},
+        },
+        "tooltip": [_text("name", "layer"), _text("what", "share of"), _number("share", unit)],
+    }
+    height = min(MAP_PIXELS, max(60, 18 * layers))
+    spec = _spec("shares", summary, height, data={"name": "shares"}, mark="bar", encoding=encoding)
+    return Chart("shares", "Optimiser and quantiser", summary, ("shares",), spec)
+
+
+def redundancy_chart(blocks: int, unit: str) -> Chart:
+    """What it costs to let one refitted block stand in for several."""
+    summary = (
+        "What it costs to replace neighbouring blocks, from the one at the left to the one below, by one refitted "
+        "block. Dark costs little: a hint for pruning."
+    )
+    encoding = {
+        "x": {"field": "last", "type": "ordinal", "title": "to block", "axis": {"labelOverlap": True, "labelAngle": 0}},
+        "y": {"field": "first", "type": "ordinal", "title": "from block", "axis": _y_axis(labelOverlap=True)},
+        "color": {
+            "field": "cost",
+            "type": "quantitative",
+            "title": f"cost, {unit}",
+            "scale": {"type": "symlog", "constant": 0.01, "scheme": "viridis"},
+            "legend": {"orient": "top", "gradientLength": 220, "format": ".2~g"},
+        },
+        "tooltip": [_whole("first", "from block"), _whole("last", "to block"), _number("cost", f"cost, {unit}")],
+    }
+    height = min(480.0, max(80.0, 22.0 * blocks))
+    spec = _spec("redundancy", summary, height, data={"name": "redundancy"}, mark="rect", encoding=encoding)
+    return Chart("redundancy", "Which blocks could be one", summary, ("redundancy",), spec)

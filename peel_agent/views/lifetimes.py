@@ -1,0 +1,45 @@
+"""Alerts as lifetimes: from the step that each is about to the step at which it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peel_agent.records import Notice
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """One alert: from step `since` until step `until`, None while it fires; None of both for one without steps."""
+
+    rule: str
+    subject: str
+    severity: str
+    since: int | None
+    until: int | None
+    is_over: bool
+    text: str
+    causes: tuple[str, ...] = ()
+
+
+def lifetimes(notices: Sequence[Notice]) -> tuple[Lifetime, ...]:
+    """One for each alert, in the order in which they began; a notice that repeats one adds nothing."""
+    found: list[Lifetime] = []
+    open_at: dict[tuple[str, str], int] = {}
+    for notice in notices:
+        key = (notice.rule, notice.subject)
+        place = open_at.get(key)
+        if notice.state == "resolved":
+            if place is not None:
+                began = found[place]
+                found[place] = Lifetime(
+                    began.rule, began.subject, began.severity, began.since, notice.step, True, began.text, began.causes
+                )
+                del open_at[key]
+        elif place is None:
+            since = notice.step if notice.since_step is None else notice.since_step
+            open_at[key] = len(found)
+            found.append(
+                Lifetime(*key, notice.severity, since, None, False, notice.text, tuple(map(str, notice.causes)))
+            )
+    return tuple(found)

@@ -1,0 +1,66 @@
+"""What a history comes to, in a sentence that needs no paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peel_agent.records import ACCUSING, History, PeelReport, Zone
+from peel_agent.views.lifetimes import Lifetime
+
+NAMED = 3
+"""Findings that the sentence holds; the others are counted."""
+
+ZONES: dict[Zone, str] = {
+    "effective": "the run is better than every cheap model that was built from its own layers",
+    "caution": "a cheap model built from the run's own layers is better than the run",
+    "ineffective": "even the simplest cheap model built from the run's own layers is better than the run",
+    "undecided": "it is not certain whether a cheap model built from the run's own layers is better than the run",
+}
+"""The zone in words (method.md 3, 7)."""
+
+
+def unit(report: PeelReport) -> str:
+    """Of losses, bounds and margins."""
+    return "nats per token" if report.probe.sequence_length > 1 else "squared error a sample"
+
+
+def verdict(report: PeelReport) -> str:
+    """One sentence on a checkpoint: what is wrong, or that nothing was found, or that nothing was looked at."""
+    at = f"At step {report.checkpoint.step:,}" if report.checkpoint.step is not None else "In the last export"
+    accused = [one.finding for one in report.layers if one.finding is not None and one.finding.kind in ACCUSING]
+    words = [*([report.finding.words] if report.finding is not None else []), *(one.words for one in accused)]
+    if words:
+        more = len(words) - NAMED
+        others = f"; and {more} more {'is' if more == 1 else 'are'} listed below" if more > 0 else ""
+        return f"{at}: {'; '.join(words[:NAMED])}{others}."
+    measured = [layer for layer in report.layers if layer.status != "not_measured"]
+    undecided = sum(layer.status == "undecided" for layer in measured)
+    if not measured:
+        return f"{at}, margins were not measured, so nothing is known of single layers."
+    if undecided:
+        return (
+            f"{at}, nothing was found in {len(measured) - undecided} of {len(measured)} layers, and "
+            f"{undecided} could not be decided."
+        )
+    return f"{at}, nothing was found in any of {len(measured)} layers."
+
+
+def situation(report: PeelReport, alerts: Sequence[Lifetime], history: History) -> tuple[str, ...]:
+    """Short sentences that go with the verdict: the loss against its bound, the alerts, the checkpoints."""
+    sentences = []
+    if report.bound is not None and report.gap is not None:
+        sentences.append(
+            f"Loss {report.loss.value:.4f}, bound {report.bound.value:.4f} {unit(report)}: {ZONES[report.zone]}."
+        )
+    else:
+        sentences.append(f"Loss {report.loss.value:.4f} {unit(report)}; no bound was measured.")
+    firing = sum(not alert.is_over for alert in alerts)
+    over = len(alerts) - firing
+    sentences.append(f"Alerts: {firing} firing, {over} over." if alerts else "No alert was ever told.")
+    count = len(history.reports)
+    peeled = f"{count:,} checkpoint{'' if count == 1 else 's'} peeled"
+    if history.gaps is None:
+        sentences.append(f"{peeled}; a tracker does not know which were missed.")
+    else:
+        sentences.append(f"{peeled}, {len(history.gaps):,} without a report.")
+    return tuple(sentences)
