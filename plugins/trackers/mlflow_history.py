@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from peel_agent.errors import DestinationUnavailable, NoReport, PeelError
 from peel_agent.records import KeptRun
+
+from .mlflow_failure import CREDENTIALS, cause
 
 REPORTS = "peel/checkpoints"
 ALERTS = "peel/alerts.jsonl"
@@ -33,3 +36,17 @@ def _texts(client: Any, run_id: str, path: str, folder: Path) -> Iterator[tuple[
     for copy in copies.glob("*.json"):
         if copy.is_file() and not copy.is_symlink():
             yield copy.name, copy.read_text("utf-8", "replace")
+
+
+def unreadable(error: Exception, where: str, uri: str) -> PeelError:
+    """What is raised for an error that the library raised as it read."""
+    if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        return NoReport(
+            f"{where} does not exist",
+            remedy="give the id that MLflow's page of the training's run shows, and where it is with --tracking-uri",
+        )
+    return DestinationUnavailable(
+        f"{where} cannot be read: {cause(error, uri)}",
+        remedy=f"start the server, correct --tracking-uri or the login ({CREDENTIALS}), or make the page from the "
+        "agent's state: give the watched directory",
+    )

@@ -119,15 +119,20 @@ class MlflowTracker:
 
     def read_back(self, folder: Path) -> KeptRun:
         """What was published to the run of `run_id`."""
-        from .mlflow_history import kept_run
+        from .mlflow_history import kept_run, unreadable
 
         mlflow = _mlflow()
+        stage: Stage = "run"
         try:
             client = mlflow.MlflowClient(tracking_uri=self.given_uri(mlflow))
             self._run_id = self._settings.run_id or self.existing_run(client)
-            return kept_run(client, run_of(client, self._run_id), folder)
-        except failures(mlflow) as error:
-            raise self.failure(error, "run") from None
+            run = run_of(client, self._run_id)
+            stage = "files"
+            return kept_run(client, run, folder)
+        except Exception as error:
+            if not is_known(mlflow, error, stage):
+                raise
+            raise unreadable(error, self.where(), self._uri) from None
 
     def given_uri(self, mlflow: Any) -> str:
         """The tracking URI, MLflow's own default where none is configured; raises DestinationDenied for no URI."""

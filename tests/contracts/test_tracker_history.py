@@ -63,8 +63,13 @@ def test_a_run_without_reports_has_no_page(mlflow_uri: str, tmp_path: Path, caps
     out = tmp_path / "report.html"
     assert main(["report", run_id, "--tracking-uri", mlflow_uri, "--out", str(out)]) == 3
     assert "there is no report of another" in capsys.readouterr().err
-    assert main(["report", "f" * 32, "--tracking-uri", mlflow_uri, "--out", str(out)]) != 0
-    assert "f" * 32 in capsys.readouterr().err
+    assert main(["report", "f" * 32, "--tracking-uri", mlflow_uri, "--out", str(out)]) == 3
+    assert f"MLflow run {'f' * 32} at {mlflow_uri} does not exist" in capsys.readouterr().err
+    away = f"http://secret:word@127.0.0.1:{servers.free_port()}"
+    assert main(["report", "f" * 32, "--tracking-uri", away, "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "cannot be read" in said
+    assert "word" not in said
     assert not out.exists()
 
 
