@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peel_agent.deliver import Carrier, Outcome
+from peel_agent.deliver import Carrier, Outcome, in_words
 from peel_agent.destinations import Address
 from peel_agent.errors import PeelError, printable
 from peel_agent.ledger import FILE, Lane, Outbox, open_beside
@@ -65,7 +65,7 @@ class _LookThread(threading.Thread):
             finally:
                 tracker.close()
         except Exception as error:  # a plug-in may raise anything; it is told when something is to be sent
-            self._tell({"note": printable(f"{own.name} could not be looked for: {type(error).__name__}: {error}")})
+            self._tell({"note": f"{own.name} could not be looked for: {in_words(error)}"})
             return
         if checks:
             self._tell({"looked": own.name, "run": own.run, "checks": [plain(check) for check in checks]})
@@ -110,7 +110,7 @@ class _LaneThread(threading.Thread):
         try:
             self.carrier.prepare()
         except Exception as error:  # it is told when something is to be sent
-            self._tell({"note": printable(f"{type(error).__name__}: {error}")})
+            self._tell({"note": in_words(error)})
 
     def _step(self, *, at_once: bool) -> Outcome:
         lane = self.carrier.lane
@@ -157,7 +157,7 @@ class Courier:
         try:
             carriers = [Carrier(Lane(address.run, address.name, k), address, self._outbox, time.time) for k in kinds]
         except Exception as error:  # a plug-in may raise anything
-            what = printable(f"{address.name} cannot be connected: {type(error).__name__}: {error}")
+            what = f"{printable(address.name)} cannot be connected: {in_words(error)}"
             self.tell({"began": trouble, "words": what, "run": address.run})
             return []
         self.tell({"ended": trouble, "words": f"{address.name} can be connected again", "run": address.run})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -109,7 +110,7 @@ class Carrier:
         """Exponential back-off with jitter."""
         first, longest = DENIED_SECONDS if isinstance(error, DestinationDenied) else AWAY_SECONDS
         pause = min(first * 2.0 ** min(owed.attempts, 20), longest) * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
-        what = error.what if isinstance(error, DeliveryError) else printable(f"{type(error).__name__}: {error}")
+        what = error.what if isinstance(error, DeliveryError) else in_words(error)
         self._outbox.postpone(owed, self._now() + pause, what)
         remedy = f" -> {error.remedy}" if isinstance(error, DeliveryError) else ""
         return Outcome(wait=pause, trouble=f"{self._name()}: {what}{remedy}")
@@ -121,6 +122,11 @@ class Carrier:
         end = self._tracker if self._tracker is not None else self._sink
         if end is not None:
             end.close()
+
+
+def in_words(error: Exception) -> str:
+    """What a plug-in's library said, without the user and the password of any address in it."""
+    return printable(re.sub(r"://[^/\s]*@", "://", f"{type(error).__name__}: {error}"))
 
 
 def _thawed(kind: type[Frozen], body: Mapping[str, Any]) -> Frozen:

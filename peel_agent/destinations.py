@@ -163,10 +163,13 @@ def exposed_secrets(settings: Settings, file: Path | None) -> tuple[str, ...]:
 
 
 def _is_exposed(value: object, *, secret: bool) -> bool:
-    """Whether a value of the file is a secret itself, or an address with a password, and not the name of one."""
+    """Whether a value of the file is a secret itself, or an address with a password, and not the name of one.
+
+    An address that is a scheme, a host and a port lets nobody in by itself.
+    """
     texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
     if secret:
-        return any(not re.fullmatch(r"\$\{\w+\}|file:.*", one) for one in texts)
+        return any(not re.fullmatch(r"\$\{\w+\}|file:.*|https?://[\w.:\[\]-]+/?", one) for one in texts)
     return any(re.search(r"://[^/@\s]*:[^/@\s]+@", one) for one in texts)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from peel_agent.config.sections import (
     SinkSettings,
     TrackerSettings,
 )
-from peel_agent.errors import ConfigurationError
+from peel_agent.errors import ConfigurationError, printable
 from peel_agent.records import Rule
 
 PREFIX = "PEEL__"
@@ -197,13 +197,36 @@ def plugin_settings(
     """A plug-in's own settings from its table `name`; secrets are fetched, and what it leaves out is looked up.
 
     `from_environment` maps fields to the environment variables that they are taken from. White space around a text is
-    no part of it: ids and addresses come out of files and other programs.
+    no part of it: ids and addresses come out of files and other programs. A message about what was fetched shows the
+    name that the table has for it: it may be a secret, at this key or meant for another.
     """
     variables = {key: variable_of(variable) for key, variable in from_environment.items()}
     looked_up = {key: text for key, text in variables.items() if text is not None}
     bare = {key: one.strip() if isinstance(one, str) else one for key, one in table.items()}
     revealed = {key: _revealed_in(f"{name}.{key}", one) for key, one in bare.items()}
-    return section(kind, name, {**looked_up, **revealed})
+    try:
+        return section(kind, name, {**looked_up, **revealed})
+    except ConfigurationError as error:
+        names = dict(pair for key in bare for pair in _fetched(bare[key], revealed[key]))
+        if not names:
+            raise
+        raise ConfigurationError(_by_name(error.what, names), remedy=_by_name(error.remedy, names)) from None
+
+
+def _fetched(written: Any, revealed: Any) -> Iterator[tuple[str, str]]:
+    """Each text that was fetched, with the name that stands for it in the table."""
+    pairs = zip(written, revealed, strict=True) if isinstance(written, list) else [(written, revealed)]
+    for name, text in pairs:
+        if text != name and text:
+            yield text, name
+
+
+def _by_name(message: str, names: Mapping[str, str]) -> str:
+    """The message with the name of each fetched text in place of the text, in whatever form a message has it."""
+    for text, name in names.items():
+        for form in (repr(text)[1:-1], printable(text), text):
+            message = message.replace(form, name)
+    return message
 
 
 def _revealed_in(dotted: str, value: Any) -> Any:

@@ -10,6 +10,12 @@ from peel_agent.diagnose import causes, limits
 from peel_agent.diagnose.places import Case, Place, places, usual
 from peel_agent.records import Change, Estimate, Finding
 
+STAND_INS = {
+    "skip": "nothing",
+    "affine": "a fitted linear map",
+    "previous": "the block before it, refitted,",
+}
+
 
 def changed(case: Case, place: Place) -> Finding | None:
     """The weights moved much farther since the checkpoint before than those of the other blocks, or than usually."""
@@ -21,17 +27,23 @@ def changed(case: Case, place: Place) -> Finding | None:
     if times < max([1.0, *(share * other for other in elsewhere)]):
         return None
     since = case.report.since_step
-    words = f"{place.words} changed {change.ratio:.1f} times as much as the other blocks' since step {since}"
+    words = f"{place.words} changed: since step {since} its weights moved {change.ratio:.1f} times as far as those of "
+    words += f"the other blocks{_usually(case, place)}"
     evidence = {"change": change.ratio}
     if change.worst is not None:
-        words += f" (most of all {change.worst.name}: {change.worst.ratio:.1f} times)"
+        words += f", and {change.worst.name} moved {change.worst.ratio:.1f} times as far"
         evidence["worst_matrix"] = change.worst.ratio
     if place.progress is not None and place.progress.high < 0.0:
-        words += f"; with the weights of step {since} put back the loss is {-place.progress.value:.4f} lower"
+        words += f"; with its weights of step {since} put back the loss is {-place.progress.value:.4f} nats/token lower"
         evidence["progress"] = place.progress.value
     if place.dead is not None:
         words += f"; it is dead now: {place.dead}"
     return Finding("changed", place.subject, words, evidence, causes.CHANGED, since)
+
+
+def _usually(case: Case, place: Place) -> str:
+    ratios = [one.change.ratio for one in case.before(place) if one.change is not None]
+    return f" (usual for it: {median(ratios):.1f} times)" if ratios else ""
 
 
 def _unusual(case: Case, place: Place) -> float:
@@ -127,7 +139,7 @@ def dropped(case: Case, place: Place) -> Finding | None:
         return None
     assert place.margin is not None
     was, since = median(margin.value for margin in before), case.step_before()
-    words = f"{place.words} earned {was:.4f} nats/token up to step {since}, and earns {place.margin} now"
+    words = f"{place.words} does far less than up to step {since}: {_loss_without(place)}, then by {was:.4f}"
     return Finding(
         "dropped", place.subject, words, {"margin": place.margin.value, "margin_before": was}, causes.DROPPED, since
     )
@@ -141,7 +153,7 @@ def _still_dropped(case: Case, place: Place) -> Finding | None:
         return None
     if place.margin.value > limits.DROPPED * told.evidence["margin_before"]:
         return None
-    words = f"{place.words} earns {place.margin} nats/token; up to step {told.since_step} it earned "
+    words = f"{place.words} still does far less than up to step {told.since_step}: {_loss_without(place)}, then by "
     words += f"{told.evidence['margin_before']:.4f}"
     return replace(told, words=words, evidence={**told.evidence, "margin": place.margin.value})
 
@@ -177,15 +189,15 @@ def still(case: Case, place: Place) -> Finding | None:
         words = f"{place.words} has learned nothing since step {since}: {_moves(change)}"
         return Finding("stalled", place.subject, words, evidence, causes.STALLED, since)
     if place.status == "below":
-        words = f"{place.words} was never trained: {_moves(change)}, and a cheap stand-in is as good ({place.margin})"
+        words = f"{place.words} was never trained: {_moves(change)}, and {_loss_without(place)}"
         return Finding("never_trained", place.subject, words, evidence, causes.NEVER_TRAINED, None)
-    words = f"{place.words} does not learn: {_moves(change)} at any checkpoint so far"
+    words = f"{place.words} does not learn: {_moves(change)}, as at every checkpoint so far"
     return Finding("frozen", place.subject, words, evidence, causes.FROZEN, _first_told(case, place, "frozen"))
 
 
 def _moves(change: Change) -> str:
     if change.ratio == 0.0:
-        return "its weights are exactly what they were"
+        return "its weights are exactly those of the checkpoint before"
     return f"its weights move {change.ratio:.2g} times as far as the other blocks'"
 
 
@@ -204,12 +216,18 @@ def below(case: Case, place: Place) -> Finding | None:
     if place.status != "below" or place.margin is None or (place.part is not None and _is_idle_part(case, place)):
         return None
     others = [peer.margin.value for peer in case.peers(place) if peer.margin is not None]
-    words = f"{place.words} earns hardly more than a cheap stand-in would: {place.margin} nats/token"
+    words = f"{place.words} does hardly anything: {_loss_without(place)}"
     evidence = {"margin": place.margin.value}
     if others:
         evidence["others_margin"] = median(others)
-        words += f", where the other blocks' earn {median(others):.4f}"
+        words += f", for the other blocks by {median(others):.4f}"
     return Finding("below", place.subject, words, evidence, causes.BELOW, _last_step(case, place, "below"))
+
+
+def _loss_without(place: Place) -> str:
+    """The margin in words: what stands in for a block is named, for a part it is not known."""
+    instead = STAND_INS.get((place.layer.best_reference or "") if place.part is None else "", "a cheap stand-in")
+    return f"with {instead} in its place the loss rises by {place.margin} nats/token"
 
 
 def improvable(case: Case, place: Place) -> Finding | None:
@@ -240,8 +258,8 @@ def flooding(case: Case) -> Finding | None:
         later = layers[layer.index + 1 :]
         if layer.stream_share >= limits.FLOODING and all(own.status == "below" for own in later):
             words = (
-                f"{layer.name} floods the stream: {layer.stream_share:.0%} of what leaves it is its own, and all "
-                f"{len(later)} blocks after it look idle because of that"
+                f"{layer.name} floods the residual stream: {layer.stream_share:.0%} of what leaves it is its own, and "
+                f"all {len(later)} blocks after it look idle because of that"
             )
             evidence = {"stream_share": layer.stream_share}
             return Finding("flooding", layer.name, words, evidence, causes.FLOODING, case.step_before())
@@ -261,7 +279,7 @@ def early(case: Case) -> Finding | None:
     earning = sum(layer.status == "above" for layer in judged)
     if not judged or len(judged) - earning <= limits.EARLY * len(judged):
         return None
-    count = f"only {earning} of {len(judged)} blocks certainly earn more than a cheap stand-in"
+    count = f"only {earning} of {len(judged)} blocks certainly do more than a cheap stand-in would"
     evidence = {"blocks_above": float(earning)}
     since = _last_earning(case)
     idle = sum(layer.status == "below" for layer in judged)

@@ -194,7 +194,7 @@ BODY = """
 # kind = "layer_flooding"
 
 # [[rule]]
-# name = "run_below_bound"   # a cheap construction from the run's own layers beats it by more than 1 % of the loss
+# name = "run_below_bound"   # a cheap model made of the run's own layers beats it by more than 1 % of the loss
 # kind = "run_below_bound"
 
 # [[rule]]

@@ -95,11 +95,11 @@ LAYER_KINDS: Mapping[RuleKind, Reading] = {
         "margin",
         most=True,
         refutes=_earns,
-        gone="certainly earns more than a cheap stand-in",
+        gone="certainly does more than a cheap stand-in would",
         direct=True,
     ),
     "layer_changed": Reading(
-        frozenset({"changed"}), "change", most=False, refutes=_has("change"), gone="changes as usual again"
+        frozenset({"changed"}), "change", most=False, refutes=_has("change"), gone="changes no more than usual"
     ),
     "layer_regressed": Reading(
         frozenset({"regressed"}),
@@ -114,7 +114,7 @@ LAYER_KINDS: Mapping[RuleKind, Reading] = {
         "margin",
         most=True,
         refutes=_has("margin"),
-        gone="earns what it earned again",
+        gone="does as much as before again",
         hide=_SURER,
     ),
     "layer_stalled": Reading(

@@ -52,14 +52,14 @@ def run_below_bound(observed: ReportObservation, rule: Rule) -> dict[str, Testim
     of_head = next((bound.value.value for bound in report.bounds if bound.label == "head"), report.loss.value)
     of_layers = of_head - winner.value.value
     if report.gap.high <= floor or winner.label == "head":
-        words = f"no cheap construction from the run's layers beats it by {floor:.4f} nats/token"
+        words = f"no cheap model made of the run's own layers is better by {floor:.4f} nats/token"
         return {RUN: Testimony("against", words)}
     if report.gap.low <= floor or of_layers <= floor or not winner.within_class:
         return {RUN: SILENCE}
     step = report.bound_step if report.bound_step is not None else report.checkpoint.step
     words = (
-        f"a cheap construction from the run's own layers (map {winner.label}, built at step {step}) beats it by "
-        f"{report.gap} nats/token, {of_layers:.4f} of it by its layers"
+        f"a cheap model made of the run's own layers (map {winner.label}, of step {step}) has a lower loss, by "
+        f"{report.gap} nats/token, {of_layers:.4f} of it by its layers: training left that much on the table"
     )
     return {RUN: Testimony("for", words, causes=_BELOW_BOUND)}
 
@@ -84,7 +84,9 @@ def false_convergence(observed: ReportObservation, rule: Rule) -> dict[str, Test
         return {RUN: Testimony("against", f"the training loss falls again, by {fall.value:.4f} since step {since}")}
     room = _standing_room([*earlier, report], threshold_of(rule))
     if room == "":
-        return {RUN: Testimony("against", "no cheap construction and no refitted block beats the run any more")}
+        return {
+            RUN: Testimony("against", "no cheap model made of its own layers and no refitted block is better any more")
+        }
     if fall.low > 0.0 or fall.high >= 2 * FLAT * fall.level or room is None:
         return {RUN: SILENCE}
     words = (
@@ -101,7 +103,7 @@ def _standing_room(reports: list[PeelReport], fraction: float) -> str | None:
     if all(gap is not None and gap.low > floor for gap, floor in zip(gaps, floors, strict=True)):
         winner = _winner(reports[-1])
         if winner is None or winner.within_class:
-            return f"a cheap construction beats it by {gaps[-1]} nats/token"
+            return f"a cheap model made of its own layers has a loss lower by {gaps[-1]} nats/token"
     best = {
         layer.name: layer.headroom
         for layer in reports[-1].layers

@@ -23,7 +23,8 @@ from peel_agent.errors import ConfigurationError, DeliveryError, DestinationDeni
 from peel_agent.records import Check, NoticeGroup
 from peel_agent.spi import SinkPlugin, setting
 
-from .network import AddressRefused, Exchange, failure, is_private, redacted, trusted, within_tls
+from ..redaction import redacted  # noqa: TID252 -- shared by sinks and trackers
+from .network import AddressRefused, Exchange, failure, is_private, trusted, within_tls
 from .taken import Taken
 from .wording import headline, paragraphs
 
@@ -53,6 +54,11 @@ class MailSettings:
         if self.security not in PORTS:
             raise ConfigurationError(
                 f"`security` of an e-mail sink is `{self.security}`", remedy=f"it must be one of: {', '.join(PORTS)}"
+            )
+        if not re.fullmatch(r"[\w.-]+|[0-9A-Fa-f:.]+(%\w+)?", self.host):
+            raise ConfigurationError(
+                "`host` of an e-mail sink is no name of a host (it is not shown: it may hold a secret)",
+                remedy="write the name alone; `port`, `security`, `user` and `password` are keys of their own",
             )
         for key, addresses in (("sender", (self.sender,)), ("to", self.to)):
             for address in addresses:

@@ -19,7 +19,7 @@ from peel_agent.errors import ConfigurationError, DeliveryError, DestinationDeni
 from peel_agent.records import Check, NoticeGroup, plain
 from peel_agent.spi import SinkPlugin, setting
 
-from .network import redacted
+from ..redaction import redacted  # noqa: TID252 -- shared by sinks and trackers
 
 LONGEST_TIMEOUT = 600.0
 

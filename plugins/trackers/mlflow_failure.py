@@ -9,11 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin
 
-from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable
+from peel_agent.errors import LONGEST, DeliveryError, DestinationDenied, DestinationUnavailable
+
+from ..redaction import redacted  # noqa: TID252 -- shared by sinks and trackers
 
 Stage = Literal["run", "numbers", "files"]
 
@@ -84,7 +87,13 @@ def is_known(mlflow: Any, error: Exception, stage: Stage) -> bool:
 
 
 def failure(error: Exception, stage: Stage, where: Where) -> DeliveryError:
-    """What is raised for an error that the library raised at this stage."""
+    """What is raised for an error that the library raised at this stage; servers repeat logins, which are left out."""
+    told, secrets = _failure(error, stage, where), tuple(_secrets(where.uri))
+    what, remedy = (redacted(text, secrets, shown=LONGEST) for text in (told.what, told.remedy))
+    return type(told)(what, remedy=remedy)
+
+
+def _failure(error: Exception, stage: Stage, where: Where) -> DeliveryError:
     is_file = stage == "files"
     if where.uri.startswith(("http://", "https://")) and _is_strange(error):
         strange = _of_strange(error, where)
@@ -219,9 +228,24 @@ def _excerpt(text: str) -> str:
 # ---------------------------------------------------------------- without secrets
 
 
+def _secrets(uri: str) -> Iterator[str]:
+    """What a request to this URI has to log in with, as its headers have it too."""
+    from mlflow.utils.credentials import get_default_host_creds
+
+    logins = [unquote(login) for login in re.findall(r"://([^/].*)@", uri, flags=re.DOTALL)]
+    if uri.startswith(("http://", "https://")):
+        variables = get_default_host_creds(uri)
+        logins += [f"{variables.username}:{variables.password}"] if variables.password else []
+        yield from (text for text in (variables.token, variables.client_secret) if text)
+    for login in logins:
+        yield login
+        yield login.partition(":")[2]
+
+
 def shown(uri: str) -> str:
     """The URI without user, password and query. A local database's path may hold an `@` and is left alone."""
-    return re.sub(r"://[^/].*@", "://", uri).split("?")[0]
+    without_login = re.sub(r"://[^/].*@", "://", uri, flags=re.DOTALL)
+    return re.sub(r"^[^/:@]+:[^/@]*@", "", without_login).split("?")[0]
 
 
 def cause(error: Exception, uri: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from peel_agent.errors import DeliveryError, DestinationDenied
 from peel_agent.records import Check, KeptRun, Publication, TrainingLog
@@ -137,6 +138,12 @@ class MlflowTracker:
     def given_uri(self, mlflow: Any) -> str:
         """The tracking URI, MLflow's own default where none is configured; raises DestinationDenied for no URI."""
         self._uri = self._uri or str(mlflow.get_tracking_uri()).strip()
+        if not _can_be_split(self._uri):
+            raise DestinationDenied(
+                "MLflow's tracking URI is no address that can be used (it is not shown: it may hold a secret)",
+                remedy="write it as http://host:port, in [tracker.mlflow] tracking_uri, --tracking-uri or "
+                "MLFLOW_TRACKING_URI",
+            )
         if re.fullmatch(r"[\w.-]+:\d+(/.*)?", self._uri):
             raise DestinationDenied(
                 f"the tracking URI {self._uri} does not say how to speak to it",
@@ -301,6 +308,13 @@ class MlflowPlugin:
 
 
 PLUGIN: TrackerPlugin = MlflowPlugin()
+
+
+def _can_be_split(uri: str) -> bool:
+    try:
+        return urlsplit(uri).port != 0
+    except ValueError:
+        return False
 
 
 def _mlflow() -> Any:

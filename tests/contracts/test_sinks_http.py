@@ -18,8 +18,9 @@ from cloudevents.core.formats.json import JSONFormat
 from peel_agent.errors import ConfigurationError, DeliveryError, DestinationDenied, DestinationUnavailable
 from peel_agent.records import Notice, NoticeGroup, restored
 from peel_agent.testing.sinks import CHECKS, Connect, Read, example_group
+from peel_plugins.redaction import redacted
 from peel_plugins.sinks import slack, webhook
-from peel_plugins.sinks.network import Exchange, is_private, redacted
+from peel_plugins.sinks.network import Exchange, is_private
 from peel_plugins.sinks.slack import SlackSettings, chat_message
 from peel_plugins.sinks.webhook import WebhookSettings, WebhookSink
 from tests import receivers

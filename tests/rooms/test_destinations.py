@@ -314,11 +314,20 @@ use = "webhook"
 url = "https://hooks.example/canary"
 signing_secret = "${NAMED}"
 token = "file:/run/token"
+[[sink]]
+use = "alertmanager"
+url = "http://alertmanager.example:9093/"
+[[sink]]
+name = "behind a proxy"
+use = "alertmanager"
+url = "http://alertmanager.example:9093/canary"
 """
 
 
 def test_secrets_in_a_file_that_others_may_read_are_named(tmp_path: Path) -> None:
-    """Each by its key, never by its value; one that is only named is none, and nor is any in one's own file."""
+    """Each by its key, never by its value; one that is only named is none, nor is a host and its port, nor any in one's
+    own file.
+    """
     file = tmp_path / "peel.toml"
     file.write_text(SECRET_FILE)
     settings = load_settings(file, {"watch.path": "/runs/mine"})
@@ -328,6 +337,7 @@ def test_secrets_in_a_file_that_others_may_read_are_named(tmp_path: Path) -> Non
         "tracker.mlflow.tracking_uri",
         "sink.slack.url",
         "sink.webhook.url",
+        "sink.behind a proxy.url",
     ]
     assert all("canary" not in words and "chmod 600" in words for words in exposed)
     file.chmod(0o600)

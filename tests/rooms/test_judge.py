@@ -43,7 +43,7 @@ BLOCK = "model.layers.3"
 def layer(index: int, letter: str, margin: float | None = 0.0) -> LayerReport:
     """A block whose report has a finding where its letter is b."""
     name = f"model.layers.{index}"
-    words = f"{name} earns hardly more than a cheap stand-in would"
+    words = f"{name} does hardly anything"
     return LayerReport(
         index=index,
         name=name,
@@ -180,27 +180,25 @@ def test_the_notice_says_what_was_found_how_long_and_since_when() -> None:
     at = [report(step, layer(1, "a", 0.06), layer(2, "a", 0.1024), layer(3, "b", 0.0)) for step in (400, 600)]
     first = judged(at[0], [rule()], ())
     (notice,) = judged(at[1], [rule()], first.states).notices
-    assert notice.text == (
-        "model.layers.3 earns hardly more than a cheap stand-in would, for 2 checkpoints in a row (since step 400)"
-    )
+    assert notice.text == ("model.layers.3 does hardly anything, for 2 checkpoints in a row (since step 400)")
     assert (notice.rule, notice.subject, notice.step, notice.severity) == ("layer_below", BLOCK, 600, "critical")
     assert (notice.since_step, notice.causes) == (400, ("it does nothing yet",))
 
 
 def test_the_text_says_what_was_measured_in_a_trainers_words() -> None:
-    """The notice of a diagnosed report names the block, its margin with the interval and what its neighbours earn."""
+    """The notice of a diagnosed report names the block, and what it and its neighbours are worth in loss."""
     at = [report(step, layer(1, "a", 0.06), layer(2, "a", 0.1024), layer(3, "b", 0.0)) for step in (400, 600)]
     states: tuple[RuleState, ...] = ()
     for one in at:
         verdict = judged(diagnose(one, ()), [rule()], states)
         states = verdict.states
     (notice,) = verdict.notices
-    assert notice.text.startswith("model.layers.3 earns hardly more than a cheap stand-in would")
+    assert notice.text.startswith("model.layers.3 does hardly anything")
     assert "0.0000 [-0.0002, 0.0002] nats/token" in notice.text
-    assert "the other blocks' earn 0.0812" in notice.text
+    assert "for the other blocks by 0.0812" in notice.text
     assert notice.text.endswith(", for 2 checkpoints in a row (since step 400)")
     (alone,) = judged(diagnose(report(400, layer(2, "a"), layer(3, "b")), ()), [rule(1)], ()).notices
-    assert alone.text.endswith("earn 0.0000")  # one checkpoint is no row, and its step is the notice's own
+    assert alone.text.endswith("blocks by 0.0000")  # one checkpoint is no row, and its step is the notice's own
 
 
 def test_the_text_of_a_resolved_alert_says_since_when_it_fired() -> None:
@@ -208,7 +206,7 @@ def test_the_text_of_a_resolved_alert_says_since_when_it_fired() -> None:
     *_, resolved = judge_history("bbaa", rule())[0]
     assert resolved.state == "resolved"
     assert resolved.text == (
-        "model.layers.3 certainly earns more than a cheap stand-in, for 2 checkpoints in a row "
+        "model.layers.3 certainly does more than a cheap stand-in would, for 2 checkpoints in a row "
         "(resolved; it had fired since step 100, for 300 steps)"
     )
     assert (resolved.since_step, resolved.causes) == (100, ())
@@ -217,7 +215,7 @@ def test_the_text_of_a_resolved_alert_says_since_when_it_fired() -> None:
 def test_without_a_step_a_notice_says_none() -> None:
     """A checkpoint that names no step gives a notice whose words claim none."""
     (notice,) = judged(report(None, layer(3, "b", None)), [rule(1)], ()).notices
-    assert notice.text == "model.layers.3 earns hardly more than a cheap stand-in would"
+    assert notice.text == "model.layers.3 does hardly anything"
     assert (notice.step, notice.since_step) == (None, None)
 
 

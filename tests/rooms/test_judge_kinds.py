@@ -94,7 +94,7 @@ def test_the_heads_gap_is_told_apart(case: tuple) -> None:
     )
     assert testimony["run"].speaks == expected
     if expected == "for":
-        assert "(map 1-4, built at step 100)" in testimony["run"].words
+        assert "(map 1-4, of step 100)" in testimony["run"].words
         assert "0.0500 of it by its layers" in testimony["run"].words
 
 

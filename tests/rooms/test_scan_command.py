@@ -19,8 +19,8 @@ def report(*statuses: Status, run: Finding | None = None) -> PeelReport:
     return dataclasses.replace(FULL, layers=layers, finding=run)
 
 
-EARLY = Finding("early", "run", "only 1 of 3 blocks certainly earn more than a cheap stand-in")
-COLLAPSED = Finding("collapsed", "run", "only 1 of 3 blocks certainly earn more than a cheap stand-in")
+EARLY = Finding("early", "run", "only 1 of 3 blocks certainly do more than a cheap stand-in would")
+COLLAPSED = Finding("collapsed", "run", "only 1 of 3 blocks certainly do more than a cheap stand-in would")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""How sinks reach servers: allowed addresses, a time for the whole, one POST, and no secret in what is said of it."""
+"""How sinks reach servers: allowed addresses, a time for the whole, one POST."""
 
 from .addresses import is_literal, is_private
 from .exchange import AddressRefused, Exchange, failure, trusted, within_tls
 from .post import Poster
-from .redaction import redacted
 from .url import HttpSettings
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "failure",
     "is_literal",
     "is_private",
-    "redacted",
     "trusted",
     "within_tls",
 ]

@@ -15,9 +15,9 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable
 from peel_agent.records import Check
 
+from ...redaction import redacted  # noqa: TID252 -- shared by sinks and trackers
 from .addresses import is_private
 from .exchange import AddressRefused, Exchange, failure, trusted, within_tls
-from .redaction import redacted
 from .url import HttpSettings, authority, refused, shown
 
 TOKEN_LENGTH = 8

@@ -14,13 +14,13 @@ SHOWN = 200
 """Characters of somebody else's words that are shown."""
 
 
-def redacted(text: str, secrets: Iterable[str]) -> str:
+def redacted(text: str, secrets: Iterable[str], *, shown: int = SHOWN) -> str:
     """The beginning of the text, with every secret in it, plain, quoted for a URL or in base64, replaced by ***."""
     forms = {form for secret in secrets if len(secret) >= SHORTEST for form in _forms(secret)}
     for form in sorted(forms, key=len, reverse=True):
         text = re.sub(re.escape(form), "***", text, flags=re.IGNORECASE)  # hosts come back in small letters
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+    return text if len(text) <= shown else f"{text[:shown]} ..."
 
 
 def _forms(secret: str) -> set[str]:
