@@ -57,7 +57,7 @@ BODY = """
 
 # Where numbers are written.
 [tracker]
-# use = ["mlflow"]         # any of the tracker plug-ins: mlflow, tensorboard, jsonl
+# use = ["mlflow"]         # any of the tracker plug-ins: mlflow, tensorboard, wandb, jsonl
 # training_loss = "train/loss"   # where the training logs its loss, for the rule false_convergence (by default found)
 # max_series = 400         # never more metric keys than this
 
@@ -76,6 +76,13 @@ BODY = """
 # Files for TensorBoard, with use = ["tensorboard"]; pip install "peel-agent[tensorboard]".
 # [tracker.tensorboard]
 # log_dir = "/runs/tensorboard"  # what `tensorboard --logdir` is given; by default in the run's own state folder
+
+# Offline runs of W&B, with use = ["wandb"], for `wandb sync` to upload; pip install "peel-agent[wandb]".
+# [tracker.wandb]
+# project = "peel-agent"   # by default WANDB_PROJECT, else this
+# entity = "team"          # by default WANDB_ENTITY, else the one of who uploads
+# run_name = "..."         # by default the directory's name
+# folder = "/runs/wandb"   # where they are kept; by default in the run's own state folder
 
 # What survives a restart: one folder an agent.
 [state]

@@ -36,7 +36,7 @@ def write_whole(path: Path, content: bytes, *, at_ms: int | None = None) -> None
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_if_newer(path: Path, content: bytes, at_ms: int) -> None:
@@ -49,9 +49,9 @@ def write_if_newer(path: Path, content: bytes, at_ms: int) -> None:
     write_whole(path, content, at_ms=at_ms)
 
 
-def sync_folder(folder: Path) -> None:
-    """A file just made is as durable as its folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Has a file, or a folder, on disk: a file just made is as durable as its folder. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
