@@ -11,7 +11,7 @@ from typing import Any
 
 Spec = dict[str, Any]
 
-AXIS_PIXELS = 92
+AXIS_PIXELS = 76
 """The room left of every chart that shares the axis of steps: so they stand one under the other."""
 
 MOST_LIFETIMES = 40
@@ -21,6 +21,8 @@ ROW_PIXELS = (6.0, 26.0)
 """The height of a layer's row, the least and the most."""
 
 MAP_PIXELS = 640.0
+
+BOUND_COLOR = "#c2410c"
 
 LONG_RUN = 20_000
 """Steps from which on they are written as 25k."""
@@ -53,7 +55,7 @@ def _spec(key: str, summary: str, height: float, **rest: Any) -> Spec:
 
 
 def _steps(domain: tuple[float, float], name: str = "step") -> Spec:
-    form = "~s" if domain[1] >= LONG_RUN else ","
+    form = "~s" if domain[1] >= LONG_RUN else ",d"
     axis = {"format": form, "grid": False, "labelOverlap": "greedy", "tickMinStep": 1}
     return {
         "field": name,
@@ -87,7 +89,7 @@ def _interval(name: str, low: str, high: str) -> Spec:
     return {"calculate": f"isValid(datum.{name}) ? {text}{digits}) + ']' : 'not measured'", "as": "interval"}
 
 
-def loss_chart(domain: tuple[float, float], unit: str, *, has_maps: bool) -> Chart:
+def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_maps: bool) -> Chart:
     """Loss and bound with their intervals over the zones."""
     summary = (
         "Loss of the run, and its bound: the loss of the best cheap model built from the run's own layers, up to then. "
@@ -106,21 +108,21 @@ def loss_chart(domain: tuple[float, float], unit: str, *, has_maps: bool) -> Cha
                     "domain": ["effective", "caution", "ineffective", "undecided", "not measured"],
                     "range": ["#3a9d5d", "#e0a800", "#d1495b", "#8a8f98", "transparent"],
                 },
-                "legend": {"title": "zone", "orient": "top"},
+                "legend": {"title": "zone", "orient": "top", "columns": 3},
             },
             "tooltip": [
                 _whole("step", "step"), _text("zone", "zone"), _text("interval", "loss"), _text("bound_words", "bound"),
             ],
         },
     }  # fmt: skip
-    series = {"loss": "#2f6fde", "bound": "#c2410c"}
+    series = {"loss": "#2f6fde", **({"bound": BOUND_COLOR} if has_bound else {})}
     legend = {"title": None, "orient": "top"}
     layers: list[Spec] = [zones]
     if has_maps:
         layers.append(
             {
                 "data": {"name": "bounds"},
-                "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.45, "color": series["bound"]},
+                "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.45, "color": BOUND_COLOR},
                 "encoding": {
                     "x": _steps(domain),
                     "y": {"field": "loss", "type": "quantitative"},
@@ -231,10 +233,16 @@ def heat_map(
     return Chart("heat_map", "What each layer earns", summary, ("cells", "columns", "layers"), spec)
 
 
-def alert_chart(domain: tuple[float, float], count: int) -> Chart:
+def alert_chart(domain: tuple[float, float], rows: int) -> Chart:
     """Each alert as a bar from the step at which it began to the one at which it ended."""
     summary = "Each alert from the step that it is about to the step at which it ended; an arrow goes on."
-    y = {"field": "label", "type": "nominal", "title": "alert", "sort": None, "axis": _y_axis(ticks=False)}
+    y = {
+        "field": "label",
+        "type": "nominal",
+        "title": "alert",
+        "sort": None,
+        "axis": _y_axis(ticks=False, labels=False),
+    }
     color = {
         "field": "severity",
         "type": "nominal",
@@ -246,25 +254,37 @@ def alert_chart(domain: tuple[float, float], count: int) -> Chart:
         _whole("until", "until step"), _text("text", "what it says"),
     ]  # fmt: skip
     bar = {
-        "mark": {"type": "bar", "height": 10, "cornerRadius": 2},
+        "mark": {"type": "bar", "height": 8, "yOffset": 7, "cornerRadius": 2},
         "encoding": {"x": _steps(domain, "left"), "x2": {"field": "right"}, "y": y, "color": color, "tooltip": tooltip},
     }
     arrow = {
         "transform": [{"filter": "datum.state == 'firing'"}],
-        "mark": {"type": "point", "shape": "triangle-right", "filled": True, "size": 260, "xOffset": -7, "opacity": 1},
+        "mark": {
+            "type": "point",
+            "shape": "triangle-right",
+            "filled": True,
+            "size": 200,
+            "xOffset": -6,
+            "yOffset": 7,
+            "opacity": 1,
+        },
         "encoding": {"x": _steps(domain, "right"), "y": y, "color": color, "tooltip": tooltip},
+    }
+    label = {
+        "mark": {"type": "text", "align": "left", "dy": -6, "tooltip": None},
+        "encoding": {"x": {"value": 4}, "y": y, "text": {"field": "label", "type": "nominal"}},
     }
     spec = _spec(
         "alerts",
         summary,
-        min(count, MOST_LIFETIMES) * 20,
+        min(rows, MOST_LIFETIMES) * 32,
         data={"name": "alerts"},
         transform=[
             {"filter": "isValid(datum.left)"},
             {"window": [{"op": "row_number", "as": "place"}], "sort": [{"field": "left", "order": "descending"}]},
             {"filter": f"datum.place <= {MOST_LIFETIMES}"},
         ],
-        layer=[bar, arrow],
+        layer=[bar, arrow, label],
     )
     return Chart("alerts", "Alerts", summary, ("alerts",), spec)
 

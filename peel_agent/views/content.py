@@ -59,13 +59,14 @@ def _charts(line: Timeline, held: Mapping[str, Table], layers: list[int], newest
     domain, words = line.domain, unit(newest)
     drawn: list[Chart] = []
     if line.by_step:
-        drawn.append(charts.loss_chart(domain, words, has_maps=bool(held["bounds"].rows)))
+        has_bound = any(report.bound is not None for report in line.by_step.values())
+        drawn.append(charts.loss_chart(domain, words, has_bound=has_bound, has_maps=bool(held["bounds"].rows)))
     if held["cells"].rows:
         columns = len(line.drawn)
         drawn.append(charts.heat_map(domain, layers, _colors(held["cells"]), words, columns=columns))
     placed = [row for row in held["alerts"].rows if row[7] is not None]
     if placed and line.by_step:
-        drawn.append(charts.alert_chart(domain, len(placed)))
+        drawn.append(charts.alert_chart(domain, len({row[2] for row in placed})))
     causes = {str(row[1]) for row in held["gaps"].rows if row[0] is not None}
     if causes and line.by_step:
         drawn.append(charts.gap_chart(domain, [cause for cause in charts.CAUSES if cause in causes]))

@@ -16,6 +16,7 @@
     return {
       font: "system-ui, sans-serif",
       axis: { ...text, gridColor: faint, domainColor: ink, tickColor: ink },
+      text: { color: ink, font: "system-ui, sans-serif", fontSize: 12 },
       legend: { ...text, symbolStrokeColor: ink },
       view: { stroke: faint },
     };

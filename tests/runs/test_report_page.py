@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,24 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromiu
 MADE = Made("peel-agent report run --out report.html", "2026-01-01 00:00:00 UTC", {"peel-agent": "0.1.0"})
 
 Open = Callable[..., Any]
+
+ONE = histories.report(100)
+LITTLE = [
+    pytest.param(History("r", "p", (ONE,)), id="one checkpoint"),
+    pytest.param(History("r", "p", (dataclasses.replace(ONE, layers=(), bounds=()),)), id="no layers"),
+    pytest.param(History("r", "p", (dataclasses.replace(ONE, bound=None, gap=None, bounds=()),)), id="no bound"),
+    pytest.param(
+        History("r", "p", (dataclasses.replace(ONE, layers=tuple(
+            dataclasses.replace(layer, status="not_measured", margin=None, parts={}) for layer in ONE.layers
+        )),)), id="no margins",
+    ),
+    pytest.param(
+        History("r", "p", (dataclasses.replace(ONE, layers=tuple(
+            dataclasses.replace(layer, status="undecided", parts={}) for layer in ONE.layers
+        )),)), id="all undecided",
+    ),
+    pytest.param(History("r", "p", (histories.report(None),)), id="no step"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +124,12 @@ def test_the_page_draws_everything_without_a_network(opened: Open, scheme: str) 
     page = opened(histories.run_history(), scheme=scheme)
     assert is_drawn(page)
     assert page.locator("#verdict").inner_text() == "At step 1,200: model.layers.3 earns less than a cheap stand-in."
+
+
+@pytest.mark.parametrize("history", LITTLE)
+def test_little_is_drawn_without_a_complaint(opened: Open, history: History) -> None:
+    """Where there is no bound, no layer, or one checkpoint alone, what there is is drawn, and nothing is said."""
+    assert is_drawn(opened(history))
 
 
 def test_the_pointer_shows_interval_and_stand_in(opened: Open) -> None:
