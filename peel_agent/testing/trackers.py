@@ -13,9 +13,11 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from peel_agent.records import Publication
-from peel_agent.spi import Checking, Tracker
+from peel_agent.spi import Checking, HistoryReader, Tracker
 
 Connect = Callable[[], Tracker]
 """Opens the tracker, each time with the same options and folders."""
@@ -140,6 +142,23 @@ def files_alone_bring_no_metrics(connect: Connect, read_metrics: ReadMetrics) ->
     _expect(not read_metrics(200), "files alone have no metrics", read_metrics(200))
 
 
+def what_was_sent_is_read_back(connect: Connect, read_metrics: ReadMetrics) -> None:  # noqa: ARG001 -- as all checks
+    """A tracker that can (`spi.HistoryReader`) gives each checkpoint's file once, in order, and the last alerts."""
+    tracker = connect()
+    for step in (100, 200, 100):
+        tracker.publish(example_publication(step))
+    tracker.close()
+    other = connect()
+    if isinstance(other, HistoryReader):
+        with TemporaryDirectory() as folder:
+            kept = other.read_back(Path(folder))
+        wanted = tuple((f"step-{step:09d}.json", f'{{"step": {step}}}') for step in (100, 200))
+        _expect(kept.reports == wanted, f"the files of checkpoints are {wanted}", kept.reports)
+        _expect(kept.alerts == ("[200]",), "the alerts are those of the last checkpoint", kept.alerts)
+        _expect(bool(kept.name.strip() and kept.place.strip()), "the run has a name and a place", kept)
+    other.close()
+
+
 CHECKS: tuple[Callable[[Connect, ReadMetrics], None], ...] = (
     publication_lands,
     repetition_changes_nothing,
@@ -148,6 +167,7 @@ CHECKS: tuple[Callable[[Connect, ReadMetrics], None], ...] = (
     a_check_changes_no_result,
     two_lanes_meet,
     files_alone_bring_no_metrics,
+    what_was_sent_is_read_back,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,10 @@ class Lifetime:
     until: int | None
     is_over: bool
     text: str
-    causes: tuple[str, ...] = ()
 
 
 def lifetimes(notices: Sequence[Notice]) -> tuple[Lifetime, ...]:
-    """One for each alert, in the order in which they began; a notice that repeats one adds nothing."""
+    """One for each alert, in the order in which they began; a notice that repeats one has its newest words."""
     found: list[Lifetime] = []
     open_at: dict[tuple[str, str], int] = {}
     for notice in notices:
@@ -31,15 +31,12 @@ def lifetimes(notices: Sequence[Notice]) -> tuple[Lifetime, ...]:
         place = open_at.get(key)
         if notice.state == "resolved":
             if place is not None:
-                began = found[place]
-                found[place] = Lifetime(
-                    began.rule, began.subject, began.severity, began.since, notice.step, True, began.text, began.causes
-                )
+                found[place] = dataclasses.replace(found[place], until=notice.step, is_over=True)
                 del open_at[key]
-        elif place is None:
+            continue
+        if place is None:
             since = notice.step if notice.since_step is None else notice.since_step
-            open_at[key] = len(found)
-            found.append(
-                Lifetime(*key, notice.severity, since, None, False, notice.text, tuple(map(str, notice.causes)))
-            )
+            place = open_at[key] = len(found)
+            found.append(Lifetime(*key, notice.severity, since, None, is_over=False, text=notice.text))
+        found[place] = dataclasses.replace(found[place], severity=notice.severity, text=notice.text)
     return tuple(found)

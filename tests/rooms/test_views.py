@@ -244,15 +244,17 @@ def test_what_is_missing_stays_blank_on_the_axis() -> None:
 
 
 def test_alerts_live_from_the_step_that_they_are_about_to_their_end() -> None:
-    """A notice that repeats an alert is the same alert; one that comes back after its end is another."""
+    """A notice that repeats an alert is the same alert, in newer words; one that comes after its end is another."""
     told = [
         histories.notice("firing", 300),
-        histories.notice("firing", 500),
+        dataclasses.replace(histories.notice("firing", 500), text="it is idle still"),
         histories.notice("resolved", 800),
         histories.notice("firing", 1100),
         histories.notice("resolved", 900, subject="run"),
     ]
-    assert [(one.since, one.until, one.is_over) for one in lifetimes(told)] == [(200, 800, True), (1000, None, False)]
+    lives = lifetimes(told)
+    assert [(one.since, one.until, one.is_over) for one in lives] == [(200, 800, True), (1000, None, False)]
+    assert lives[0].text == "it is idle still"
 
 
 def test_content_speaks_of_the_last_step() -> None:
