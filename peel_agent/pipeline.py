@@ -56,9 +56,9 @@ def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
         raise CheckpointError(f"no checkpoint at {path}", remedy="give the path of a checkpoint directory or file")
     listing = LocalListing(path)
     formats = registry.formats(format_name)
-    winner = registry.claimed(listing, formats)
-    if winner is not None:
-        form, _ = winner
+    answer = registry.claims(listing, formats)
+    if answer.winner is not None:
+        form, _ = answer.winner
         readiness = inspected(listing, form)
         if readiness.state == "complete":
             return checkpoint_ref(path, form.name, readiness, form.step(listing))
@@ -69,6 +69,8 @@ def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
             f"{path} is {readiness.state}: {readiness.reason}",
             remedy=readiness.remedy or "wait until it is written, or take another checkpoint",
         )
+    if answer.failure is not None:
+        raise answer.failure
     raise CheckpointError(
         f"{path} is no checkpoint of a known format{_what_it_holds(listing, formats)}",
         remedy="give one checkpoint (a checkpoint-N or save_pretrained folder, a .safetensors or .pt file); "

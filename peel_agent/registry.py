@@ -80,10 +80,40 @@ def formats(name: str = "auto") -> tuple[Format, ...]:
     return cast("tuple[Format, ...]", _usable("formats") if name == "auto" else (_named("formats", name),))
 
 
+@dataclass(frozen=True)
+class Claims:
+    """What formats say of one listing: the format that has it, with its claim, and what the first said that failed."""
+
+    winner: tuple[Format, Claim] | None
+    failure: PluginError | None
+
+
+def claims(listing: Listing, formats: Sequence[Format]) -> Claims:
+    """The strongest claim, of equal ones that of the first format. One that fails has none, and stops no other."""
+    made: list[tuple[int, Format, Claim]] = []
+    failure = None
+    for form in formats:
+        try:
+            claim = form.claim(listing)
+            if claim is not None:
+                made.append((STRENGTHS.index(claim.strength), form, claim))
+        except Exception as error:  # somebody else's plug-in may raise anything
+            failure = failure or failed(form, listing, error)
+    winner = min(made, key=lambda one: one[0], default=None)
+    return Claims(None if winner is None else winner[1:], failure)
+
+
 def claimed(listing: Listing, formats: Sequence[Format]) -> tuple[Format, Claim] | None:
-    """The format that has a file or a folder, with its claim: the strongest, of equal ones that of the first format."""
-    claims = [(form, claim) for form in formats if (claim := form.claim(listing)) is not None]
-    return min(claims, key=lambda one: STRENGTHS.index(one[1].strength), default=None)
+    """The format that has a file or a folder, with its claim; see `claims`."""
+    return claims(listing, formats).winner
+
+
+def failed(form: Format, listing: Listing, error: Exception) -> PluginError:
+    """What to say of a format that raised what it may not."""
+    return PluginError(
+        f"the format plug-in `{form.name}` failed at {listing.name}: {type(error).__name__}: {error}",
+        remedy="repair or uninstall the distribution it comes from, or name the format that is meant: [watch] format",
+    )
 
 
 def tracker(name: str) -> TrackerPlugin:

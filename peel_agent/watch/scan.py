@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peel_agent.errors import ConfigurationError
+from peel_agent.errors import ConfigurationError, PluginError
 from peel_agent.records import LocalListing, Readiness
-from peel_agent.registry import claimed
+from peel_agent.registry import claimed, claims, failed
 from peel_agent.spi import Format
 from peel_agent.watch.links import REMEDY, NotFollowed, target_of
 from peel_agent.watch.pins import FOLDER as PINS
@@ -63,7 +63,8 @@ class _Scan:
     markers: Sequence[str]
 
     def sightings(self, listing: LocalListing, levels: int) -> Iterator[Sighting]:
-        winner = claimed(listing, self.formats)
+        answer = claims(listing, self.formats)
+        winner = answer.winner
         names = sorted(name for name in listing.names() if not is_aside(name)) if levels > 0 else []
         for name in names:
             if listing.is_link(name):
@@ -74,10 +75,17 @@ class _Scan:
                 yield from self.sightings(listing.folder(name), 0)
         yield from self._behind_links(listing, [name for name in names if listing.is_link(name)])
         if winner is not None:
-            form = winner[0]
+            yield self._sighting(listing, winner[0])
+        elif answer.failure is not None and listing.path != self.root:  # what is in the root is asked for by itself
+            yield _of_failure(listing, "", answer.failure)
+
+    def _sighting(self, listing: LocalListing, form: Format) -> Sighting:
+        try:
             readiness = inspected(listing, form)
             step = form.step(listing) if readiness.state == "complete" else None
-            yield Sighting(listing.path, form.name, readiness, step, _lacking(listing, self.markers))
+        except Exception as error:  # somebody else's plug-in may raise anything; the others' checkpoints are still read
+            return _of_failure(listing, form.name, failed(form, listing, error))
+        return Sighting(listing.path, form.name, readiness, step, _lacking(listing, self.markers))
 
     def _behind_links(self, folder: LocalListing, names: Sequence[str]) -> Iterator[Sighting]:
         seen: set[Path] = set()
@@ -100,6 +108,10 @@ class _Scan:
             winner = claimed(LocalListing(real), self.formats)
             if winner is not None:
                 yield Sighting(link, winner[0].name, Readiness("damaged", f"{link.name} {reason}", remedy=REMEDY), None)
+
+
+def _of_failure(listing: LocalListing, format_name: str, failure: PluginError) -> Sighting:
+    return Sighting(listing.path, format_name, Readiness("damaged", failure.what, remedy=failure.remedy), None)
 
 
 def inspected(listing: LocalListing, form: Format) -> Readiness:

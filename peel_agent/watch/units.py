@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from peel_agent.records import Claim
-from peel_agent.registry import claimed
+from peel_agent.registry import claimed, claims
 from peel_agent.spi import Format
 from peel_agent.watch.objects import ObjectListing
 from peel_agent.watch.pins import COMPANIONS, MAX_COMPANION
@@ -119,11 +119,15 @@ class Division:
 
     def _judged(self, folder: ObjectListing, *, clash: bool) -> Unit | None:
         """The unit that a folder is, or None for no checkpoint."""
-        winner = claimed(folder, self._formats)
-        if winner is None:
+        answer = claims(folder, self._formats)
+        if answer.winner is not None:
+            claim = answer.winner[1]
+        elif answer.failure is not None:
+            claim = Claim("declined", fault=answer.failure.what, remedy=answer.failure.remedy)
+        else:
             return None
         fault = f"{ascii(folder.name)[:80]} is both an object and a folder" if clash else fault_of(folder.objects())
-        return _unit(folder.name, folder.objects(), winner[1], fault, inside=f"{folder.name}/")
+        return _unit(folder.name, folder.objects(), claim, fault, inside=f"{folder.name}/")
 
     def _of_root(self, root: ObjectListing) -> Iterator[Unit]:
         files = [remote for remote in root.objects() if "/" not in remote.name and not root.is_folder_at(remote.name)]

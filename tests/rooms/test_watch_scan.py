@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peel_agent import registry
-from peel_agent.errors import ConfigurationError
-from peel_agent.records import LocalListing
+from peel_agent.errors import ConfigurationError, PluginError
+from peel_agent.pipeline import locate
+from peel_agent.records import Claim, LocalListing, Readiness
 from peel_agent.watch import scan
+from peel_agent.watch.store import RemoteObject
+from peel_agent.watch.units import Division
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from peel_agent.records import CheckpointRef, Claim, Listing, Readiness, Strength, Weights
+    from peel_agent.records import CheckpointRef, Listing, Strength, Weights
 
 FORMATS = registry.formats()
 
@@ -295,6 +298,65 @@ class TestWhatVanishes:
         monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK)
         with pytest.raises(ConfigurationError, match=f"{tmp_path} may not be listed"):
             scan(tmp_path, FORMATS)
+
+
+class Raising:
+    """Somebody else's format with a fault in one of its methods."""
+
+    name = "raising"
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+
+    def claim(self, listing: Listing) -> Any:
+        if self._method == "strength":
+            return Claim("certain")  # type: ignore[arg-type]
+        if self._method == "claim":
+            raise KeyError("a bug")
+        return Claim("specific", frozenset(listing.names())) if listing.name == "theirs" else None
+
+    def inspect(self, listing: LocalListing) -> Readiness:
+        if self._method == "inspect":
+            raise KeyError("a bug")
+        return Readiness("complete", "")
+
+    def step(self, _listing: LocalListing) -> int | None:
+        raise KeyError("a bug")
+
+
+class TestAFormatThatFails:
+    """It is named where nobody else knows the place; the others' checkpoints are seen as ever."""
+
+    @pytest.mark.parametrize("method", ["claim", "strength", "inspect", "step"])
+    def test_in_a_folder(self, tmp_path: Path, method: str) -> None:
+        """In the watched place, below it, and in a folder of no checkpoint."""
+        write_checkpoint(tmp_path / "checkpoint-3", 3)
+        (tmp_path / "theirs").mkdir()
+        seen = scan(tmp_path, [Raising(method), *FORMATS])  # type: ignore[list-item]
+        assert [(one.path.name, one.format) for one in seen if one.readiness.state == "complete"] == [
+            ("checkpoint-3", "transformers")
+        ]
+        (fault,) = [one.readiness for one in seen if one.readiness.state == "damaged"]
+        error = "ValueError" if method == "strength" else "KeyError: 'a bug'"
+        assert f"the format plug-in `raising` failed at theirs: {error}" in fault.reason
+        assert "uninstall" in fault.remedy
+
+    def test_in_a_store(self) -> None:
+        """What it may have is refused, and not fetched."""
+        names = ["checkpoint-3/config.json", "checkpoint-3/model.safetensors", "theirs/data"]
+        objects = [RemoteObject(name, 10, "v", 0) for name in names]
+        units = Division("run", [Raising("claim"), *FORMATS]).units(objects)  # type: ignore[list-item]
+        faults = {unit.name: unit.fault for unit in units}
+        assert faults["checkpoint-3"] is None
+        assert "the format plug-in `raising` failed at theirs" in str(faults["theirs"])
+
+    def test_by_hand(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`scan` of what only it may know ends with its name."""
+        monkeypatch.setattr(registry, "formats", lambda _name: (Raising("claim"), *FORMATS))
+        (tmp_path / "theirs").mkdir()
+        assert locate(write_checkpoint(tmp_path / "checkpoint-3", 3)).step == 3
+        with pytest.raises(PluginError, match=r"`raising` failed at theirs"):
+            locate(tmp_path / "theirs")
 
 
 def test_the_room_imports_no_torch() -> None:
