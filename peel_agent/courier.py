@@ -55,9 +55,9 @@ class _LookThread(threading.Thread):
         self._tell = tell
 
     def run(self) -> None:
-        own = self._address
+        address = self._address
         try:
-            tracker = own.tracker()
+            tracker = address.tracker()
             if not isinstance(tracker, Looking):
                 return
             try:
@@ -65,10 +65,10 @@ class _LookThread(threading.Thread):
             finally:
                 tracker.close()
         except Exception as error:  # a plug-in may raise anything; it is told when something is to be sent
-            self._tell({"note": f"{own.name} could not be looked for: {in_words(error)}"})
+            self._tell({"note": f"{address.name} could not be looked for: {in_words(error)}"})
             return
         if checks:
-            self._tell({"looked": own.name, "run": own.run, "checks": [plain(check) for check in checks]})
+            self._tell({"looked": address.name, "run": address.run, "checks": [plain(check) for check in checks]})
 
 
 class _LaneThread(threading.Thread):

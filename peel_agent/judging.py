@@ -183,10 +183,10 @@ class Judging:
 
     def _debts(self, sent: Publication, verdict: Verdict, key: str, at: float) -> tuple[Debt, ...]:
         """What trackers and sinks are owed."""
-        notices, own = verdict.notices, self._settings
+        notices, settings = verdict.notices, self._settings
         return (
-            *to_trackers(sent, own.tracker.use, key=key, with_alerts=bool(notices)),
-            *to_sinks(notices, tuple(self._sinks()), own.rules, run=own.name, at=at),
+            *to_trackers(sent, settings.tracker.use, key=key, with_alerts=bool(notices)),
+            *to_sinks(notices, tuple(self._sinks()), settings.rules, run=settings.name, at=at),
         )
 
 
@@ -196,7 +196,7 @@ def _firing_by_rule(states: Sequence[RuleState]) -> Mapping[str, str]:
     for state in states:
         if state.phase == "firing":
             subjects.setdefault(state.rule, []).append(state.subject)
-    return {rule: f"firing: {', '.join(sorted(own))}" for rule, own in subjects.items()}
+    return {rule: f"firing: {', '.join(sorted(of_rule))}" for rule, of_rule in subjects.items()}
 
 
 def _alert_lines(verdict: Verdict) -> dict[str, str]:

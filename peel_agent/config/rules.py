@@ -15,15 +15,15 @@ def check_rules(settings: Settings) -> None:
     """Raises ConfigurationError for a rule that no effort, number or sink fits, and for a sink that gets nothing."""
     sinks = [sink.name for sink in settings.sinks]
     both: tuple[Settings | RunSettings, ...] = (settings, *settings.runs)
-    for own in both:
-        for rule in own.rules:
+    for level in both:
+        for rule in level.rules:
             _check_name(rule)
             _check_numbers(rule)
             _check_sinks(rule, sinks)
-        if own.rules is not DEFAULT_RULES and (isinstance(own, RunSettings) or not settings.runs):
-            for rule in own.rules:
-                _check_effort(rule, own.peel)
-    _check_each_sink_is_used(sinks, [own.rules for own in (settings.runs or (settings,))])
+        if level.rules is not DEFAULT_RULES and (isinstance(level, RunSettings) or not settings.runs):
+            for rule in level.rules:
+                _check_effort(rule, level.peel)
+    _check_each_sink_is_used(sinks, [level.rules for level in (settings.runs or (settings,))])
 
 
 def _check_name(rule: Rule) -> None:

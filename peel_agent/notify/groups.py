@@ -20,9 +20,9 @@ def to_sinks(
     named = {rule.name: rule.sinks for rule in rules if rule.sinks is not None}
     debts = []
     for sink in sinks:
-        own = [notice for notice in notices if sink in named.get(notice.rule, (sink,))]
-        if own:
-            body = group(own, run=run, at=at)
+        for_sink = [notice for notice in notices if sink in named.get(notice.rule, (sink,))]
+        if for_sink:
+            body = group(for_sink, run=run, at=at)
             debts.append(Debt(sink, "notices", body.id, plain(body)))
     return tuple(debts)
 

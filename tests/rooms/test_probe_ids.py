@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,7 @@ UNUSABLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "ending": ("p.csv", lambda p: p.write_text("a b c"), "`.csv`"),
     "folder": ("p", lambda p: p.mkdir(), "a folder, and none that `datasets` saved"),
     "nothing": ("p.npy", lambda p: None, "no probe at"),
+    "a named pipe": ("p.npy", os.mkfifo, "neither a file nor a folder"),
 }
 
 

@@ -66,6 +66,8 @@ def read_tokens(
         raise ProbeError(f"no probe at {path}", remedy=f"give --probe {_KINDS}")
     if path.is_dir() and not is_dataset(path):
         raise ProbeError(f"{path} is a folder, and none that `datasets` saved", remedy=f"give --probe {_KINDS}")
+    if not (path.is_dir() or path.is_file()):  # a named pipe would hold the reader for ever
+        raise ProbeError(f"{path} is neither a file nor a folder", remedy=f"give --probe {_KINDS}")
     suffix = path.suffix.lower()
     with _readable(path):
         if path.is_dir() or suffix in (".parquet", ".arrow"):
