@@ -13,6 +13,7 @@ from peel_agent.cli.operate import reading
 from peel_agent.cli.options import say
 from peel_agent.cli.watch import state_folder
 from peel_agent.config import load_settings
+from peel_agent.deliver import in_words
 from peel_agent.destinations import sink_addresses
 from peel_agent.errors import ConfigurationError, PeelError, printable
 from peel_agent.ledger import Reader, open_beside, silence, unsilence
@@ -97,7 +98,7 @@ def _test(options: argparse.Namespace) -> int:
             say(f"{address.name}: {error}")
             status = 1
         except Exception as error:  # a plug-in may raise anything
-            say(printable(f"{address.name} failed: {type(error).__name__}: {error}"))
+            say(f"{printable(address.name)} failed: {in_words(error)}")
             status = 1
     return status
 
