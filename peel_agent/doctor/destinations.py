@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peel_agent import registry
 from peel_agent.config import RunSettings, SinkSettings, TrackerSettings
+from peel_agent.deliver import in_words
 from peel_agent.destinations import pinned_run, sink_settings, tracker_settings
 from peel_agent.doctor.configuration import failed
 from peel_agent.errors import PeelError
@@ -35,14 +37,8 @@ def check_trackers(
     key = run_key(run.name, str(run.watch.path), pinned_run(settings))
     folder = (state_dir or Path()) / "runs" / key
     for used, own in settings.items():
-        what = f"{name}tracker {used}"
-        try:
-            plugin = registry.tracker(used)
-            tracker = plugin.connect(own, checkpoint_dir=str(run.watch.path), state_dir=folder)
-        except PeelError as error:
-            yield failed(what, error)
-            continue
-        yield from _checked(what, tracker, now)
+        connect = partial(registry.tracker(used).connect, own, checkpoint_dir=str(run.watch.path), state_dir=folder)
+        yield from _checked(f"{name}tracker {used}", connect, now)
 
 
 def _only(run: RunSettings, used: str) -> TrackerSettings:
@@ -56,22 +52,28 @@ def _only(run: RunSettings, used: str) -> TrackerSettings:
 def check_sinks(sinks: Sequence[SinkSettings], state_dir: Path | None, now: Callable[[], float]) -> Iterator[Check]:
     """Each sink: that it can be opened, and what it says of itself. No notice is sent."""
     for sink in sinks:
-        what = f"sink {sink.name}"
-        try:
-            connected = registry.sink(sink.use).connect(sink_settings(sink), state_dir=state_dir or Path())
-        except PeelError as error:
-            yield failed(what, error)
-            continue
-        yield from _checked(what, connected, now)
+        yield from _checked(f"sink {sink.name}", partial(_connected, sink, state_dir or Path()), now)
 
 
-def _checked(what: str, connected: Tracker | Sink, now: Callable[[], float]) -> Iterator[Check]:
+def _connected(sink: SinkSettings, state_dir: Path) -> Sink:
+    return registry.sink(sink.use).connect(sink_settings(sink), state_dir=state_dir)
+
+
+def _checked(what: str, connect: Callable[[], Tracker | Sink], now: Callable[[], float]) -> Iterator[Check]:
+    """What a plug-in says of itself; one that raises anything hides no other."""
     try:
-        if isinstance(connected, Checking):
-            for check in connected.check(now):
-                yield replace(check, what=f"{what}, {check.what}")
-        else:
-            words = f"{connected.where()}: nothing is sent in order to try it"
-            yield Check(what, None, words, "wait for the first thing that is sent, and look there")
-    finally:
-        connected.close()
+        connected = connect()
+        try:
+            if isinstance(connected, Checking):
+                for check in connected.check(now):
+                    yield replace(check, what=f"{what}, {check.what}")
+            else:
+                words = f"{connected.where()}: nothing is sent in order to try it"
+                yield Check(what, None, words, "wait for the first thing that is sent, and look there")
+        finally:
+            connected.close()
+    except PeelError as error:
+        yield failed(what, error)
+    except Exception as error:  # somebody else's plug-in
+        remedy = "repair or uninstall the distribution that this plug-in comes from: `peel-agent plugins` names it"
+        yield Check(what, False, f"the plug-in failed: {in_words(error)}", remedy)

@@ -38,6 +38,7 @@ from peel_agent.pipeline import locate
 from peel_agent.records import Check, Claim, Listing, ModelSettings, ProbeSettings
 from peel_agent.testing import trackers as kit
 from peel_agent.watch.nearby import nearby, of_folder
+from peel_plugins.sinks.jsonl_file import JsonlSink
 from peel_plugins.trackers import jsonl_file, mlflow_run
 from tests import nvml, servers, zoo
 from tests.nvml import Gpu
@@ -798,3 +799,18 @@ class TestInit:
         """A URL is written as it is."""
         (tmp_path / "peel.toml").write_text(configuration_text(Found("s3://bucket/run")))
         assert load_settings(tmp_path / "peel.toml", {}).runs[0].watch.path == "s3://bucket/run"
+
+
+def test_a_plug_in_that_raises_anything_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's: it is named with what it raised, and the next one is examined."""
+    monkeypatch.setattr(JsonlSink, "where", lambda _sink: {}["a bug"])
+    monkeypatch.setattr(mlflow_run.MlflowTracker, "check", lambda _tracker, _now: {}["a bug"])
+    sinks = [SinkSettings("jsonl", "first", {"path": str(tmp_path / "n")}), SinkSettings("stderr", "second", {})]
+    found = by_name(check_sinks(sinks, tmp_path, time.time))
+    assert (found["sink first"].ok, found["sink first"].words) == (False, "the plug-in failed: KeyError: 'a bug'")
+    assert "uninstall" in found["sink first"].remedy
+    assert found["sink second"].ok is None
+    trackers = TrackerSettings(use=("mlflow", "jsonl"), options={"jsonl": {"path": str(tmp_path / "p")}})
+    found = by_name(check_trackers(run_of(tmp_path, tracker=trackers), tmp_path, "", time.time, alone=True))
+    assert found["tracker mlflow"].words == "the plug-in failed: KeyError: 'a bug'"
+    assert "tracker jsonl" in " ".join(found)
