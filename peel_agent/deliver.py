@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -102,9 +103,10 @@ class Carrier:
         """What rules know of the training. It is no part of the delivery, which has been made."""
         try:
             log = tracker.training(self._loss_keys)
+            loss = [(step, value) for step, value in log.loss if math.isfinite(value)]
+            self._outbox.alerting(self.lane.run).keep_training(loss, ended=log.ended)
         except Exception:  # rules go without: missing data neither raises nor clears
             return
-        self._outbox.alerting(self.lane.run).keep_training(log.loss, ended=log.ended)
 
     def _postpone(self, owed: Owed, error: Exception) -> Outcome:
         """Exponential back-off with jitter."""

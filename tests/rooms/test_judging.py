@@ -193,20 +193,32 @@ def test_the_training_loss_comes_from_the_run(tmp_path: Path, mlflow_uri: str) -
     desk.ledger.close()
 
 
+UNREADABLE = {
+    "no history": (lambda: {}["no history"], ()),
+    "a loss that is no number": (lambda: TrainingLog(((1, float("nan")), (2, 2.5), (3, float("inf")))), ((2, 2.5),)),
+    "a step that no training has": (lambda: TrainingLog(((2**70, 1.0),)), ()),
+    "no log": (lambda: None, ()),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_tracker_that_cannot_be_read_costs_no_delivery(
-    tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch
+    case: tuple[Any, Any], tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is written is written; rules go without the loss."""
+    """What is written is written, and not sent again; rules go without what is no loss."""
+    answer, kept = case
 
     def fail(*_: Any) -> TrainingLog:
-        raise RuntimeError("no history")
+        read: TrainingLog = answer()
+        return read
 
     monkeypatch.setattr("peel_plugins.trackers.mlflow_run.training_log", fail)
     client = servers.mlflow_client(mlflow_uri)
     run_id = client.create_run("0").info.run_id
     desk = Desk(tmp_path, BELOW)
     deliver(desk, tmp_path, mlflow_uri, run_id, ("loss",))
-    assert desk.run.alerting.training_loss() == ()
+    assert desk.run.alerting.training_loss() == kept
+    assert desk.ledger.outbox.owed() == {}
     desk.ledger.close()
 
 
