@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-from typing import Any, NoReturn
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, NoReturn, cast
 
 from peel_agent.errors import printable
 from peel_agent.publish.form import notice_from_json, report_from_json
-from peel_agent.records import Estimate, Gap, History, KeptRun, Notice, PeelReport
+from peel_agent.records import Gap, History, KeptRun, Notice, PeelReport
 
 _UNFIT = (ValueError, TypeError, KeyError, AttributeError, RecursionError, StopIteration)
 """What a form raises that is no report: it may come from a tracker that others write to."""
+
+MOST_LAYERS = 4096
+LARGEST = 1e300
+"""Of a report that can be drawn; an infinity is larger."""
 
 
 def history_of(kept: KeptRun) -> History:
@@ -39,20 +46,10 @@ def _report(text: str) -> PeelReport:
     form = json.loads(text, parse_constant=_no_number)
     _must_be(isinstance(form, dict), "it is no object")
     report = report_from_json(form)
-    _must_be(report.checkpoint.step is None or _is_whole(report.checkpoint.step), "its step is no whole number")
-    _must_be(isinstance(report.zone, str) and isinstance(report.checkpoint.path, str), "a name in it is no text")
-    _must_be(report.loss is not None, "it has no loss")
-    estimates = [report.loss, report.bound, report.gap, *(bound.value for bound in report.bounds)]
-    for layer in report.layers:
-        _must_be(_is_whole(layer.index), "the index of a layer is no whole number")
-        texts = (layer.name, layer.status, layer.best_reference or "")
-        _must_be(all(isinstance(one, str) for one in texts), "a name in it is no text")
-        estimates += [layer.margin, layer.headroom, layer.progress, *(part.margin for part in layer.parts.values())]
-        shares = (layer.quantization_share, layer.optimization_share)
-        _must_be(all(one is None or _is_number(one) for one in shares), "a share is no number")
-    for row in report.redundancy or ():
-        _must_be(all(map(_is_number, row)), "redundancy holds what is no number")
-    _must_be(all(map(_is_sound, estimates)), "an estimate is no number")
+    _must_fit(PeelReport, report, "it")
+    _must_be(report.checkpoint.step is None or _is_place(report.checkpoint.step), "its step is no step")
+    _must_be(all(0 <= layer.index < MOST_LAYERS for layer in report.layers), "a layer has no usable index")
+    _must_be(len(report.redundancy or ()) <= MOST_LAYERS, "its redundancy is of too many layers")
     return report
 
 
@@ -60,22 +57,49 @@ def _notice(line: str) -> Notice:
     form = json.loads(line, parse_constant=_no_number)
     _must_be(isinstance(form, dict), "it is no object")
     notice = notice_from_json(form)
-    _must_be(all(one is None or _is_whole(one) for one in (notice.step, notice.since_step)), "a step is no number")
-    texts = (notice.rule, notice.severity, notice.state, notice.subject, notice.text)
-    _must_be(all(isinstance(one, str) for one in texts), "a name in it is no text")
+    _must_fit(Notice, notice, "it")
+    _must_be(all(one is None or _is_place(one) for one in (notice.step, notice.since_step)), "a step is no step")
     return notice
 
 
-def _is_sound(estimate: Estimate | None) -> bool:
-    return estimate is None or all(map(_is_number, (estimate.value, estimate.low, estimate.high)))
+def _must_fit(hint: Any, value: Any, what: str) -> None:
+    """ValueError unless a decoded value is of this annotation: JSON may have anything in any place."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is not None or type(None) not in arguments:
+            _must_fit(next(one for one in arguments if one is not type(None)), value, what)
+    elif dataclasses.is_dataclass(hint):
+        _must_be(isinstance(value, cast("type", hint)), f"{what} is missing or of another kind")
+        for name, own in typing.get_type_hints(hint).items():
+            _must_fit(own, getattr(value, name), name)
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        _must_be(isinstance(value, Mapping), f"{what} is no object")
+        for key, entry in value.items():
+            _must_fit(arguments[0], key, what)
+            _must_fit(arguments[1], entry, f"{what}[{key}]")
+    elif origin is tuple:
+        _must_be(isinstance(value, tuple), f"{what} is no list")
+        for entry in value:
+            _must_fit(arguments[0], entry, f"an entry of {what}")
+    else:
+        _must_be_plain(hint, value, what)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _must_be_plain(hint: Any, value: Any, what: str) -> None:
+    """The same of a number, a truth or a text."""
+    is_bool = isinstance(value, bool)
+    if hint is bool:
+        _must_be(is_bool, f"{what} is neither true nor false")
+    elif hint in (int, float):
+        is_number = isinstance(value, int if hint is int else (int, float)) and not is_bool
+        _must_be(is_number and abs(value) < LARGEST, f"{what} is no {'whole number' if hint is int else 'number'}")
+    else:  # text, or one of some texts: a later version may have more of them
+        _must_be(isinstance(value, str), f"{what} is no text")
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+def _is_place(step: int) -> bool:
+    """Whether a step can be drawn: a browser's numbers are whole up to here."""
+    return 0 <= step < 2**53
 
 
 def _must_be(holds: bool, words: str) -> None:

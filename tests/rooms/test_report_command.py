@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -84,20 +85,39 @@ def test_a_report_that_is_gone_is_a_gap(state: Path) -> None:
     assert str(file) in gap.why
 
 
+FORM = json.loads(report_line(histories.report(100)))
+LAYER = FORM["layers"][0]
+
+
+def changed(**fields: object) -> str:
+    return json.dumps(FORM | fields)
+
+
 UNFIT = {
     "no JSON": "{",
     "a list": "[]",
-    "another schema": '{"schema": "peel-agent/report/9"}',
-    "nothing else": '{"schema": "peel-agent/report/1"}',
-    "NaN": report_line(histories.report(100)).replace("3.5", "NaN", 1).replace('"value": ', '"value": NaN, "v": ', 1),
-    "text for a loss": json.dumps(
-        json.loads(report_line(histories.report(100))) | {"loss": {"value": "<b>", "low": 0, "high": 0}}
-    ),
-    "no loss": json.dumps(json.loads(report_line(histories.report(100))) | {"loss": None}),
-    "a step that is text": report_line(histories.report(100)).replace('"step": 100', '"step": "<b>"', 1),
     "depth": "[" * 100_000,
-    "a list for layers": json.dumps(json.loads(report_line(histories.report(100))) | {"layers": [[1]]}),
-    "a redundancy of texts": json.dumps(json.loads(report_line(histories.report(100))) | {"redundancy": [["<b>"]]}),
+    "another schema": changed(schema="peel-agent/report/9"),
+    "nothing else": '{"schema": "peel-agent/report/1"}',
+    "NaN": changed(loss={"value": math.nan, "low": 0, "high": 0}),
+    "infinity": changed(loss={"value": math.inf, "low": 0, "high": 0}),
+    "1e999": changed(loss={"value": 0, "low": 0, "high": 0}).replace('"value": 0', '"value": 1e999', 1),
+    "text for a loss": changed(loss={"value": "<b>", "low": 0, "high": 0}),
+    "no loss": changed(loss=None),
+    "a step that is text": changed(checkpoint=FORM["checkpoint"] | {"step": "<b>"}),
+    "a negative step": changed(checkpoint=FORM["checkpoint"] | {"step": -1}),
+    "a step past a browser's numbers": changed(checkpoint=FORM["checkpoint"] | {"step": 2**60}),
+    "a path that is a list": changed(checkpoint=FORM["checkpoint"] | {"path": []}),
+    "a list for layers": changed(layers=[[1]]),
+    "a layer too far off": changed(layers=[LAYER | {"index": 10**9}]),
+    "a name that is a number": changed(layers=[LAYER | {"name": 7}]),
+    "a status that is an object": changed(layers=[LAYER | {"status": {}}]),
+    "a part without a status": changed(layers=[LAYER | {"parts": {"mlp": {"status": None, "margin": None}}}]),
+    "a finding that is text": changed(layers=[LAYER | {"finding": "<b>"}]),
+    "a share that is true": changed(layers=[LAYER | {"optimization_share": True}]),
+    "skipped that is text": changed(skipped="<b>"),
+    "a redundancy of texts": changed(redundancy=[["<b>"]]),
+    "a model without a size": changed(model=FORM["model"] | {"parameters": "many"}),
 }
 
 
