@@ -2,8 +2,8 @@
 
 Run as `python -m peel_agent.demo.train OUTPUT`; writes OUTPUT/checkpoint-N as any Trainer run does, and goes on from
 the last one that is there. With `--hold-back I`, block I never learns: its parameters are frozen at their initial
-values. With `--bits SET` the matrices of the blocks are quantised in every forward pass (straight-through), and the
-checkpoints hold their latents.
+values; with `--release-at STEP` it learns from that step on. With `--bits SET` the matrices of the blocks are quantised
+in every forward pass (straight-through), and the checkpoints hold their latents.
 """
 
 from __future__ import annotations
@@ -98,10 +98,22 @@ def make_low_bit(model: nn.Module, name: str) -> None:
             module.weight_set = WeightSet.named(name)  # type: ignore[assignment]
 
 
-def hold_back(model: nn.Module, index: int) -> None:
-    """Freezes one block at its initial values."""
+def hold_back(model: nn.Module, index: int) -> nn.Module:
+    """Freezes one block at its initial values, and returns it."""
     (blocks,) = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks[index].requires_grad_(requires_grad=False)
+    return blocks[index].requires_grad_(requires_grad=False)
+
+
+class _Release(TrainerCallback):  # type: ignore[misc] # as below
+    """Lets a block learn from a step on."""
+
+    def __init__(self, block: nn.Module, step: int) -> None:
+        self._block = block
+        self._step = step
+
+    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if state.global_step >= self._step:
+            self._block.requires_grad_(requires_grad=True)
 
 
 class _TellStep(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
@@ -128,16 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--hold-back", type=int, default=None, metavar="I")
+    parser.add_argument("--release-at", type=int, default=None, metavar="STEP", help="it learns from then on")
     parser.add_argument("--bits", default=None, metavar="SET", help="sign, ternary, int4-channel, ... (llama)")
     parser.add_argument("--report-to", choices=("none", "mlflow"), default="none")
     options = parser.parse_args(arguments)
+    if options.release_at is not None and options.hold_back is None:
+        parser.error("--release-at needs --hold-back I, the block to release")
 
     set_seed(SEED)
     model = build_model(options.kind, width=options.width, blocks=options.blocks)
     if options.bits is not None:
         make_low_bit(model, options.bits)
-    if options.hold_back is not None:
-        hold_back(model, options.hold_back)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -158,6 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         train_dataset=_Windows(torch.from_numpy(corpus()[0])),
     )
+    trainer.create_optimizer()  # before anything is frozen: it has the parameters of a block that is released later
+    if options.hold_back is not None:
+        block = hold_back(model, options.hold_back)
+        if options.release_at is not None:
+            trainer.add_callback(_Release(block, options.release_at))
     trainer.add_callback(_TellStep())
     trainer.train(resume_from_checkpoint=_last_whole(options.output))
     return 0

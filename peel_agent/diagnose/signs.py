@@ -139,7 +139,7 @@ def dropped(case: Case, place: Place) -> Finding | None:
         return None
     assert place.margin is not None
     was, since = median(margin.value for margin in before), case.step_before()
-    words = f"{place.words} does far less than up to step {since}: {_loss_without(place)}, then by {was:.4f}"
+    words = f"{place.words} does far less than up to step {since}: {_loss_without(place)}, and did by {was:.4f}"
     return Finding(
         "dropped", place.subject, words, {"margin": place.margin.value, "margin_before": was}, causes.DROPPED, since
     )
@@ -153,8 +153,8 @@ def _still_dropped(case: Case, place: Place) -> Finding | None:
         return None
     if place.margin.value > limits.DROPPED * told.evidence["margin_before"]:
         return None
-    words = f"{place.words} still does far less than up to step {told.since_step}: {_loss_without(place)}, then by "
-    words += f"{told.evidence['margin_before']:.4f}"
+    words = f"{place.words} still does far less than up to step {told.since_step}: {_loss_without(place)}, and "
+    words += f"did by {told.evidence['margin_before']:.4f}"
     return replace(told, words=words, evidence={**told.evidence, "margin": place.margin.value})
 
 
@@ -227,7 +227,7 @@ def below(case: Case, place: Place) -> Finding | None:
 def _loss_without(place: Place) -> str:
     """The margin in words: what stands in for a block is named, for a part it is not known."""
     instead = STAND_INS.get((place.layer.best_reference or "") if place.part is None else "", "a cheap stand-in")
-    return f"with {instead} in its place the loss rises by {place.margin} nats/token"
+    return f"with {instead} in its place the loss changes by {place.margin} nats/token"
 
 
 def improvable(case: Case, place: Place) -> Finding | None:

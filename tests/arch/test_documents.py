@@ -20,7 +20,7 @@ from peel_agent.config.sections import DEFAULT_RULES
 from peel_agent.destinations import sink_settings
 from peel_agent.doctor import configuration_text
 from peel_agent.publish import publication
-from peel_agent.records import CHECKPOINTS, Rule, RuleState, Verdict
+from peel_agent.records import CHECKPOINTS, CLEARED_AFTER, NEEDS, OF_TIME, THRESHOLDS, Rule, RuleState, Verdict
 from peel_agent.spi import KINDS
 from tests import zoo
 from tests.rooms.test_publish_form import FULL
@@ -157,6 +157,20 @@ def test_every_sink_is_in_the_readme() -> None:
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {
         point.name for point in points if point.value.startswith("peel_plugins")
     }
+
+
+def test_every_kind_of_rule_is_in_the_readme() -> None:
+    """The table has each kind, in order, marks those in force by themselves, and has the true counts and defaults."""
+    table = README.split("| kind of rule | says |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [row[0].split("`")[1] for row in rows] == list(CHECKPOINTS)
+    assert {row[0].split("`")[1] for row in rows if row[0].endswith("\\*")} == {rule.kind for rule in DEFAULT_RULES}
+    for (_, _, threshold, needed, counts), kind in zip(rows, CHECKPOINTS, strict=True):
+        default = THRESHOLDS[kind].default
+        assert default is None or f"({default:g})" in threshold, kind
+        assert set(NEEDS.get(kind, ())) <= set(re.findall(r"`(\w+)`", needed)), kind
+        expected = "at once" if kind in OF_TIME else f"{CHECKPOINTS[kind]}, {CLEARED_AFTER[kind]}"
+        assert counts.startswith(expected), kind
 
 
 def test_every_plug_in_is_in_the_readme() -> None:
