@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 def demo(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "peel_agent", "demo", "--keep", str(folder / "demo"), *arguments]
     with (folder / "out").open("ab") as out, (folder / "err").open("ab") as err:
-        return subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True, env=environment_of(folder))
+        return subprocess.Popen(
+            command, stdout=out, stderr=err, start_new_session=True, env=environment_of(folder, PEEL__DEVICE__NICE="0")
+        )
 
 
 def test_demo_is_interrupted_goes_on_and_finds_the_block_it_held_back(tmp_path: Path) -> None:
