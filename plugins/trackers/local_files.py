@@ -9,7 +9,7 @@ from pathlib import Path
 
 def try_to_write(path: Path) -> None:
     """Raises OSError where the file could not be appended to, or made; leaves nothing behind."""
-    if path.is_file():
+    if path.is_file() or path.is_dir():  # a folder cannot be opened so, and says why
         with path.open("ab"):
             return
     folder = next(above for above in path.absolute().parents if above.exists())
