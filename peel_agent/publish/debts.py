@@ -14,7 +14,7 @@ def to_trackers(sent: Publication, trackers: Sequence[str], *, key: str, with_al
     With `with_alerts` the log of alerts is one of the files.
     """
     numbers = plain(dataclasses.replace(sent, files={}))
-    files = plain(dataclasses.replace(sent, metrics={}, tags={}))
+    files = plain(dataclasses.replace(sent, metrics={}, tags={}, headline=""))
     debts = []
     for tracker in trackers:
         if sent.metrics or sent.tags:

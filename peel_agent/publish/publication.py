@@ -7,6 +7,7 @@ from itertools import islice
 from math import inf
 
 from peel_agent.publish.form import report_line
+from peel_agent.publish.words import headline
 from peel_agent.records import LayerReport, PeelReport, Publication, Status, Verdict
 
 
@@ -27,6 +28,7 @@ def publication(report: PeelReport, verdict: Verdict, *, committed_at: float, ma
         metrics=_metrics(report, verdict, max_series) if step is not None else {},
         tags=_tags(report, verdict) if step is not None else {},
         files=files,
+        headline=headline(report) if step is not None else "",
     )
 
 

@@ -12,7 +12,8 @@ from peel_agent.records.report import Notice
 class Publication:
     """Everything one checkpoint sends to a tracker. Sending it twice changes nothing.
 
-    `timestamp_ms` comes from the checkpoint, never from the clock. `files` maps artifact paths to text.
+    `timestamp_ms` comes from the checkpoint, never from the clock. `files` maps artifact paths to text. `headline` is
+    what was found, in one line; "" where nothing is to be said.
     """
 
     step: int
@@ -20,6 +21,7 @@ class Publication:
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
+    headline: str = ""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class JsonlSettings:
 
 
 class JsonlTracker:
-    """One JSON object a line and publication: `step`, `timestamp_ms`, `metrics`, `tags`, `files`."""
+    """A JSON object for each publication: `step`, `timestamp_ms`, `metrics`, `tags`, `files`, and any `headline`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -84,4 +84,6 @@ def _line(publication: Publication) -> bytes:
         "tags": dict(publication.tags),
         "files": dict(publication.files),
     }
+    if publication.headline:  # a line of an earlier version has none, and is the same when it is sent again
+        form["headline"] = publication.headline
     return json.dumps(form, sort_keys=True, allow_nan=False).encode() + b"\n"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ FILES_TIME_TAG = "peel.files_ms"
 
 OWN_FILES = "peel/checkpoints/"
 """Files of one checkpoint; all others stand for the whole run."""
+
+CREATED_TAG = "peel.created_by"
+"""Tells a run that was created here from one of the training's."""
+
+CREATOR = "peel-agent"
+
+NOTE_TAG = "mlflow.note.content"
+NOTE_END = "\n\nWritten by peel-agent after each checkpoint; a text of yours in this place is kept."
+NOTE_LENGTH = 4000
+"""Characters of a note: MLflow takes 5,000 of a tag on some servers."""
 
 STATE_FILE = "mlflow-run.json"
 
@@ -60,8 +70,9 @@ class MlflowTracker:
     `peel.checkpoint_dir` with the absolute checkpoint directory; the run created earlier; else a new run. The
     experiment is the one of option `experiment`, or of `experiment_id`, else MLflow's `Default`.
 
-    Never touched: the status, `mlflow.note.content` and every key outside `peel`. A run created here stays RUNNING,
-    since a restarted sidecar goes on in it and only the user knows when the training is over.
+    Never touched: the status, `mlflow.note.content` of a run that was not created here, and every key outside `peel`. A
+    run created here has the latest verdict as its note, until somebody writes another, and stays RUNNING, since a
+    restarted sidecar goes on in it and only the user knows when the training is over.
     """
 
     def __init__(self, settings: MlflowSettings, checkpoint_dir: str, state_dir: Path) -> None:
@@ -86,7 +97,8 @@ class MlflowTracker:
             run = self._writable_run(mlflow)
             tags, at = run.data.tags, publication.timestamp_ms
             stage = "numbers"
-            self._write_numbers(publication, mlflow.entities, is_late=at < int(tags.get(TIME_TAG, at)))
+            is_late = at < int(tags.get(TIME_TAG, at))
+            self._write_numbers(publication, mlflow.entities, _note(publication, tags), is_late=is_late)
             stage = "files"
             self._write_files(publication, is_late=at < int(tags.get(FILES_TIME_TAG, at)))
         except Exception as error:
@@ -167,11 +179,11 @@ class MlflowTracker:
             )
         return run
 
-    def _write_numbers(self, publication: Publication, entities: Any, *, is_late: bool) -> None:
+    def _write_numbers(self, publication: Publication, entities: Any, note: dict[str, str], *, is_late: bool) -> None:
         point = {"timestamp": publication.timestamp_ms, "step": publication.step}
         metrics = [entities.Metric(key, value, **point) for key, value in publication.metrics.items()]
         # Sent again late: what stands for the whole run already comes from a later checkpoint.
-        tags = {} if is_late else dict(publication.tags)
+        tags = {} if is_late else {**publication.tags, **note}
         tags |= {TIME_TAG: str(publication.timestamp_ms)} if tags else {}
         if metrics or tags:
             self._client.log_batch(
@@ -271,7 +283,9 @@ class MlflowTracker:
 
     def _create(self, client: Any, experiment_id: str) -> str:
         name = self._settings.run_name or self._directory.rstrip("/").rpartition("/")[2]
-        run = client.create_run(experiment_id, tags={DIRECTORY_TAG: self._directory}, run_name=name)
+        run = client.create_run(
+            experiment_id, tags={DIRECTORY_TAG: self._directory, CREATED_TAG: CREATOR}, run_name=name
+        )
         must_be(bool(run.info.run_id), "a new run has no id")
         self._remember(run.info.run_id)
         return str(run.info.run_id)
@@ -308,6 +322,14 @@ class MlflowPlugin:
 
 
 PLUGIN: TrackerPlugin = MlflowPlugin()
+
+
+def _note(publication: Publication, tags: Mapping[str, str]) -> dict[str, str]:
+    """The note of a run that was created here, as a tag; none over a text that somebody else wrote."""
+    note = tags.get(NOTE_TAG, "")
+    if not publication.headline or tags.get(CREATED_TAG) != CREATOR or (note and not note.endswith(NOTE_END)):
+        return {}
+    return {NOTE_TAG: publication.headline[:NOTE_LENGTH] + NOTE_END}
 
 
 def _can_be_split(uri: str) -> bool:

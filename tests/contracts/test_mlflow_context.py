@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from peel_agent.testing.trackers import example_publication
 from peel_plugins.trackers import mlflow_run
 from peel_plugins.trackers.mlflow_context import DIRECTORY_TAG, VARIABLE, CheckpointDirectory
-from peel_plugins.trackers.mlflow_run import MlflowSettings
+from peel_plugins.trackers.mlflow_run import NOTE_END, MlflowSettings
 from tests import servers
 
 mlflow_uri = servers.mlflow_uri
@@ -111,3 +112,46 @@ def test_an_experiment_that_the_sidecar_makes_opens_as_model_training(mlflow_uri
     made = client.get_experiment_by_name(f"made {tmp_path.name}")
     assert made.tags["mlflow.experimentKind"] == "custom_model_development"
     assert client.get_experiment(there).tags["mlflow.experimentKind"] == "genai_development"
+
+
+def test_a_run_that_the_sidecar_made_says_what_was_found(mlflow_uri: str, tmp_path: Path) -> None:
+    """Its note is the latest verdict, over restarts; one that is late or has no words leaves it, and so does any over a
+    text of the user's."""
+    client = servers.mlflow_client(mlflow_uri)
+
+    def publish(step: int, headline: str) -> str:
+        tracker = mlflow_run.PLUGIN.connect(
+            MlflowSettings(tracking_uri=mlflow_uri, experiment=tmp_path.name),
+            checkpoint_dir=str(tmp_path),
+            state_dir=tmp_path / "state",
+        )
+        tracker.publish(dataclasses.replace(example_publication(step), headline=headline))
+        (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
+        return run.data.tags.get("mlflow.note.content", "")
+
+    assert publish(100, "") == ""
+    assert publish(200, "step 200; layer 3 earns nothing") == "step 200; layer 3 earns nothing" + NOTE_END
+    assert publish(100, "step 100; nothing found") == "step 200; layer 3 earns nothing" + NOTE_END
+    assert publish(300, "step 300; nothing found") == "step 300; nothing found" + NOTE_END
+    assert publish(400, "") == "step 300; nothing found" + NOTE_END
+    assert len(publish(500, "x" * 100_000)) < 5_000
+    (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
+    client.set_tag(run.info.run_id, "mlflow.note.content", "my own words")
+    assert publish(600, "step 600; nothing found") == "my own words"
+    assert client.get_run(run.info.run_id).data.tags["peel.status"] == "below"
+
+
+def test_a_run_of_the_trainings_keeps_its_empty_note(mlflow_uri: str, tmp_path: Path) -> None:
+    """One that is found by the tag of its directory gets numbers and no note, also when it has none."""
+    client = servers.mlflow_client(mlflow_uri)
+    experiment = client.create_experiment(tmp_path.name)
+    run_id = client.create_run(experiment, tags={DIRECTORY_TAG: str(tmp_path)}).info.run_id
+    tracker = mlflow_run.PLUGIN.connect(
+        MlflowSettings(tracking_uri=mlflow_uri, experiment=tmp_path.name),
+        checkpoint_dir=str(tmp_path),
+        state_dir=tmp_path / "state",
+    )
+    tracker.publish(dataclasses.replace(example_publication(100), headline="step 100; nothing found"))
+    data = client.get_run(run_id).data
+    assert data.metrics["peel/loss"] == 2.9
+    assert "mlflow.note.content" not in data.tags

@@ -140,7 +140,7 @@ def test_what_was_owed_is_sent_in_two_lanes(tmp_path: Path, version: int) -> Non
     sent = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     numbers = [dataclasses.replace(one, files={}) for one in (SENT, LATER)]
     files = [dataclasses.replace(one, metrics={}, tags={}) for one in (SENT, LATER)]
-    assert sent == [plain(one) for one in (*numbers, *files)]
+    assert [Publication(**one) for one in sent] == [*numbers, *files]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
