@@ -84,7 +84,7 @@ def test_a_bad_restore_in_mlflow(gallery: Path, tmp_path: Path, mlflow_uri: str)
     notices = [json.loads(line) for line in alert_log(client, run_id, tmp_path).splitlines()]
     (fired,) = [one for one in notices if one["rule"] == "layer_changed" and one["state"] == "firing"]
     assert (fired["subject"], fired["step"]) == (GUILTY, 500)
-    assert fired["text"].startswith(f"{GUILTY} changed ")
+    assert fired["text"].startswith(f"{GUILTY} changed: ")
     assert "since step 400 its weights moved" in fired["text"]
     assert any("restored from another checkpoint" in cause for cause in fired["causes"])
     assert f"ALERT firing: {fired['text']}" in finished.stderr
