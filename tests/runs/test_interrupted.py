@@ -18,6 +18,8 @@ from tests.rooms.test_watch_scan import write_checkpoint
 from tests.runs.command import environment_of, published
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.long
+
 Moment = Callable[["Command"], bool]
 
 
