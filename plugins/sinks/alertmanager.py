@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from peel_agent.errors import ConfigurationError, printable
+from peel_agent.errors import printable
 from peel_agent.records import Check, Notice, NoticeGroup
 from peel_agent.spi import SinkPlugin, setting
 
+from .limits import bearer, check_token
 from .network import HttpSettings, Poster
 
 PATH = "/api/v2/alerts"
@@ -31,11 +32,7 @@ class AlertmanagerSettings(HttpSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
-            raise ConfigurationError(
-                "the `token` of an alertmanager holds what no header can (it is not shown: it is a secret)",
-                remedy="give it as one line of ASCII characters",
-            )
+        check_token(self.token, of="an alertmanager")
 
 
 class AlertmanagerSink:
@@ -43,9 +40,7 @@ class AlertmanagerSink:
         url = settings.url.rstrip("/")
         endpoint = url if url.endswith(PATH) else url + PATH
         self._poster = Poster(replace(settings, url=endpoint), [settings.token or ""])
-        self._headers = {"Content-Type": "application/json"}
-        if settings.token is not None:
-            self._headers["Authorization"] = f"Bearer {settings.token}"
+        self._headers = {"Content-Type": "application/json", **bearer(settings.token)}
 
     def deliver(self, group: NoticeGroup) -> None:
         alerts = [alert(notice, group) for notice in group.notices]
@@ -68,11 +63,12 @@ def alert(notice: Notice, group: NoticeGroup) -> dict[str, object]:
     One that fires has no end: Alertmanager counts from when it heard of it last.
     """
     at = datetime.fromtimestamp(group.at, UTC).isoformat()
-    annotations = {"summary": notice.text, "step": "" if notice.step is None else str(notice.step)}
-    if notice.causes:
-        annotations["causes"] = "\n".join(notice.causes)
-    if notice.command is not None:
-        annotations["command"] = notice.command
+    annotations = {
+        "summary": printable(notice.text),
+        "step": "" if notice.step is None else str(notice.step),
+        "causes": "\n".join(map(printable, notice.causes)),
+        "command": printable(notice.command or ""),
+    }
     form: dict[str, object] = {
         "labels": {
             "alertname": _label(notice.rule),
@@ -81,7 +77,7 @@ def alert(notice: Notice, group: NoticeGroup) -> dict[str, object]:
             "severity": notice.severity,
             "subject": _label(notice.subject),
         },
-        "annotations": {key: printable(text) for key, text in annotations.items() if text},
+        "annotations": {key: text for key, text in annotations.items() if text},
     }
     if notice.state == "resolved":
         form["endsAt"] = at

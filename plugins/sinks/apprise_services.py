@@ -14,6 +14,7 @@ from peel_agent.errors import ConfigurationError, DeliveryError, DestinationDeni
 from peel_agent.records import Check, NoticeGroup
 from peel_agent.spi import SinkPlugin, setting
 
+from .limits import check_timeout
 from .network import Exchange
 from .taken import Taken
 from .wording import headline, paragraphs
@@ -37,11 +38,7 @@ class AppriseSettings:
                 )
         if not self.urls:
             raise ConfigurationError("`urls` of an apprise sink is empty", remedy='list them: ["${CHAT_URL}"]')
-        if not 0 < self.timeout_seconds <= LONGEST_TIMEOUT:
-            raise ConfigurationError(
-                f"`timeout_seconds` of an apprise sink is {self.timeout_seconds:g}",
-                remedy=f"it must be more than 0, and at most {LONGEST_TIMEOUT:g}",
-            )
+        check_timeout(self.timeout_seconds, LONGEST_TIMEOUT, of="an apprise sink")
 
 
 class AppriseSink:

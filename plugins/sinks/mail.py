@@ -24,6 +24,7 @@ from peel_agent.records import Check, NoticeGroup
 from peel_agent.spi import SinkPlugin, setting
 
 from ..redaction import redacted  # noqa: TID252 -- shared by sinks and trackers
+from .limits import check_timeout
 from .network import AddressRefused, Exchange, failure, is_private, trusted, within_tls
 from .taken import Taken
 from .wording import headline, paragraphs
@@ -79,11 +80,7 @@ class MailSettings:
                 'an e-mail sink would send its password in clear text: `security` is "none"',
                 remedy='set security = "starttls" or "tls", or take `user` and `password` out',
             )
-        if not 0 < self.timeout_seconds <= LONGEST_TIMEOUT:
-            raise ConfigurationError(
-                f"`timeout_seconds` of an e-mail sink is {self.timeout_seconds:g}",
-                remedy=f"it must be more than 0, and at most {LONGEST_TIMEOUT:g}",
-            )
+        check_timeout(self.timeout_seconds, LONGEST_TIMEOUT, of="an e-mail sink")
 
 
 class _Server(smtplib.SMTP):

@@ -20,6 +20,7 @@ from peel_agent.records import Check, NoticeGroup, plain
 from peel_agent.spi import SinkPlugin, setting
 
 from ..redaction import redacted  # noqa: TID252 -- shared by sinks and trackers
+from .limits import check_timeout
 
 LONGEST_TIMEOUT = 600.0
 
@@ -54,11 +55,7 @@ class ProgramSettings:
                 f"an exec sink would run {self.command[0]}, and is not enabled",
                 remedy="add enabled = true if that program is meant to run for every group of notices, or take it out",
             )
-        if not 0 < self.timeout_seconds <= LONGEST_TIMEOUT:
-            raise ConfigurationError(
-                f"`timeout_seconds` of an exec sink is {self.timeout_seconds:g}",
-                remedy=f"it must be more than 0, and at most {LONGEST_TIMEOUT:g}",
-            )
+        check_timeout(self.timeout_seconds, LONGEST_TIMEOUT, of="an exec sink")
 
 
 class ProgramSink:

@@ -14,6 +14,7 @@ from peel_agent.errors import ConfigurationError
 from peel_agent.records import Check, NoticeGroup, plain
 from peel_agent.spi import SinkPlugin, setting
 
+from .limits import bearer, check_token
 from .network import HttpSettings, Poster
 from .signature import HEADER, signature
 
@@ -30,11 +31,7 @@ class WebhookSettings(HttpSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
-            raise ConfigurationError(
-                "the `token` of a webhook holds what no header can (it is not shown: it is a secret)",
-                remedy="give it as one line of ASCII characters",
-            )
+        check_token(self.token, of="a webhook")
         if self.signing_secret is not None and not self.signing_secret:
             raise ConfigurationError(
                 "the `signing_secret` of a webhook is empty", remedy="give it, or take the key out: nothing is signed"
@@ -52,9 +49,7 @@ class WebhookSink:
 
     def deliver(self, group: NoticeGroup) -> None:
         body = json.dumps(cloud_event(group), allow_nan=False).encode()
-        headers = {"Content-Type": CONTENT_TYPE}
-        if self._token is not None:
-            headers["Authorization"] = f"Bearer {self._token}"
+        headers = {"Content-Type": CONTENT_TYPE, **bearer(self._token)}
         if self._signing_secret is not None:
             headers[HEADER] = signature(self._signing_secret, body, self._clock())
         self._poster.post(body, headers)

@@ -145,6 +145,13 @@ def test_an_alert_is_known_by_the_same_labels_as_long_as_it_lasts() -> None:
     ]
 
 
+def test_each_cause_has_a_line_of_its_own() -> None:
+    """A reader can tell one likely cause from the next."""
+    annotations = alert(notice("firing", causes=("one\x1b", "other")), group())["annotations"]
+    assert isinstance(annotations, dict)
+    assert annotations["causes"] == "one\\x1b\nother"
+
+
 def test_hostile_names_make_harmless_labels() -> None:
     """Control characters and endless names come out of checkpoints."""
     made = alert(notice("firing", "x\x1b[31m\n" + "y" * 999, text="\x07words"), group())

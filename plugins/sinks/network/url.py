@@ -10,6 +10,7 @@ from urllib.parse import SplitResult, urlsplit
 from peel_agent.errors import ConfigurationError, PeelError
 from peel_agent.spi import setting
 
+from ..limits import check_timeout  # noqa: TID252 -- shared with sinks that use no network
 from .addresses import is_literal, is_private
 
 LONGEST_TIMEOUT = 120.0
@@ -51,11 +52,7 @@ class HttpSettings:
                     f"the `url` of a sink at {url.hostname} is http, and a `proxy` is for https only",
                     remedy="use https, or take `proxy` out",
                 )
-        if not 0 < self.timeout_seconds <= LONGEST_TIMEOUT:
-            raise ConfigurationError(
-                f"`timeout_seconds` of a sink is {self.timeout_seconds:g}",
-                remedy=f"it must be more than 0, and at most {LONGEST_TIMEOUT:g}",
-            )
+        check_timeout(self.timeout_seconds, LONGEST_TIMEOUT, of="a sink")
 
 
 def _split(key: str, text: str, schemes: tuple[str, ...]) -> SplitResult:
