@@ -14,7 +14,15 @@ from peel_agent.journal import Journal
 from peel_agent.judge import judge, withdrawn
 from peel_agent.ledger import RunLedger
 from peel_agent.notify import standing, still_firing, tell, to_sinks
-from peel_agent.publish import alert_line, publication, report_from_json, report_line, series_of, to_trackers
+from peel_agent.publish import (
+    alert_line,
+    alert_tags,
+    publication,
+    report_from_json,
+    report_line,
+    series_of,
+    to_trackers,
+)
 from peel_agent.records import (
     CheckpointRef,
     Debt,
@@ -145,10 +153,8 @@ class Judging:
         return self._known
 
     def _observed(self, now: float) -> TickObservation:
-        standing = self._ledger.alerting.standing()
-        observed = TickObservation(
-            now=now, troubles=self._journal.troubles_of(self._settings.name), **dataclasses.asdict(standing)
-        )
+        troubles = self._journal.troubles_of(self._settings.name)
+        observed = dataclasses.replace(self._ledger.alerting.observed(now), troubles=troubles)
         return dataclasses.replace(observed, last_checkpoint_at=None, waiting=None) if self._once else observed
 
     def _last_step(self) -> int | None:
@@ -169,9 +175,9 @@ class Judging:
         """What changed without a checkpoint; the trackers' tags follow."""
         if set(verdict.states) == set(before) and not verdict.notices:
             return
-        was, now_firing = _firing_by_rule(before), _firing_by_rule(verdict.states)
-        changed = sorted(rule for rule in was.keys() | now_firing.keys() if was.get(rule) != now_firing.get(rule))
-        tags = {f"peel.alert.{rule}": now_firing.get(rule, "inactive") for rule in changed}
+        were, are = alert_tags(before, {}), alert_tags(verdict.states, {})
+        gone = dict.fromkeys(were.keys() - are.keys(), "inactive")
+        tags = {tag: text for tag, text in (are | gone).items() if text != were.get(tag, "inactive")}
         last = self._ledger.last_peeled()
         step, committed_at = last if last is not None else (None, now)
         sent = Publication(step or 0, round(committed_at * 1000), metrics={}, tags=tags)
@@ -188,15 +194,6 @@ class Judging:
             *to_trackers(sent, settings.tracker.use, key=key, with_alerts=bool(notices)),
             *to_sinks(notices, tuple(self._sinks()), settings.rules, run=settings.name, at=at),
         )
-
-
-def _firing_by_rule(states: Sequence[RuleState]) -> Mapping[str, str]:
-    """What the tag of each rule says that fires."""
-    subjects: dict[str, list[str]] = {}
-    for state in states:
-        if state.phase == "firing":
-            subjects.setdefault(state.rule, []).append(state.subject)
-    return {rule: f"firing: {', '.join(sorted(of_rule))}" for rule, of_rule in subjects.items()}
 
 
 def _alert_lines(verdict: Verdict) -> dict[str, str]:

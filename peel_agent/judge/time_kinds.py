@@ -37,10 +37,10 @@ def no_checkpoint(observed: TickObservation, rule: Rule) -> dict[str, Testimony]
     silent = observed.now - last
     if silent <= limit:
         return {RUN: Testimony("against", "checkpoints come again")}
-    words = f"no checkpoint has come for {in_words(silent)}"
+    words = f"no checkpoint has come for {duration(silent)}"
     words += f" (the last one is of step {observed.last_step})" if observed.last_step is not None else ""
     if rule.threshold is None and observed.longest_pause is not None:
-        words += f"; the longest pause before was {in_words(observed.longest_pause)}"
+        words += f"; the longest pause before was {duration(observed.longest_pause)}"
     return {RUN: Testimony("for", words, causes=_NO_CHECKPOINT)}
 
 
@@ -67,7 +67,7 @@ def lag(observed: TickObservation, rule: Rule) -> dict[str, Testimony]:
     return {RUN: Testimony("against", f"{waiting} checkpoints wait to be peeled") if 2 * waiting <= limit else SILENCE}
 
 
-def in_words(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A length of time, such as `3 h 20 min`."""
     minutes, hours, days = round(seconds / 60), seconds / 3600, seconds / 86400
     if minutes < 1:

@@ -4,7 +4,7 @@ A checkpoint's report, the states it left, its alerts and everything to be sent 
 the end of its job. What is sent leaves only after the destination took it. Others may read and send beside the agent.
 """
 
-from peel_agent.ledger.alerting import Alerting, Standing, silence, silences, unsilence
+from peel_agent.ledger.alerting import Alerting, silence, silences, unsilence
 from peel_agent.ledger.database import COPY, FILE, is_held, open_beside
 from peel_agent.ledger.files import read_json, write_durably
 from peel_agent.ledger.history import kept_run
@@ -30,7 +30,6 @@ __all__ = [
     "Reader",
     "RunLedger",
     "RunState",
-    "Standing",
     "is_held",
     "kept_run",
     "open_beside",

@@ -5,31 +5,18 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from itertools import pairwise
 from typing import Any
 
 from peel_agent.ledger.database import Database
-from peel_agent.records import RuleState, Silence
+from peel_agent.records import RuleState, Silence, TickObservation
 
 PACE_CHECKPOINTS = 200
 """The longest pause between checkpoints is looked for among so many of the last ones."""
 
 TRAINING_POINTS = 5000
 """Points of the training loss that are kept a run, the last ones."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How the watching of one run stands; times in Unix seconds. See records.TickObservation."""
-
-    last_checkpoint_at: float | None
-    last_step: int | None
-    longest_pause: float | None
-    waiting: int
-    unusable: str | None
-    given_up: int
-    ended: str | None
 
 
 class Alerting:
@@ -39,7 +26,8 @@ class Alerting:
         self._database = database
         self._run = run
 
-    def standing(self) -> Standing:
+    def observed(self, now: float) -> TickObservation:
+        """How the watching stands at the time `now`; what is wrong now, the journal knows."""
         query = self._database.query
         rows = query(
             "SELECT committed_at, step FROM checkpoints WHERE run = ? UNION ALL "
@@ -54,7 +42,8 @@ class Alerting:
             "AND outcome IN ('peeled', 'refused', 'failed') ORDER BY rowid DESC LIMIT 1",
             (self._run,),
         )
-        return Standing(
+        return TickObservation(
+            now,
             last_checkpoint_at=rows[0][0] if rows else None,
             last_step=in_order[0][1] if in_order else None,
             longest_pause=max(pauses, default=None),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import inf
 
 from peel_agent.publish.form import report_line
 from peel_agent.publish.words import headline
-from peel_agent.records import LayerReport, PeelReport, Publication, Status, Verdict
+from peel_agent.records import LayerReport, PeelReport, Publication, RuleState, Status, Verdict
 
 
 def publication(report: PeelReport, verdict: Verdict, *, committed_at: float, max_series: int) -> Publication:
@@ -99,11 +99,19 @@ def _tags(report: PeelReport, verdict: Verdict) -> dict[str, str]:
         f"{layer.name}/{part}": f"{_label(layer.index)}/{part}" for layer in report.layers for part in layer.parts
     }
     tags: dict[str, str] = {"peel.status": _status(report), "peel.zone": _zone(report)}
-    for rule in dict.fromkeys(state.rule for state in verdict.states):
-        # A layer that fires and is not in this report (it could not be measured) keeps its module name.
-        firing = [labels.get(state.subject, state.subject) for state in verdict.firing if state.rule == rule]
-        tags[f"peel.alert.{rule}"] = f"firing: {', '.join(firing)}" if firing else "inactive"
-    return tags
+    return tags | alert_tags(verdict.states, labels)
+
+
+def alert_tags(states: Sequence[RuleState], labels: Mapping[str, str]) -> dict[str, str]:
+    """The tag of every rule: what of it fires, by its label; what has none (it was not measured) by its own name."""
+    firing: dict[str, list[str]] = {state.rule: [] for state in states}
+    for state in states:
+        if state.phase == "firing":
+            firing[state.rule].append(labels.get(state.subject, state.subject))
+    return {
+        f"peel.alert.{rule}": f"firing: {', '.join(subjects)}" if subjects else "inactive"
+        for rule, subjects in firing.items()
+    }
 
 
 def _status(report: PeelReport) -> Status:

@@ -82,11 +82,11 @@ def _whole(name: str, title: str) -> Spec:
     return {"field": name, "type": "quantitative", "title": title, "format": ","}
 
 
-def _interval(name: str, low: str, high: str) -> Spec:
-    """A transform that makes `interval` of three numbers."""
+def _interval(name: str, low: str, high: str, words: str = "interval") -> Spec:
+    """A transform that makes the text `words` of three numbers."""
     digits = "'.4f'"
     text = f"format(datum.{name}, {digits}) + ' [' + format(datum.{low}, {digits}) + ', ' + format(datum.{high}, "
-    return {"calculate": f"isValid(datum.{name}) ? {text}{digits}) + ']' : 'not measured'", "as": "interval"}
+    return {"calculate": f"isValid(datum.{name}) ? {text}{digits}) + ']' : 'not measured'", "as": words}
 
 
 def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_maps: bool) -> Chart:
@@ -139,12 +139,10 @@ def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_m
         shade = {"datum": name, "scale": {"domain": list(series), "range": list(series.values())}, "legend": legend}
         point = {"filled": True, "size": 18}
         line = {"mark": {"type": "line", "point": point}, "encoding": {"x": x, "y": y, "color": shade}}
-        layers += [{"data": {"name": "checkpoints"}, "tooltip": None, **one} for one in (band, line)]
+        layers += [{"data": {"name": "checkpoints"}, **one} for one in (band, line)]
     for layer in layers[1:]:
-        layer.pop("tooltip", None)
         layer["mark"]["tooltip"] = None
-    bound = _interval("bound", "bound_low", "bound_high")
-    bound["as"] = "bound_words"
+    bound = _interval("bound", "bound_low", "bound_high", "bound_words")
     zones["transform"] = [_interval("loss", "loss_low", "loss_high"), bound]
     tables = ("checkpoints", "bounds") if has_maps else ("checkpoints",)
     return Chart("loss", "Loss against its bound", summary, tables, _spec("loss", summary, 220, layer=layers))
@@ -162,7 +160,6 @@ def heat_map(
     first, last = (min(layers), max(layers) + 1) if layers else (0, 1)
     row = min(ROW_PIXELS[1], max(ROW_PIXELS[0], MAP_PIXELS / (last - first)))
     sparse = [index + 0.5 for index in layers if index % max(1, round(13 / row)) == 0]
-    x, x2 = _steps(domain, "left"), {"field": "right"}
     y = {
         "field": "top",
         "type": "quantitative",
@@ -170,7 +167,7 @@ def heat_map(
         "scale": {"domain": [first, last], "reverse": True, "nice": False, "zero": False},
         "axis": _y_axis(values=sparse, labelExpr="format(floor(datum.value), 'd')", grid=False, ticks=False),
     }
-    place = {"x": x, "x2": x2, "y": y, "y2": {"field": "bottom"}}
+    place = {"x": _steps(domain, "left"), "x2": {"field": "right"}, "y": y, "y2": {"field": "bottom"}}
     tooltip = [
         _text("name", "layer"), _text("band", "of it"), _whole("step", "step"), _text("status", "status"),
         _text("interval", f"margin, {unit}"), _text("stand", "stand-in"),
@@ -193,6 +190,25 @@ def heat_map(
             "tooltip": tooltip,
         },
     }
+    ground, hatch = _undecided(place, tooltip, columns)
+    spec = _spec(
+        "heat_map",
+        summary,
+        row * (last - first),
+        data={"name": "cells"},
+        transform=[
+            {"lookup": "step", "from": {"data": {"name": "columns"}, "key": "step", "fields": ["left", "right"]}},
+            {"lookup": "layer", "from": {"data": {"name": "layers"}, "key": "layer", "fields": ["name"]}},
+            _interval("margin", "low", "high"),
+            {"calculate": "isValid(datum.stand_in) ? datum.stand_in : '-'", "as": "stand"},
+        ],
+        layer=[ground, filled, hatch],
+    )
+    return Chart("heat_map", "What each layer earns", summary, ("cells", "columns", "layers"), spec)
+
+
+def _undecided(place: Spec, tooltip: list[Spec], columns: int) -> tuple[Spec, Spec]:
+    """The cells that are undecided: their ground, and the strokes over it."""
     ground = {
         "transform": [{"filter": "datum.status == 'undecided'"}],
         "mark": {"type": "rect", "fill": "#808080", "fillOpacity": 0.08, "stroke": "#808080", "strokeWidth": 0.5},
@@ -211,26 +227,13 @@ def heat_map(
         ],
         "mark": {"type": "rule", "stroke": "#808080", "strokeWidth": 1.2, "tooltip": None},
         "encoding": {
-            "x": {**x, "field": "from"},
+            "x": {**place["x"], "field": "from"},
             "x2": {"field": "to"},
-            "y": {**y, "field": "bottom"},
+            "y": {**place["y"], "field": "bottom"},
             "y2": {"field": "top"},
         },
     }
-    spec = _spec(
-        "heat_map",
-        summary,
-        row * (last - first),
-        data={"name": "cells"},
-        transform=[
-            {"lookup": "step", "from": {"data": {"name": "columns"}, "key": "step", "fields": ["left", "right"]}},
-            {"lookup": "layer", "from": {"data": {"name": "layers"}, "key": "layer", "fields": ["name"]}},
-            _interval("margin", "low", "high"),
-            {"calculate": "isValid(datum.stand_in) ? datum.stand_in : '-'", "as": "stand"},
-        ],
-        layer=[ground, filled, hatch],
-    )
-    return Chart("heat_map", "What each layer earns", summary, ("cells", "columns", "layers"), spec)
+    return ground, hatch
 
 
 def alert_chart(domain: tuple[float, float], rows: int) -> Chart:

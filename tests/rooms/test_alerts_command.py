@@ -164,7 +164,7 @@ def test_silences_end_by_themselves(run: RunLedger) -> None:
 
 def test_how_the_watching_stands(run: RunLedger) -> None:
     """The newest checkpoint and the longest pause, what waits, what the newest one that ended came to."""
-    standing = run.alerting.standing()
+    standing = run.alerting.observed(0.0)
     assert (standing.last_checkpoint_at, standing.longest_pause, standing.waiting, standing.unusable) == (
         None,
         None,
@@ -174,24 +174,24 @@ def test_how_the_watching_stands(run: RunLedger) -> None:
     for step, at in ((1, 100.0), (2, 160.0), (3, 400.0)):
         record(run, checkpoint(step, at))
     run.await_turn(checkpoint(4, 410.0))
-    standing = run.alerting.standing()
+    standing = run.alerting.observed(0.0)
     assert (standing.last_checkpoint_at, standing.last_step, standing.longest_pause) == (410.0, 4, 240.0)
     assert (standing.waiting, standing.unusable, standing.ended) == (1, None, None)
     run.refuse(checkpoint(4, 410.0), "it is damaged")
-    assert run.alerting.standing().unusable == "the checkpoint of step 4 could not be peeled: it is damaged"
+    assert run.alerting.observed(0.0).unusable == "the checkpoint of step 4 could not be peeled: it is damaged"
     record(run, checkpoint(5, 420.0))
-    assert run.alerting.standing().unusable is None
+    assert run.alerting.observed(0.0).unusable is None
 
 
 def test_the_trainings_end_is_known_by_its_tracker_or_its_last_save(run: RunLedger) -> None:
     """A status that ends a run, until the tracker has it running again; or a save without a step after all others."""
     record(run, checkpoint(1, 100.0))
     run.alerting.keep_training([(1, 2.0)], ended="FINISHED")
-    assert run.alerting.standing().ended == "the tracker has it as FINISHED"
+    assert run.alerting.observed(0.0).ended == "the tracker has it as FINISHED"
     run.alerting.keep_training([], ended=None)
-    assert run.alerting.standing().ended is None
+    assert run.alerting.observed(0.0).ended is None
     record(run, checkpoint(None, 200.0))
-    assert run.alerting.standing().ended is not None
+    assert run.alerting.observed(0.0).ended is not None
 
 
 def test_the_training_loss_is_kept_once_a_step(run: RunLedger, monkeypatch: pytest.MonkeyPatch) -> None:

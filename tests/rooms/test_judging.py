@@ -188,7 +188,7 @@ def test_the_training_loss_comes_from_the_run(tmp_path: Path, mlflow_uri: str) -
             client.set_terminated(run_id, "KILLED")
         deliver(desk, tmp_path, mlflow_uri, run_id, keys)
         assert desk.run.alerting.training_loss() == ((1, 3.0), (2, 2.5))
-        standing = desk.run.alerting.standing()
+        standing = desk.run.alerting.observed(0.0)
         assert standing.ended == ("the tracker has it as KILLED" if ended else None)
     desk.ledger.close()
 
