@@ -279,7 +279,7 @@ class Agent:
             ledger = self._ledger.run(key, name, place)
             gone = _gone(name, place, settings)
             source = source_of(gone, ledger.folder, "latest", once=True, stopping=lambda: True)
-            services = Services(self.journal, lambda _: None, self._engine.submit, lambda _: None)
+            services = Services(self.journal, lambda *_: None, self._engine.submit, lambda _: None)
             Run(gone, settings.device, source, "latest", ledger, services, sinks=_sinks(settings), ended=NOT_WATCHED)
             self._addresses[key] = self._addresses_of_gone(key, name, place, settings)
             self._ledger.end(ledger)

@@ -38,6 +38,8 @@ from peel_agent.records import (
     Verdict,
 )
 
+WORST_MARGIN = "peel/worst_margin"
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -75,6 +77,8 @@ class Judging:
         self._resent: dict[str, float] = {}
         self._known: tuple[RuleState, ...] | None = None
         """The states as the ledger has them, which nobody else changes: a tick does not read thousands of rows."""
+        self._margins: dict[str, float] | None = None
+        """What the last report that was judged says of its worst margin, None while the ledger was not asked."""
 
     def finish(self, ref: CheckpointRef, peeled: Peeled, *, observed: bool, now: float) -> Finished:
         """Judged and made final in the ledger; what destinations get is owed by then.
@@ -111,7 +115,16 @@ class Judging:
             sketches=peeled.sketches,
         )
         self._known = verdict.states
+        if observed:
+            self._margins = _worst_of(report)
         return Finished(report, line, verdict.notices)
+
+    def worst_margin(self) -> float | None:
+        """The least margin of a block at the last checkpoint that was judged, in nats per token; None for no margin."""
+        if self._margins is None:
+            history = self._ledger.history()
+            self._margins = _worst_of(report_from_json(history[-1])) if history else {}
+        return self._margins.get(WORST_MARGIN)
 
     def tick(self, now: float) -> None:
         """Time has passed: rules that go by the clock are judged, and what was held back until now is told."""
@@ -194,6 +207,10 @@ class Judging:
             *to_trackers(sent, settings.tracker.use, key=key, with_alerts=bool(notices)),
             *to_sinks(notices, tuple(self._sinks()), settings.rules, run=settings.name, at=at),
         )
+
+
+def _worst_of(report: PeelReport) -> dict[str, float]:
+    return {key: value for key, value in series_of(report).items() if key == WORST_MARGIN}
 
 
 def _alert_lines(verdict: Verdict) -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""Which run may peel on which device now: first come, first served; the CPU is one device."""
+"""Which run may peel on which device now: the worst margin first, and nobody waits for ever; the CPU is one device."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from peel_agent.devices import Devices, DeviceUnavailable
 from peel_agent.journal import Journal
@@ -12,6 +14,46 @@ from peel_agent.spi import Engine
 
 GIVEN_UP_AFTER = 2
 """A run that asked and does not ask again is passed by after so many asks of another for a device that is free."""
+
+PATIENCE = 2
+"""A run is next, whatever its margin, once so many peels of others began for each run that waits."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A run that waits for a device.
+
+    `worst_margin` is the least margin of a block at its last peel, in nats per token, None before the first; `passed`
+    counts the peels of other runs that began since it waits.
+    """
+
+    run: str
+    worst_margin: float | None
+    passed: int
+
+
+def next_turn(waiting: Sequence[Turn]) -> Turn:
+    """Who of those that wait, in the order in which they began to, gets the next device.
+
+    A run that nothing is known of comes first, then the worst margin; of equals who waits longest. Of n runs none
+    waits for more than (PATIENCE + 1) n peels of others: who was passed by PATIENCE n times is before all that came
+    later. At least a third of the devices' time so goes evenly to all, whatever their margins.
+    """
+    overdue = [turn for turn in waiting if turn.passed >= PATIENCE * len(waiting)]
+    return overdue[0] if overdue else min(waiting, key=_urgency)
+
+
+def _urgency(turn: Turn) -> tuple[bool, float]:
+    return turn.worst_margin is not None, turn.worst_margin or 0.0
+
+
+@dataclass
+class _Seat:
+    """What is known of a run that waits, and how often each other asked since it asked last."""
+
+    worst_margin: float | None = None
+    passed: int = 0
+    asked_since: Counter[str] = field(default_factory=Counter)
 
 
 class Leases:
@@ -25,15 +67,17 @@ class Leases:
         """By what the lease makes visible."""
         self._work: dict[str, str] = {}
         """The checkpoint that is peeled on it."""
-        self._waiting: dict[str, Counter[str]] = {}
-        """Runs in the order in which they asked first, and how often others asked since they asked last."""
+        self._waiting: dict[str, _Seat] = {}
+        """In the order in which they asked first."""
         self._lock = threading.RLock()
         self.words = "no device was asked for yet"
 
-    def ask(self, run: str) -> DeviceLease | None:
-        """A device for this run's next peel, or None: it asks again at its next round."""
+    def ask(self, run: str, worst_margin: float | None = None) -> DeviceLease | None:
+        """A device for this run's next peel, or None: it asks again at its next round. See Turn for `worst_margin`."""
         with self._lock:
-            self._waiting.setdefault(run, Counter()).clear()
+            seat = self._waiting.setdefault(run, _Seat())
+            seat.worst_margin = worst_margin
+            seat.asked_since.clear()
             if not self._is_next(run):
                 return None
             try:
@@ -45,6 +89,8 @@ class Leases:
                 return None
             self._journal.end("device", f"{lease.label} is free again")
             del self._waiting[run]
+            for other in self._waiting.values():
+                other.passed += 1
             self._out[lease.visible] = lease
             words = f"{lease.label}: {lease.reason}"
             if words != self.words:
@@ -53,17 +99,19 @@ class Leases:
             return lease
 
     def _is_next(self, run: str) -> bool:
-        """Whether no other run has waited longer; one that was passed by too often has gone away."""
-        for other in list(self._waiting):
-            if other == run:
-                return True
+        """Whether no other run goes before; one that was passed by too often without asking has gone away."""
+        while (first := next_turn(self._turns()).run) != run:
             if self._out:  # it may still ask in time
                 return False
-            self._waiting[other][run] += 1
-            if self._waiting[other][run] <= GIVEN_UP_AFTER:
+            asked_since = self._waiting[first].asked_since
+            asked_since[run] += 1
+            if asked_since[run] <= GIVEN_UP_AFTER:
                 return False
-            del self._waiting[other]
+            del self._waiting[first]
         return True
+
+    def _turns(self) -> list[Turn]:
+        return [Turn(run, seat.worst_margin, seat.passed) for run, seat in self._waiting.items()]
 
     def forget(self, run: str) -> None:
         """It does not ask any more."""

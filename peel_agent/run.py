@@ -192,7 +192,7 @@ class Run:
         self._queue.come_due(now, LONGEST_PAUSE)
         if self.work is not None or not self._queue.has_next or self.is_ending:
             return
-        lease = self.services.lease(self.ledger.run)
+        lease = self.services.lease(self.ledger.run, self._judging.worst_margin())
         if lease is None:
             return
         ref, passed = self._queue.next()

@@ -32,12 +32,13 @@ LONGEST_PAUSE = 2 * max(DEATH_PAUSE_SECONDS)
 class Services:
     """What a run has of its agent.
 
-    `lease` gives the device for one peel, None while none is free; `submit` starts it; `give_back` takes the device
+    `lease` gives the device for one peel of a run whose worst margin was this at last (None: not known), or None while
+    it is not its turn; `submit` starts it; `give_back` takes the device
     again. `owed` is called when destinations are owed something. `emit` gets each report's line.
     """
 
     journal: Journal
-    lease: Callable[[str], DeviceLease | None]
+    lease: Callable[[str, float | None], DeviceLease | None]
     submit: Callable[[Request], Future[Peeled]]
     give_back: Callable[[DeviceLease], None]
     owed: Callable[[], None] = lambda: None

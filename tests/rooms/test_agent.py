@@ -32,12 +32,9 @@ from peel_agent.config import (
     WatchSettings,
 )
 from peel_agent.destinations import Address
-from peel_agent.devices import Devices
 from peel_agent.errors import CheckpointError, ConfigurationError, GaveWay
 from peel_agent.figures import HEARTBEAT
 from peel_agent.identity import run_key
-from peel_agent.journal import Journal
-from peel_agent.leases import GIVEN_UP_AFTER, Leases
 from peel_agent.ledger import Ledger, Reader
 from peel_agent.records import Peeled, PeelSettings, Request
 from peel_agent.run import Run
@@ -293,48 +290,6 @@ def test_two_runs_share_one_processor_fairly(station: Station) -> None:
     places = [place for place, _ in station.engine.steps]
     assert places in (["a", "b"] * 3, ["b", "a"] * 3)
     assert station.engine.most == 1
-
-
-def cpu(folder: Path) -> Leases:
-    devices = Devices("cpu", 0.5, folder, None, time.monotonic)
-    return Leases(devices, HandEngine(), Journal(lambda _: None, lambda: 0.0))
-
-
-def test_who_asks_more_often_is_not_served_more_often(tmp_path: Path) -> None:
-    """Three runs, one of which looks at its place ten times as seldom, take turns on one device."""
-    leases = cpu(tmp_path)
-    served: Counter[str] = Counter()
-    holder, held = None, None
-    for turn in range(3000):
-        if held is not None and turn % 50 == 7:
-            leases.give_back(held)
-            holder, held, asking = None, None, ["quick", "other", "slow"]  # all are woken then
-        else:
-            asking = ["quick", "other", *(["slow"] if turn % 10 == 0 else [])]
-        for run in asking:
-            if run != holder and held is None and (held := leases.ask(run)) is not None:
-                holder = run
-                served[run] += 1
-            elif run != holder:
-                assert leases.ask(run) is None
-    shares = [served[run] for run in ("quick", "other", "slow")]
-    assert max(shares) - min(shares) <= 1, served
-
-
-def test_a_run_that_went_away_holds_up_nobody(tmp_path: Path) -> None:
-    """One that asked first, and never again, is passed by after some asks of another, or at once when it is ended."""
-    leases = cpu(tmp_path)
-    lease = leases.ask("at work")
-    assert lease is not None
-    for ends in (False, True):
-        assert leases.ask("gone") is None
-        assert leases.ask("here") is None
-        leases.give_back(lease)
-        if ends:
-            leases.forget("gone")
-        asks = [leases.ask("here") for _ in range(GIVEN_UP_AFTER + 1)]
-        lease = next(one for one in asks if one is not None)
-        assert asks.index(lease) == (0 if ends else GIVEN_UP_AFTER)
 
 
 @pytest.mark.parametrize("fault", [OSError(5, "Input/output error", "/run/a"), ValueError("a plug-in's bug")])

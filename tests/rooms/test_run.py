@@ -96,6 +96,7 @@ class Desk:
         self.events: list[Event] = []
         self.lines: list[str] = []
         self.leased = 0
+        self.margins: list[float | None] = []
         self.free = True
         self.write: Callable[[str], None] = lambda _line: None
         self.emit: Callable[[str], None] = self.lines.append
@@ -148,7 +149,8 @@ class Desk:
     def _emit(self, line: str) -> None:
         self.emit(line)
 
-    def _lease(self, _run: str) -> DeviceLease | None:
+    def _lease(self, _run: str, worst_margin: float | None) -> DeviceLease | None:
+        self.margins.append(worst_margin)
         if self.leased or not self.free:
             return None
         self.leased = 1
@@ -226,6 +228,23 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk = Desk(tmp_path)
     yield desk
     desk.ledger.close()
+
+
+def test_a_device_is_asked_for_with_the_worst_margin(desk: Desk) -> None:
+    """What decides whose turn it is comes from the last checkpoint that was judged, also at the next start; a save
+    without a step changes nothing of it.
+    """
+    desk.answer = lambda request: Peeled(report_of(request, idle=2 if request.ref.step == 20 else None), None)
+    for step in (10, 20):
+        desk.put(step)
+        desk.finish()
+    assert desk.margins == [None, 0.05]
+    desk.stopped()
+    write_checkpoint(desk.root / "final", None)
+    desk.finish()
+    desk.put(30)
+    desk.finish()
+    assert desk.margins == [None, 0.05, 0.0, 0.0]
 
 
 def failing(*errors: Exception, then: Callable[[Request], Answer] = peeled) -> Callable[[Request], Answer]:

@@ -111,7 +111,7 @@ class Schedule(RuleBasedStateMachine):
         self.ledger = Ledger(self.home / "state")
         source = Folder(self.root, FORMATS, Settling(SETTLE))
         journal = Journal(lambda _: None, lambda: self.now)
-        services = Services(journal, lambda _: CPU, self.submit, lambda _: None, emit=self.emit)
+        services = Services(journal, lambda *_: CPU, self.submit, lambda _: None, emit=self.emit)
         own = self.ledger.run("run", "run", str(self.root))
         self.run = Run(SETTINGS, DeviceSettings(), source, "all", own, services)
 
