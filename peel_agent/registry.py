@@ -140,7 +140,7 @@ def family(model_type: str) -> Family:
     covered = sorted(name for candidate in families for name in candidate.model_types)
     raise UnknownFamily(
         f"no family plug-in covers model_type `{model_type}`",
-        remedy=f"covered: {', '.join(covered)}; for a model of your own name a [model] factory (README)",
+        remedy=f"covered: {', '.join(covered)}; for a model of your own name a [model] factory (docs/inputs.md)",
     )
 
 

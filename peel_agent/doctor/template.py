@@ -27,7 +27,7 @@ BODY = """
 
 # How the model is built: by transformers from config.json, or by a function of yours.
 [model]
-# factory = "auto"         # or "package.module:callable" for a model of your own, see the README
+# factory = "auto"         # or "package.module:callable" for a model of your own, see docs/inputs.md
 # precision = { "model.layers.*_proj.weight" = "ternary" }  # weights that hold latents: sign, ternary, int4-g128, ...
 
 # What the model is measured on: held-out tokens of the TRAINING distribution, the same for every checkpoint.
@@ -116,7 +116,7 @@ BODY = """
 # [[sink]]
 # use = "webhook"          # CloudEvents 1.0, posted as JSON
 # url = "https://hooks.example/peel"  # a secret if need be; redirects are not followed
-# signing_secret = "${PEEL_HOOK_SECRET}"  # signs each request: X-Peel-Signature, see the README
+# signing_secret = "${PEEL_HOOK_SECRET}"  # signs each request: X-Peel-Signature, see docs/alerts.md
 # token = "${PEEL_HOOK_TOKEN}"  # sent as Authorization: Bearer
 # timeout_seconds = 10     # for all of it: name, connection, answer
 # allow_private = false    # addresses of private networks and of this machine, and http

@@ -27,6 +27,9 @@ from tests.rooms.test_publish_form import FULL
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+ALERTS = (ROOT / "docs" / "alerts.md").read_text()
+GUIDES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+"""What a user reads."""
 EXAMPLE = ROOT / "deploy" / "examples" / "peel.toml"
 
 
@@ -71,14 +74,33 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def test_every_command_is_in_the_readme() -> None:
-    """README's table has exactly the commands that there are, and shows no option that does not exist."""
+    """README's table has exactly the commands that there are; no guide shows an option that does not exist."""
     table = README.split("| command | does | exit |")[1].split("\n\n")[0]
     assert set(re.findall(r"`peel-agent (\w+)", table)) == set(commands())
     known = {option for parser in commands().values() for option in options_of(parser)}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
+    shown = {option for text in GUIDES.values() for option in re.findall(r"peel-agent [^`\n]*?(--[a-z][a-z-]*)", text)}
+    assert shown | set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
 
 
-@pytest.mark.parametrize("line", re.findall(r"^peel-agent (\w+ .*)$", README, flags=re.MULTILINE))
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    """Each link of a guide to a file of this repository, and to a heading of it, is to one that exists."""
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", GUIDES[path]):
+        file = (path.parent / target).resolve() if target else path
+        assert file.is_file(), target
+        titles = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE) if heading else []
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not heading or heading in anchors, heading
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for block in re.findall(r"```\w*\n(.*?)```", "\n".join(GUIDES.values()), flags=re.DOTALL)
+        for line in re.findall(r"^ *peel-agent (\w+ .*)$", block, flags=re.MULTILINE)
+    ],
+)
 def test_shown_commands_parse(line: str) -> None:
     """Each command line in a code block is accepted by the parser."""
     assert _parser().parse_args(line.split("#", maxsplit=1)[0].split()).run is not None
@@ -137,9 +159,9 @@ def test_the_example_has_every_key_of_the_plug_ins() -> None:
         assert point.name in sinks
 
 
-def test_the_sinks_that_the_readme_shows_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sinks_that_are_shown_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each [[sink]] in a code block is taken as it stands, once its secret is there."""
-    blocks = [block for block in re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL) if "[[sink]]" in block]
+    blocks = [block for block in re.findall(r"```toml\n(.*?)```", ALERTS, flags=re.DOTALL) if "[[sink]]" in block]
     monkeypatch.setenv("PEEL_HOOK_SECRET", "a secret")
     (tmp_path / "password").write_text("a secret")
     text = "\n".join(blocks).replace("file:/etc/peel-agent/smtp-password", f"file:{tmp_path}/password")
@@ -150,18 +172,18 @@ def test_the_sinks_that_the_readme_shows_can_be_used(tmp_path: Path, monkeypatch
         assert "a secret" not in repr(sink_settings(sink))
 
 
-def test_every_sink_is_in_the_readme() -> None:
+def test_every_sink_is_documented() -> None:
     """The table of sinks has each first-party one, and no other."""
-    table = README.split("| `use` | what it does with a group |")[1].split("\n\n")[0]
+    table = ALERTS.split("| `use` | what it does with a group |")[1].split("\n\n")[0]
     points = entry_points(group="peel_agent.sinks")
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {
         point.name for point in points if point.value.startswith("peel_plugins")
     }
 
 
-def test_every_kind_of_rule_is_in_the_readme() -> None:
+def test_every_kind_of_rule_is_documented() -> None:
     """The table has each kind, in order, marks those in force by themselves, and has the true counts and defaults."""
-    table = README.split("| kind of rule | says |")[1].split("\n\n")[0].splitlines()[2:]
+    table = ALERTS.split("| kind of rule | says |")[1].split("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert [row[0].split("`")[1] for row in rows] == list(CHECKPOINTS)
     assert {row[0].split("`")[1] for row in rows if row[0].endswith("\\*")} == {rule.kind for rule in DEFAULT_RULES}
