@@ -1,35 +1,35 @@
-"""What is shipped in deploy/systemd and deploy/docker: clean to its own tools, true to the commands, able to start."""
+"""What is shipped in deploy/systemd and deploy/docker: clean to its own tools, true to the commands."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shlex
 import shutil
 import subprocess
-import sys
-import tempfile
 import tomllib
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
-from tests import servers
+from peel_agent.config import load_settings
+from peel_agent.destinations import sink_settings
 from tests.runs.command import peel_agent
+from tests.runs.deployment import (
+    BIN,
+    COMPOSE,
+    DOCKERFILE,
+    ROOT,
+    SERVICES,
+    UNIT,
+    command_lines,
+    image_environment,
+    instructions,
+    linter,
+    run,
+)
 
-ROOT = Path(__file__).parents[2]
-UNIT = ROOT / "deploy" / "systemd" / "peel-agent@.service"
-DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
-COMPOSE = sorted(DOCKERFILE.parent.glob("*.yaml"))
-SERVICES: dict[str, Any] = yaml.safe_load((DOCKERFILE.parent / "compose.yaml").read_text())["services"]
-BIN = Path(sys.executable).parent
+COMPOSED = yaml.safe_load((DOCKERFILE.parent / "compose.yaml").read_text())
+COMPOSE_SETTINGS = DOCKERFILE.parent / "peel.toml"
 
 EXPOSURE = 20
 """Tenths; 100 is the worst. systemd 252 says 17: the network, and what GPUs and torch need."""
@@ -37,15 +37,7 @@ EXPOSURE = 20
 YAMLLINT = "{extends: default, rules: {line-length: {max: 120}}}"
 
 needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed here")
-
-
-def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True, **options)
-
-
-def linter(name: str, distribution: str) -> Path:
-    assert (BIN / name).exists(), f"{name} is missing: pip install -c constraints.txt {distribution}"
-    return BIN / name
+needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="apt-get install prometheus")
 
 
 # ---------------------------------------------------------------- what the tools say
@@ -92,42 +84,40 @@ def test_the_image_is_clean() -> None:
 
 
 def test_the_yaml_is_clean() -> None:
-    """yamllint has nothing to say of the compose files."""
-    checked = run(linter("yamllint", "yamllint"), "--strict", "-d", YAMLLINT, *COMPOSE)
+    """yamllint has nothing to say of any YAML file in deploy/."""
+    files = [path for path in sorted((ROOT / "deploy").rglob("*")) if path.suffix in (".yaml", ".yml")]
+    assert {path.parent.name for path in files} >= {"docker", "prometheus", "base"}
+    checked = run(linter("yamllint", "yamllint"), "--strict", "-d", YAMLLINT, *files)
     assert (checked.returncode, checked.stdout) == (0, "")
 
 
+def schema_check(*files: Path) -> subprocess.CompletedProcess[str]:
+    """What the JSON schema of the compose specification says of files."""
+    return run(linter("check-jsonschema", "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *files)
+
+
+def test_the_compose_files_follow_the_specification(tmp_path: Path) -> None:
+    """The schema of the compose specification takes each of them, and refuses a key that compose does not know."""
+    checked = schema_check(*COMPOSE)
+    assert checked.returncode == 0, checked.stdout
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text(COMPOSE[-1].read_text().replace("stop_grace_period:", "stop_grace_time:"))
+    assert schema_check(wrong).returncode == 1
+
+
+@needs_promtool
+def test_the_prometheus_of_compose_loads_what_is_mounted_for_it(tmp_path: Path) -> None:
+    """promtool takes its configuration, with the rules beside it, as compose.yaml mounts the two."""
+    for source, target in mounts("prometheus"):
+        if target.startswith("/etc/prometheus/"):
+            shutil.copy(DOCKERFILE.parent / source, tmp_path / Path(target).name)
+    (command,) = [part for part in SERVICES["prometheus"]["command"] if part.startswith("--config.file=")]
+    checked = run("promtool", "check", "config", tmp_path / Path(command.partition("=")[2]).name)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "SUCCESS: 6 rules found" in checked.stdout
+
+
 # ---------------------------------------------------------------- what is in them
-
-
-def keys() -> dict[str, str]:
-    """The unit's settings; of a key that comes several times, the last."""
-    return dict(re.findall(r"^(\w+)=(.*)$", UNIT.read_text(), flags=re.MULTILINE))
-
-
-def instructions(name: str) -> list[str]:
-    """What follows each `name` in the Dockerfile, continued lines joined."""
-    text = DOCKERFILE.read_text().replace("\\\n", " ")
-    return re.findall(rf"^{name} +(.*)$", text, flags=re.MULTILINE)
-
-
-def image_environment() -> dict[str, str]:
-    """The environment that the image sets for what runs in it."""
-    stage = DOCKERFILE.read_text().split(" AS runtime")[1].replace("\\\n", " ")
-    (line,) = re.findall(r"^ENV +(PATH=.*)$", stage, flags=re.MULTILINE)
-    return dict(entry.split("=", 1) for entry in line.split())
-
-
-def command_lines() -> dict[str, list[str]]:
-    """Every command of peel-agent that is started, by where it stands."""
-    (healthcheck,) = instructions("HEALTHCHECK")
-    (shown,) = instructions("CMD")
-    return {
-        "unit": shlex.split(keys()["ExecStart"])[1:],
-        "image": json.loads(shown),
-        "health": json.loads(healthcheck.partition("CMD ")[2])[1:],
-        "compose": SERVICES["agent"]["command"],
-    }
 
 
 @pytest.mark.parametrize(
@@ -137,6 +127,8 @@ def command_lines() -> dict[str, list[str]]:
         "image",
         "compose",
         "health",
+        "Deployment",
+        "Job",
     ],
 )
 def test_every_command_exists(where: str, tmp_path: Path) -> None:
@@ -177,6 +169,46 @@ def test_the_image_writes_to_its_volume_only() -> None:
     assert [value for value in places.values() if Path(volume) not in [Path(value), *Path(value).parents]] == []
 
 
+def mounts(name: str) -> list[tuple[str, str]]:
+    """Source and target of what a service of compose.yaml has mounted, with the defaults of the variables."""
+    known = [re.sub(r"\$\{\w+:[-?]([^}]*)\}", r"\1", volume) for volume in SERVICES[name]["volumes"]]
+    return [(volume.split(":")[0], volume.split(":")[1]) for volume in known]
+
+
+def test_compose_names_what_it_uses() -> None:
+    """Each network and volume is declared and used, each service has a health check and a network, each file that is
+    mounted is there, and what a service is called by is a service.
+    """
+    named = [source for name in SERVICES for source, _ in mounts(name)]
+    assert {source for source in named if source.isalpha()} == set(COMPOSED["volumes"])
+    files = [source for source in named if source.startswith(".")]
+    assert files
+    assert [source for source in files if not (DOCKERFILE.parent / source).is_file()] == []
+    assert {network for service in SERVICES.values() for network in service["networks"]} == set(COMPOSED["networks"])
+    assert [name for name, service in SERVICES.items() if "healthcheck" not in service] == ["agent"]  # the image's own
+    assert instructions("HEALTHCHECK")
+    texts = [path.read_text() for path in (*COMPOSE, *DOCKERFILE.parent.glob("*.yml"), COMPOSE_SETTINGS)]
+    called = {host for text in texts for host in re.findall(r"(?://|\[\")([a-z]+):\d+", text)}
+    assert called == {"mlflow", "agent", "alertmanager"} <= set(SERVICES)
+
+
+def test_the_agent_in_compose_tells_alertmanager() -> None:
+    """The settings that compose.yaml mounts are read, and name the one sink."""
+    (sink,) = load_settings(COMPOSE_SETTINGS, {}).sinks
+    assert (sink.use, sink_settings(sink).url) == ("alertmanager", "http://alertmanager:9093")
+
+
+@pytest.mark.parametrize("program", ["prometheus", "alertmanager"])
+def test_compose_starts_programs_with_options_that_they_have(program: str) -> None:
+    """Debian's Prometheus and Alertmanager know each option."""
+    installed = program if program == "prometheus" else f"prometheus-{program}"
+    if not shutil.which(installed):
+        pytest.skip(f"apt-get install {installed}")
+    shown = run(installed, "--help")
+    for option in SERVICES[program]["command"]:
+        assert option.partition("=")[0] in shown.stdout + shown.stderr
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_service_is_confined(name: str) -> None:
     """A service of compose.yaml has a read-only root, no capability, no way to new privileges, and a user."""
@@ -186,7 +218,7 @@ def test_every_service_is_confined(name: str) -> None:
     assert "no-new-privileges:true" in service["security_opt"]
     assert not service["user"].startswith("0")
     assert not service.get("privileged")
-    assert [volume for volume in service["volumes"] if volume.endswith(":/var/lib/peel-agent")]
+    assert [name for name, target in mounts(name) if name in COMPOSED["volumes"]]
 
 
 def test_no_secret_is_in_the_image_or_the_compose_file() -> None:
@@ -197,160 +229,3 @@ def test_no_secret_is_in_the_image_or_the_compose_file() -> None:
             named += service.get("environment", {})
     assert "MLFLOW_TRACKING_URI" in named
     assert [key for key in named if re.search("TOKEN|PASSWORD|SECRET|KEY|CREDENTIAL", key)] == []
-
-
-# ---------------------------------------------------------------- whether it starts
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A folder that an unprivileged user can reach, unlike pytest's own."""
-    with tempfile.TemporaryDirectory(prefix="peel-deploy-") as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
-
-
-NOBODY = 65534
-AS_ROOT = os.geteuid() == 0
-
-READ_ONLY = """set -eu
-own=$(umask); umask 022
-stage=$1 state=$2 closed=$3; shift 3
-for number in 1 2 3; do mkdir -p "$stage/$number"; done
-number=0
-for path in "$@"; do
-    if [ "$path" = -- ]; then break; fi
-    number=$((number + 1)); mount --bind "$path" "$stage/$number"
-done
-if [ -n "$closed" ]; then mount -t tmpfs -o mode=755 none "$closed"; fi
-number=0
-while [ "$1" != -- ]; do
-    number=$((number + 1)); mkdir -p "$1"; mount --move "$stage/$number" "$1"; mount -o remount,bind,ro "$1"; shift
-done
-shift
-mount --bind "$state" "$state"
-mount -o remount,bind,ro /
-umask "$own"
-exec "$@"
-"""
-"""In a mount namespace: everything read-only but `state`. `closed` is a folder that only root may enter, or nothing; at
-most three paths in it, up to `--`, are made reachable."""
-
-
-def confined(place: Path, environment: dict[str, str], *command: str | Path) -> subprocess.Popen[bytes]:
-    """The command, started within the unit's limits as far as they can be had without systemd.
-
-    Its umask, niceness and core limit, no way to new privileges; for root, who alone can: another user without groups
-    and capabilities, and a read-only file system but for the state, `place`/state.
-    """
-    unit, state = keys(), place / "state"
-    (place / "stage").mkdir(exist_ok=True)
-    state.mkdir(exist_ok=True)
-    limits = ["nice", "-n", unit["Nice"], "ionice", "-c", unit["IOSchedulingClass"]]
-    limits += ["prlimit", f"--core={unit['LimitCORE']}", "setpriv", "--no-new-privs", "--inh-caps=-all"]
-    if AS_ROOT:
-        os.chown(state, NOBODY, NOBODY)
-        limits += ["--bounding-set=-all", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-        needed = [Path(sys.base_prefix), Path(sys.prefix), ROOT]
-        closed = next((p for path in needed for p in reversed(path.parents) if not p.stat().st_mode & 0o001), None)
-        inside = [str(path) for path in needed if closed in path.parents]
-        namespace = ["unshare", "--mount", "--propagation", "private", "sh", "-c", READ_ONLY, "sh"]
-        limits = [*namespace, str(place / "stage"), str(state), str(closed or ""), *inside, "--", *limits]
-    with (place / "log").open("wb") as log:
-        return subprocess.Popen(
-            [*limits, *map(str, command)],
-            env=environment,
-            cwd=state,
-            umask=int(unit["UMask"], 8),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-        )
-
-
-def started_by(what: str, place: Path) -> tuple[dict[str, str], list[str]]:
-    """The environment and the arguments with which the unit, or compose.yaml, starts the agent."""
-    state, runs, probe = (str(place / name) for name in ("state", "runs", "probe.npy"))
-    if what == "unit":
-        (line,) = re.findall(r"^Environment=(.*)$", UNIT.read_text(), flags=re.MULTILINE)
-        environment = dict(entry.split("=", 1) for entry in line.replace("%S/peel-agent/%i", state).split())
-        environment |= {"STATE_DIRECTORY": state, "PATH": os.defpath}
-    else:
-        environment = {key: value.replace("/var/lib/peel-agent", state) for key, value in image_environment().items()}
-        environment["PATH"] = os.defpath
-    for_place = {"${PEEL_RUNS}": runs, "${PEEL_PROBE}": probe}
-    folder = re.compile("^/etc/peel-agent/.*[.]toml$")
-    arguments = [for_place.get(part, folder.sub(f"{place}/peel.toml", part)) for part in command_lines()[what]]
-    return environment, arguments
-
-
-LIMITS_SEEN = """
-import json, os, pathlib, sys
-status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
-def writable(folder):
-    try:
-        pathlib.Path(folder, "written").touch()
-    except OSError:
-        return False
-    return True
-seen = {name: status[name].strip() for name in ("NoNewPrivs", "CapEff", "CapBnd", "Umask")}
-seen |= {"nice": os.nice(0), "user": os.geteuid(), "python": sys.base_prefix}
-print(json.dumps(seen | {"writable": [writable(folder) for folder in sys.argv[1:]]}))
-"""
-
-
-def test_the_limits_are_in_force(place: Path) -> None:
-    """What the next test runs under really is confined: otherwise it would show nothing."""
-    shown = confined(place, {}, sys.executable, "-c", LIMITS_SEEN, place / "state", place, sys.prefix, "/var/tmp")
-    seen = json.loads(shown.communicate()[0])
-    assert (seen["NoNewPrivs"], seen["Umask"], seen["python"]) == ("1", keys()["UMask"], sys.base_prefix)
-    assert seen["nice"] >= int(keys()["Nice"])
-    assert seen["writable"][0]
-    if AS_ROOT:
-        assert (seen["user"], int(seen["CapEff"], 16), int(seen["CapBnd"], 16)) == (NOBODY, 0, 0)
-        assert seen["writable"][1:] == [False, False, False]
-
-
-@pytest.mark.parametrize("what", ["unit", "compose"])
-def test_it_starts_within_its_limits(what: str, place: Path) -> None:
-    """Over an empty directory the command that is shipped gets as far as `nothing readable`, and keeps its state."""
-    (place / "runs").mkdir()
-    np.save(place / "probe.npy", np.zeros((400, 32), dtype=np.int64))
-    paths = {"watch": {"path": place / "runs"}, "probe": {"path": place / "probe.npy"}}
-    text = "".join(f'[{table}]\npath = "{values["path"]}"\n' for table, values in paths.items())
-    (place / "peel.toml").write_text(f'{text}[tracker]\nuse = ["jsonl"]\n')
-    for path in place.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    environment, arguments = started_by(what, place)
-    agent = confined(place, environment, BIN / "peel-agent", *arguments, "--once")
-    printed, told = agent.communicate()[0], (place / "log").read_text()
-    assert (agent.returncode, printed) == (3, b""), told
-    assert f"nothing readable in {place / 'runs'}" in told
-    assert [path for path in (place / "state").rglob("*") if path.is_file()]
-
-
-def test_the_mlflow_server_answers_to_its_names(place: Path) -> None:
-    """With compose.yaml's arguments, confined: the agent's address is answered, another name is refused with 403."""
-    service, port = SERVICES["mlflow"], servers.free_port()
-    asked = SERVICES["agent"]["environment"]["MLFLOW_TRACKING_URI"].removeprefix("http://")
-    arguments = [re.sub(r"\$\{\w+:-(.*)\}$", r"\1", part) for part in service["command"]]
-    arguments = [part.replace("/var/lib/peel-agent", str(place / "state")) for part in arguments]
-    own = ["--host=127.0.0.1", f"--port={port}", "--workers=1"]  # instead of the address and port of a container
-    environment = started_by("compose", place)[0] | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with confined(place, environment, BIN / service["entrypoint"][0], *arguments, *own) as server:
-        try:
-            servers.wait_until_it_answers(f"http://127.0.0.1:{port}/health", server, place / "log")
-            answers = {host: status(port, host) for host in (asked, "elsewhere:5000")}
-        finally:
-            server.terminate()
-    assert answers == {asked: 200, "elsewhere:5000": 403}
-
-
-def status(port: int, host: str) -> int:
-    """The HTTP status of a look at the experiments, asked for by this name."""
-    url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Host": host}), timeout=60) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
