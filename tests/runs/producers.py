@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +65,7 @@ def trainer_bfloat16(folder: Path) -> None:
     _train(folder, zoo.build("llama", steps=20).to(torch.bfloat16))
 
 
-def _train(folder: Path, model: Any, **options: Any) -> Any:
+def _train(folder: Path, model: Any, callbacks: Iterable[Any] = (), **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -77,7 +79,7 @@ def _train(folder: Path, model: Any, **options: Any) -> Any:
         disable_tqdm=True,
         **options,
     )
-    run = Trainer(model=model, args=arguments, train_dataset=Sequences())
+    run = Trainer(model=model, args=arguments, train_dataset=Sequences(), callbacks=list(callbacks))
     run.train()
     if not options:
         run.model.save_pretrained(folder / PLAIN)
@@ -115,7 +117,9 @@ def lightning(folder: Path) -> None:
     _fit(folder, "auto", epochs=2, save_last="link")
 
 
-def _fit(folder: Path, strategy: Any, *, epochs: int, save_last: Any, devices: int = 1) -> Any:
+def _fit(
+    folder: Path, strategy: Any, *, epochs: int, save_last: Any, devices: int = 1, callbacks: Iterable[Any] = ()
+) -> Any:
     """Lightning's Trainer on a module that wraps a transformers model."""
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -145,7 +149,7 @@ def _fit(folder: Path, strategy: Any, *, epochs: int, save_last: Any, devices: i
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
-        callbacks=[saving],
+        callbacks=[*callbacks, saving],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -314,12 +318,38 @@ def trainer_fsdp2(folder: Path) -> None:
     _save_whole(run.model_wrapped, folder)
 
 
-def lightning_sharded(folder: Path) -> None:
+def lightning_sharded(folder: Path, callbacks: Iterable[Any] = ()) -> None:
     """Lightning's strategy for models cut over processes, and its checkpoint as a folder."""
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=True)
-    _fit(folder, strategy, epochs=1, save_last=False, devices=2)
+    _fit(folder, strategy, epochs=1, save_last=False, devices=2, callbacks=callbacks)
+
+
+LATE = "late.json"
+"""What rank 1 writes into a checkpoint a second after it was told of the save: whether the marker was there."""
+
+
+def trainer_marked(folder: Path) -> None:
+    """transformers' Trainer with the callback that marks, and a rank that is late with its part of each save."""
+    from transformers import TrainerCallback
+
+    from peel_agent.callbacks.transformers import PeelAgentCallback
+
+    class LateRank(TrainerCallback):  # type: ignore[misc]
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if _rank() == 1:
+                time.sleep(1)
+                saved = folder / f"checkpoint-{state.global_step}"
+                (saved / LATE).write_text(json.dumps((saved / "STABLE").exists()))
+
+    _train(folder, zoo.build("llama", steps=0), callbacks=[LateRank(), PeelAgentCallback()])
+
+
+def lightning_marked(folder: Path) -> None:
+    from peel_agent.callbacks.lightning import PeelAgentCallback
+
+    lightning_sharded(folder, callbacks=[PeelAgentCallback()])
 
 
 # ---------------------------------------------------------------- the program
@@ -351,6 +381,10 @@ PAIR: Mapping[str, Producer] = {
     "Accelerate, FSDP2, whole": Producer(accelerate_fsdp2_whole, "project/checkpoints/checkpoint_0", "torch", None),
     "Trainer, FSDP2": Producer(trainer_fsdp2, "checkpoint-2", "dcp", 2),
     "Lightning, ModelParallelStrategy": Producer(lightning_sharded, "epoch=0-step=2.ckpt", "dcp", 2),
+}
+MARKED: Mapping[str, Producer] = {
+    "Trainer, marked": Producer(trainer_marked, "checkpoint-2", "transformers", 2),
+    "Lightning, marked": Producer(lightning_marked, "epoch=0-step=2.ckpt", "dcp", 2),
 }
 
 
@@ -388,7 +422,7 @@ def main(root: Path, *names: str) -> None:
         torch.distributed.init_process_group("gloo")
     for name in names:
         (root / name).mkdir(parents=True, exist_ok=True)
-        ({**SINGLE, **PAIR})[name].write(root / name)
+        ({**SINGLE, **PAIR, **MARKED})[name].write(root / name)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         os._exit(0)  # threads of the libraries may abort a process that ends in the usual way
