@@ -19,7 +19,7 @@ from types import FrameType
 from peel_agent import registry
 from peel_agent.backfill import end
 from peel_agent.config import RunSettings, Settings, service_manager, visible_gpus, worker_environment
-from peel_agent.destinations import Address, addresses, from_environment, pinned_run, tracker_settings
+from peel_agent.destinations import Address, addresses, notes, pinned_run, tracker_settings
 from peel_agent.devices import Devices
 from peel_agent.dispatch import Dispatch
 from peel_agent.errors import ConfigurationError, PeelError, printable
@@ -189,7 +189,7 @@ class Agent:
         wanted: dict[str, tuple[RunSettings, tuple[Address, ...]]] = {}
         for run in settings.runs:
             trackers = tracker_settings(run.tracker, alone=len(settings.runs) == 1)
-            for words in from_environment(run.tracker, alone=len(settings.runs) == 1):
+            for words in notes(run.tracker, alone=len(settings.runs) == 1):
                 self.journal.tell("started", words, run=run.name)
             key = run_key(run.name, str(run.watch.path), pinned_run(trackers))
             folder = self._ledger.state_dir / "runs" / key

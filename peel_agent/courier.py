@@ -152,10 +152,10 @@ class Courier:
 
     def _lanes_to(self, address: Address) -> list[_LaneThread]:
         """The lanes of one destination; none when its plug-in fails, which concerns no other."""
-        kinds = {"tracker": ("numbers", "files"), "sink": ("notices",)}[address.kind]
         trouble = f"delivery/{address.run}/{address.name}/connect"
         try:
-            carriers = [Carrier(Lane(address.run, address.name, k), address, self._outbox, time.time) for k in kinds]
+            lanes = [Lane(address.run, address.name, kind) for kind in address.lanes]
+            carriers = [Carrier(lane, address, self._outbox, time.time) for lane in lanes]
         except Exception as error:  # a plug-in may raise anything
             what = f"{printable(address.name)} cannot be connected: {in_words(error)}"
             self.tell({"began": trouble, "words": what, "run": address.run})

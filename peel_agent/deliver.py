@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import random
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from peel_agent.destinations import Address
 from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable, printable
-from peel_agent.ledger import Lane, Outbox, Owed
-from peel_agent.records import NoticeGroup, Publication, restored
-from peel_agent.spi import Sink, Tracker, TrainingReader
+from peel_agent.ledger import Extent, Lane, Outbox, Owed
+from peel_agent.publish import publication_of_the_past, report_from_json
+from peel_agent.records import NoticeGroup, Publication, plain, restored
+from peel_agent.rendering import MOST_REPORTS, Order, pages
+from peel_agent.spi import Showing, Sink, Tracker, TrainingReader
 
 AWAY_SECONDS = (5.0, 300.0)
 """The first and the longest pause before a destination that cannot be reached is tried again."""
@@ -51,6 +57,7 @@ class Carrier:
         self._outbox = outbox
         self._now = now
         self._loss_keys = address.loss_keys
+        self._folder = address.state_dir
         self._tracker: Tracker | None = address.tracker() if address.kind == "tracker" else None
         self._sink: Sink | None = address.sink() if address.kind == "sink" else None
 
@@ -89,7 +96,10 @@ class Carrier:
         if self._sink is not None:
             self._sink.deliver(_thawed(NoticeGroup, owed.body))
             return
-        body = dict(owed.body)
+        if self.lane.kind == "pages":
+            self._show(owed.body)
+            return
+        body = self._of_a_report(owed.body) if "report" in owed.body else dict(owed.body)
         until = body.pop("alerts_until", None)
         if until is not None:
             alerts = self._outbox.alerts_log(self.lane.run, until)
@@ -98,6 +108,30 @@ class Carrier:
         self._tracker.publish(_thawed(Publication, body))
         if self.lane.kind == "numbers" and isinstance(self._tracker, TrainingReader):
             self._read_training(self._tracker)
+
+    def _show(self, body: Mapping[str, Any]) -> None:
+        """Made now: of several that were owed only the last is left."""
+        extent = Extent(body["history_until"], body.get("alerts_until"), most=MOST_REPORTS)
+        with tempfile.TemporaryDirectory(prefix="peel-pages-") as folder:
+            made = pages(Order(self._folder.parents[1], self.lane.run, extent, Path(folder)))
+            if made is not None and isinstance(self._tracker, Showing):
+                self._tracker.show(made)
+
+    def _of_a_report(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The publication of a checkpoint that was peeled before this tracker was there; its report is what is frozen.
+
+        Raises DeliveryError when that cannot be read any more.
+        """
+        file = self._folder / "reports" / str(body["report"])
+        try:
+            report = report_from_json(json.loads(file.read_text(encoding="utf-8")))
+            sent = publication_of_the_past(report, committed_at=body["committed_at"], max_series=body["max_series"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DeliveryError(
+                f"the report {file} cannot be read: {error}", remedy="put it back, then peel-agent deliveries resend"
+            ) from error
+        kept = {"files": {}} if self.lane.kind == "numbers" else {"metrics": {}, "tags": {}, "headline": ""}
+        return cast("dict[str, Any]", plain(dataclasses.replace(sent, **kept)))  # type: ignore[arg-type]
 
     def _read_training(self, tracker: TrainingReader) -> None:
         """What rules know of the training. It is no part of the delivery, which has been made."""

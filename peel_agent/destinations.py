@@ -12,8 +12,9 @@ from typing import Any, Literal
 from peel_agent import registry
 from peel_agent.config import RunSettings, Settings, SinkSettings, TrackerSettings, plugin_settings, variable_of
 from peel_agent.errors import ConfigurationError, printable
-from peel_agent.records import plain, restored
+from peel_agent.records import LaneKind, plain, restored
 from peel_agent.spi import Sink, Tracker
+from peel_agent.views import EXTRA, lacks
 
 USUAL_LOSSES = ("train/loss", "train_loss", "loss", "training_loss", "train/train_loss")
 """Where trainings log their loss: transformers and nanoGPT, Lightning, loops of one's own."""
@@ -33,6 +34,13 @@ class Address:
     loss_keys: tuple[str, ...] = ()
     """The metrics of the training that rules of the run read, the likeliest first."""
 
+    @property
+    def lanes(self) -> tuple[LaneKind, ...]:
+        """What it is sent, each in an order of its own. Raises PluginError."""
+        if self.kind == "sink":
+            return ("notices",)
+        return ("numbers", "files", "pages") if shows_pages(self.plugin) else ("numbers", "files")
+
     def tracker(self) -> Tracker:
         """A connection of its own to this tracker."""
         plugin = registry.tracker(self.plugin)
@@ -43,6 +51,26 @@ class Address:
         """A connection of its own to this sink."""
         plugin = registry.sink(self.plugin)
         return plugin.connect(restored(plugin.settings, self.settings), state_dir=self.state_dir)
+
+
+def shows_pages(tracker: str) -> bool:
+    """Whether the trackers of this plug-in show the page and the images of a run. Raises PluginError."""
+    return bool(getattr(registry.tracker(tracker), "shows_pages", False))
+
+
+def showing(tracking: TrackerSettings) -> tuple[str, ...]:
+    """The trackers in use that get the page and the images of a run: none where what draws them is not installed."""
+    is_wanted = tracking.report and lacks() is None
+    return tuple(name for name in tracking.use if shows_pages(name)) if is_wanted else ()
+
+
+def not_shown(tracking: TrackerSettings) -> tuple[str, ...]:
+    """What a tracker would show, and why it does not, in a sentence."""
+    names = ", ".join(name for name in tracking.use if shows_pages(name))
+    if lacks() is None or not tracking.report or not names:
+        return ()
+    without = "[tracker] report = false goes without"
+    return (f"{names}: no report page and no heat maps, since {lacks()} is not installed -> {EXTRA}; {without}",)
 
 
 def tracker_settings(tracking: TrackerSettings, *, alone: bool) -> dict[str, Any]:
@@ -99,8 +127,8 @@ def _variables(kind: type[Any], table: Mapping[str, Any], *, alone: bool) -> dic
     }
 
 
-def from_environment(tracking: TrackerSettings, *, alone: bool) -> tuple[str, ...]:
-    """What of each tracker's settings comes from a variable, and what cannot, in sentences."""
+def notes(tracking: TrackerSettings, *, alone: bool) -> tuple[str, ...]:
+    """What of each tracker's settings comes from a variable, and what cannot, and what is not shown, in sentences."""
     said = []
     for name in tracking.use:
         kind = registry.tracker(name).settings
@@ -114,7 +142,7 @@ def from_environment(tracking: TrackerSettings, *, alone: bool) -> tuple[str, ..
                 said.append(f"{name}: {key} is {printable(text)}, from {variable}")
             else:
                 said.append(f"{name}: {variable} is not used, since it cannot name several runs; give each its {key}")
-    return tuple(said)
+    return (*said, *not_shown(tracking))
 
 
 def pinned_run(settings: Mapping[str, Any]) -> str:

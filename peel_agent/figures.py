@@ -27,7 +27,7 @@ OUTCOMES = {
 }
 """What the ledger tallies, and what it is called outside."""
 
-LANES = {"numbers", "files", "notices"}
+LANES = {"numbers", "files", "pages", "notices"}
 
 
 class Figures:

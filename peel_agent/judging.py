@@ -21,6 +21,7 @@ from peel_agent.publish import (
     report_from_json,
     report_line,
     series_of,
+    to_those_that_show,
     to_trackers,
 )
 from peel_agent.records import (
@@ -54,8 +55,8 @@ class Judging:
     """The judge of one run.
 
     `sinks` names those that get notices now, with the seconds after which they are to be told again of all that fires,
-    None for never; `owed` is called when they are owed any. With `once` no checkpoint is awaited: that none comes, and
-    how many wait, is then no alert.
+    None for never; `owed` is called when they are owed any; the trackers of `showing` get pages. With `once` no
+    checkpoint is awaited: that none comes, and how many wait, is then no alert.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Judging:
         journal: Journal,
         owed: Callable[[], None],
         *,
+        showing: Sequence[str] = (),
         once: bool = False,
     ) -> None:
         self._settings = settings
@@ -73,6 +75,7 @@ class Judging:
         self._sinks = sinks
         self._journal = journal
         self._owed = owed
+        self._showing = tuple(showing)
         self._once = once
         self._resent: dict[str, float] = {}
         self._known: tuple[RuleState, ...] | None = None
@@ -89,6 +92,7 @@ class Judging:
         earlier = tuple(lineage(map(report_from_json, self._ledger.history()), ref.step)) if observed else ()
         states = self._states()
         loss = self._ledger.alerting.training_loss() if observed else ()
+        is_over = ref.step is None and self._ledger.alerting.observed(now).ended is not None
         try:
             report = diagnose(peeled.report, earlier)
             if observed:
@@ -99,6 +103,7 @@ class Judging:
             sent = publication(
                 report, verdict, committed_at=ref.committed_at, max_series=self._settings.tracker.max_series
             )
+            sent = dataclasses.replace(sent, training_ended=is_over)
         except Exception as error:  # it is pure: what fails once fails for ever, and must not hold up the next
             what = f"its numbers cannot be judged: {type(error).__name__}: {error}"
             raise CheckpointError(what, remedy="please report it") from error
@@ -146,6 +151,21 @@ class Judging:
         if debts:
             self._ledger.owe(debts)
             self._owed()
+
+    def owe_past(self) -> None:
+        """A tracker that is new here is owed what was peeled before it came. Raises sqlite3.Error."""
+        last, states = self._ledger.last_peeled(), self._states()
+        for name in self._settings.tracker.use if last is not None else ():
+            assert last is not None
+            now = Publication(last[0] or 0, round(last[1] * 1000), metrics={}, tags=alert_tags(states, {}))
+            debts = to_trackers(now, [name], key=f"past/{name}", with_alerts=True)
+            pages = to_those_that_show([name] if name in self._showing else [])
+            series = self._settings.tracker.max_series
+            count = self._ledger.owe_past(name, max_series=series, debts=(*debts, *pages))
+            if count:
+                words = f"{name} is new here: it gets the {count} checkpoints that were peeled before"
+                self._journal.tell("started", words, run=self._settings.name)
+                self._owed()
 
     def withdraw_all(self, reason: str, now: float) -> None:
         """Nothing of this run is watched any more: what was told firing is resolved, for this reason."""
@@ -205,6 +225,7 @@ class Judging:
         notices, settings = verdict.notices, self._settings
         return (
             *to_trackers(sent, settings.tracker.use, key=key, with_alerts=bool(notices)),
+            *to_those_that_show(self._showing if sent.files or notices else ()),
             *to_sinks(notices, tuple(self._sinks()), settings.rules, run=settings.name, at=at),
         )
 

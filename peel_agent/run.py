@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from peel_agent.config import DeviceSettings, RunSettings
+from peel_agent.destinations import showing
 from peel_agent.errors import (
     CheckpointError,
     ConfigurationError,
@@ -86,6 +87,7 @@ class Run:
             lambda: self.sinks,
             self.services.journal,
             self.services.owed,
+            showing=showing(self.settings.tracker),
             once=self.once,
         )
         if self.ended is not None:
@@ -96,6 +98,7 @@ class Run:
 
     def _take_up(self) -> None:
         """What an earlier agent left: an answer is judged, what was held waits on, the rest is looked for."""
+        self._judging.owe_past()
         last = self.ledger.last_observed()
         held = {ref.fingerprint: ref for ref in self._pins.left()}
         if last is not None:

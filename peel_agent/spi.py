@@ -22,6 +22,7 @@ from peel_agent.records import (
     Listing,
     LocalListing,
     NoticeGroup,
+    Pages,
     Peeled,
     Publication,
     Readiness,
@@ -166,8 +167,23 @@ class HistoryReader(Protocol):
         """
 
 
+@runtime_checkable
+class Showing(Protocol):
+    """What a Tracker may have too: it shows people a page and images of the run; its plug-in has `shows_pages`."""
+
+    def show(self, pages: Pages) -> None:
+        """Copies the files, and adds the images to their series; the same again changes nothing. Raises as `publish`.
+
+        It is called from a thread, and with a connection, of its own. Pages of an earlier time than those that are
+        there leave them as they are.
+        """
+
+
 class TrackerPlugin(Protocol):
-    """`peel_agent.trackers`: opens a Tracker from its own table of the configuration, `[tracker.<name>]`."""
+    """`peel_agent.trackers`: opens a Tracker from its own table of the configuration, `[tracker.<name>]`.
+
+    One whose trackers are Showing has an attribute `shows_pages` that is true.
+    """
 
     name: str
     settings: type[Any]

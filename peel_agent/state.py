@@ -10,7 +10,7 @@ from peel_agent.errors import ConfigurationError
 from peel_agent.ledger import FILE
 from peel_agent.records import plain
 
-NOT_IN_0_1 = frozenset({"experiment_id"})
+NOT_IN_0_1 = frozenset({"experiment_id", "end_run", "logged_models"})
 """Settings of trackers that came later."""
 
 

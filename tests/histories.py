@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from peel_agent.records import (
@@ -17,6 +18,7 @@ from peel_agent.records import (
     PartReport,
     PeelReport,
     ProbeInfo,
+    Request,
     Skipped,
     Timing,
 )
@@ -130,3 +132,10 @@ def hostile_history() -> History:
     told = tuple(notice("firing", 200, rule=name, subject=name) for name in HOSTILE)
     gaps = (*(Gap(150, name, "refused", name) for name in HOSTILE), Gap(None, HOSTILE[0], "refused", HOSTILE[1]))
     return History(HOSTILE[0], HOSTILE[1], tuple(reports), told, gaps)
+
+
+def peeled(request: Request) -> PeelReport:
+    """What an engine that answers at once gives for a checkpoint: the report of its step, under its own fingerprint."""
+    one = report(request.ref.step, path=request.ref.label, full=(request.ref.step or 0) % 200 == 0)
+    info = CheckpointInfo(request.ref.label, request.ref.step, request.ref.format, request.ref.fingerprint)
+    return dataclasses.replace(one, checkpoint=info, skipped=())

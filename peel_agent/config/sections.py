@@ -47,12 +47,14 @@ class TrackerSettings:
     """`[tracker]`: which trackers to write to, and each one's own table, as it stands in the file.
 
     `training_loss` names the metric that the training logs its loss under; by default it is looked for under the usual
-    names. `flags` are options of the command line, for every tracker in use that has them.
+    names. Trackers that can show them get the run's page and heat maps after each checkpoint, unless `report` is false.
+    `flags` are options of the command line, for every tracker in use that has them.
     """
 
     use: tuple[str, ...] = ("mlflow",)
     max_series: int = 400
     training_loss: str | None = None
+    report: bool = True
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
 

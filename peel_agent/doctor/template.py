@@ -60,6 +60,7 @@ BODY = """
 # use = ["mlflow"]         # any of the tracker plug-ins: mlflow, tensorboard, wandb, jsonl
 # training_loss = "train/loss"   # where the training logs its loss, for the rule false_convergence (by default found)
 # max_series = 400         # never more metric keys than this
+# report = true            # report page and heat maps after each checkpoint, in trackers that show them: mlflow
 
 # The MLflow server, and the run of it.
 # [tracker.mlflow]
@@ -68,6 +69,8 @@ BODY = """
 # experiment = "Default"   # by default MLFLOW_EXPERIMENT_NAME, or the one of the id in MLFLOW_EXPERIMENT_ID
 # experiment_id = "..."    # instead of its name
 # run_name = "..."         # of a new run; by default the directory's name
+# end_run = false          # the training is over: a run that was made by peel-agent is ended with each checkpoint
+# logged_models = false    # MLflow's logged model of the same step gets the numbers and the verdict too
 
 # A local file instead of a server, with use = ["jsonl"].
 # [tracker.jsonl]

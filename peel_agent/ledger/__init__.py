@@ -7,7 +7,7 @@ the end of its job. What is sent leaves only after the destination took it. Othe
 from peel_agent.ledger.alerting import Alerting, silence, silences, unsilence
 from peel_agent.ledger.database import COPY, FILE, is_held, open_beside
 from peel_agent.ledger.files import read_json, write_durably
-from peel_agent.ledger.history import kept_run
+from peel_agent.ledger.history import Extent, kept_run, kept_run_of
 from peel_agent.ledger.ledger import Ledger
 from peel_agent.ledger.outbox import Lane, Outbox, Owed
 from peel_agent.ledger.reading import Reader, RunState
@@ -20,6 +20,7 @@ __all__ = [
     "HISTORY",
     "SCHEMA_VERSION",
     "Alerting",
+    "Extent",
     "Job",
     "Lane",
     "LastObserved",
@@ -32,6 +33,7 @@ __all__ = [
     "RunState",
     "is_held",
     "kept_run",
+    "kept_run_of",
     "open_beside",
     "read_json",
     "silence",

@@ -16,6 +16,7 @@ from peel_agent.ledger.files import read_json, write_durably
 from peel_agent.records import (
     CheckpointRef,
     Debt,
+    LaneKind,
     Memory,
     Peeled,
     RuleState,
@@ -33,6 +34,9 @@ JobState = Literal["waiting", "working", "answered"]
 
 HISTORY = 12
 """The reports before a checkpoint that it is diagnosed beside."""
+
+PAST = 5000
+"""The reports that a tracker which is added later gets, the last ones."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,36 @@ class RunLedger:
         with self._database.transaction() as db:
             self._owe(db, debts)
 
+    def owe_past(self, tracker: str, *, max_series: int, debts: Iterable[Debt]) -> int:
+        """A tracker that was never owed anything is owed every report that is kept, in order, and then `debts`.
+
+        Returns how many reports that are; 0 for a tracker that is known, and while there are no reports.
+        """
+        lanes: tuple[LaneKind, ...] = ("numbers", "files")
+        with self._database.transaction() as db:
+            if any(self._is_known(db, tracker, lane) for lane in lanes):
+                return 0
+            reports = db.execute(
+                "SELECT fingerprint, detail, committed_at FROM (SELECT * FROM checkpoints "
+                "WHERE run = ? AND outcome = 'peeled' ORDER BY committed_at DESC, step DESC LIMIT ?) "
+                "ORDER BY committed_at, step",
+                (self.run, PAST),
+            ).fetchall()
+            for fingerprint, report, committed_at in reports:
+                body = {"report": report, "committed_at": committed_at, "max_series": max_series}
+                self._owe(db, (Debt(tracker, lane, fingerprint, body) for lane in lanes))
+            if reports:
+                self._owe(db, debts)
+        return len(reports)
+
+    def _is_known(self, db: sqlite3.Connection, tracker: str, lane: str) -> bool:
+        """Whether the tracker was ever owed anything of this lane."""
+        owed = "SELECT 1 FROM deliveries WHERE run = ? AND destination = ? AND lane = ? LIMIT 1"
+        tried = "SELECT 1 FROM tallies WHERE run = ? AND what IN (?, ?) LIMIT 1"
+        tallies = (f"delivered/{tracker}/{lane}", f"postponed/{tracker}/{lane}")
+        rows = (db.execute(owed, (self.run, tracker, lane)), db.execute(tried, (self.run, *tallies)))
+        return any(row.fetchone() is not None for row in rows)
+
     def _keep_verdict(self, db: sqlite3.Connection, verdict: Verdict, alert_lines: Mapping[str, str]) -> None:
         keep_rule_states(db, self.run, verdict.states)
         db.executemany(
@@ -261,15 +295,20 @@ class RunLedger:
         )
 
     def _owe(self, db: sqlite3.Connection, debts: Iterable[Debt]) -> None:
-        """Freezes what is owed; the log of alerts, which is made at delivery, ends with those of now."""
+        """Freezes what is owed; the log of alerts and the history, which are made at delivery, end as they do now."""
         (position,) = db.execute("SELECT max(position) FROM alerts WHERE run = ?", (self.run,)).fetchone()
+        last = "SELECT max(committed_at) FROM checkpoints WHERE run = ? AND outcome = 'peeled'"
+        (until,) = db.execute(last, (self.run,)).fetchone()
         for debt in debts:
+            if debt.with_history and until is None:  # nothing is known yet
+                continue
             if debt.replaces:
                 db.execute(
                     "DELETE FROM deliveries WHERE run = ? AND destination = ? AND lane = ? AND key = ? AND dead = 0",
                     (self.run, debt.destination, debt.lane, debt.key),
                 )
             body = dict(debt.body) | ({"alerts_until": position} if debt.with_alerts else {})
+            body |= {"history_until": until} if debt.with_history else {}
             db.execute(
                 "INSERT INTO deliveries (run, destination, lane, key, body) VALUES (?, ?, ?, ?, ?)",
                 (self.run, debt.destination, debt.lane, debt.key, json.dumps(body, allow_nan=False)),

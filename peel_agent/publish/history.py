@@ -7,6 +7,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NoReturn, cast
 
 from peel_agent.errors import printable
@@ -39,7 +40,7 @@ def history_of(kept: KeptRun) -> History:
         except _UNFIT:
             unreadable += 1
     gaps = None if kept.gaps is None and not lost else (*(kept.gaps or ()), *lost)
-    return History(kept.name, kept.place, tuple(reports), tuple(notices), gaps, kept.torn, unreadable)
+    return History(kept.name, kept.place, tuple(reports), tuple(notices), gaps, kept.torn, unreadable, kept.left_out)
 
 
 def _report(text: str) -> PeelReport:
@@ -70,7 +71,7 @@ def _must_fit(hint: Any, value: Any, what: str) -> None:
             _must_fit(next(one for one in arguments if one is not type(None)), value, what)
     elif dataclasses.is_dataclass(hint):
         _must_be(isinstance(value, cast("type", hint)), f"{what} is missing or of another kind")
-        for name, own in typing.get_type_hints(hint).items():
+        for name, own in _hints(cast("type", hint)).items():
             _must_fit(own, getattr(value, name), name)
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         _must_be(isinstance(value, Mapping), f"{what} is no object")
@@ -83,6 +84,11 @@ def _must_fit(hint: Any, value: Any, what: str) -> None:
             _must_fit(arguments[0], entry, f"an entry of {what}")
     else:
         _must_be_plain(hint, value, what)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _must_be_plain(hint: Any, value: Any, what: str) -> None:

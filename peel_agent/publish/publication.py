@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import inf
@@ -9,6 +10,8 @@ from math import inf
 from peel_agent.publish.form import report_line
 from peel_agent.publish.words import headline
 from peel_agent.records import LayerReport, PeelReport, Publication, RuleState, Status, Verdict
+
+ALERTS_FIRING = "peel/alerts_firing"
 
 
 def publication(report: PeelReport, verdict: Verdict, *, committed_at: float, max_series: int) -> Publication:
@@ -32,9 +35,16 @@ def publication(report: PeelReport, verdict: Verdict, *, committed_at: float, ma
     )
 
 
+def publication_of_the_past(report: PeelReport, *, committed_at: float, max_series: int) -> Publication:
+    """The same of a checkpoint whose alerts are over: without them, and without their count."""
+    sent = publication(report, Verdict((), ()), committed_at=committed_at, max_series=max_series)
+    metrics = {key: value for key, value in sent.metrics.items() if key != ALERTS_FIRING}
+    return dataclasses.replace(sent, metrics=metrics)
+
+
 def _metrics(report: PeelReport, verdict: Verdict, max_series: int) -> dict[str, float]:
     """Summaries, then layers from the worst on, then maps: what does not fit is cut from the end, by whole kinds."""
-    firing = {"peel/alerts_firing": float(len(verdict.firing))}
+    firing = {ALERTS_FIRING: float(len(verdict.firing))}
     every = firing | series_of(report)
     if len(every) <= max_series:
         return every
@@ -86,7 +96,7 @@ def _layer_series(report: PeelReport) -> Iterator[tuple[str, float]]:
     for layer in ordered:
         for name, part in layer.parts.items():
             if part.margin is not None:
-                yield f"peel/margin/{_label(layer.index)}/{name}", part.margin.value
+                yield f"peel/margin_{name}/{_label(layer.index)}", part.margin.value
 
 
 def _worst_first(layer: LayerReport) -> tuple[bool, float]:

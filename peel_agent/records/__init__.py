@@ -50,7 +50,7 @@ from peel_agent.records.model import (
 )
 from peel_agent.records.past import Before, Sketches
 from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet, glob_fits
-from peel_agent.records.publication import NoticeGroup, Publication
+from peel_agent.records.publication import NoticeGroup, Pages, Publication
 from peel_agent.records.report import (
     ACCUSING,
     SCHEMA,
@@ -156,6 +156,7 @@ __all__ = [
     "NoticeGroup",
     "Observation",
     "Operator",
+    "Pages",
     "Part",
     "PartName",
     "PartReport",

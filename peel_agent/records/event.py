@@ -36,7 +36,7 @@ EventKind = Literal[
 
 Level = Literal["info", "warning", "error"]
 
-LaneKind = Literal["numbers", "files", "notices"]
+LaneKind = Literal["numbers", "files", "pages", "notices"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class Event:
 class Debt:
     """One thing that a destination is to get; `body` is the frozen JSON form of a Publication or a NoticeGroup.
 
-    `key` is the same when it is sent again. With `with_alerts` the log of the run's alerts goes with it. One that
-    `replaces` is owed instead of what is still owed under the same key.
+    `key` is the same when it is sent again. With `with_alerts` the log of the run's alerts goes with it; `with_history`
+    it is made, when it is sent, of all that is known of the run now. One that `replaces` is owed instead of what is
+    still owed under the same key.
     """
 
     destination: str
@@ -65,3 +66,4 @@ class Debt:
     body: Mapping[str, Any]
     with_alerts: bool = False
     replaces: bool = False
+    with_history: bool = False

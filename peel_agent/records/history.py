@@ -28,7 +28,7 @@ class KeptRun:
     """A run as it was kept: the JSON text of each report by its file's name, in order, and the log of alerts as lines.
 
     `gaps` is None where nobody knows which checkpoints were missed. `torn` counts those that changed while they were
-    read, and were read again.
+    read, and were read again, `left_out` those whose reports are there and were left out, evenly over the run.
     """
 
     name: str
@@ -37,6 +37,7 @@ class KeptRun:
     alerts: tuple[str, ...]
     gaps: tuple[Gap, ...] | None = None
     torn: int = 0
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,4 @@ class History:
     gaps: tuple[Gap, ...] | None = None
     torn: int = 0
     unreadable: int = 0
+    left_out: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from peel_agent.records.report import Notice
 
@@ -13,7 +14,8 @@ class Publication:
     """Everything one checkpoint sends to a tracker. Sending it twice changes nothing.
 
     `timestamp_ms` comes from the checkpoint, never from the clock. `files` maps artifact paths to text. `headline` is
-    what was found, in one line; "" where nothing is to be said.
+    what was found, in one line; "" where nothing is to be said. `training_ended` says that the training is over, as far
+    as its checkpoints show.
     """
 
     step: int
@@ -22,6 +24,22 @@ class Publication:
     tags: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
     headline: str = ""
+    training_ended: bool = False
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What people look at of a run, up to its checkpoint of this step: files of this machine, which soon are gone.
+
+    `timestamp_ms` is the checkpoint's own time. `files` maps artifact paths to files, `images` the name of a series of
+    images to its newest, a PNG file, which stays in the series at this step if it is to `keep`.
+    """
+
+    step: int
+    timestamp_ms: int
+    files: Mapping[str, Path]
+    images: Mapping[str, Path] = field(default_factory=dict)
+    keep: bool = True
 
 
 @dataclass(frozen=True)

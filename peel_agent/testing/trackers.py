@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from peel_agent.records import Publication
-from peel_agent.spi import Checking, HistoryReader, Tracker
+from peel_agent.records import Pages, Publication
+from peel_agent.spi import Checking, HistoryReader, Showing, Tracker
 
 Connect = Callable[[], Tracker]
 """Opens the tracker, each time with the same options and folders."""
@@ -159,6 +159,33 @@ def what_was_sent_is_read_back(connect: Connect, read_metrics: ReadMetrics) -> N
     other.close()
 
 
+def pages_bring_no_metrics(connect: Connect, read_metrics: ReadMetrics) -> None:
+    """A tracker that shows pages (`spi.Showing`) takes them twice, from a connection that sent nothing else, and once
+    more of an earlier time; the metrics are as they were.
+    """
+    tracker = connect()
+    tracker.publish(example_publication(100))
+    tracker.close()
+    other = connect()
+    if isinstance(other, Showing):
+        with TemporaryDirectory() as folder:
+            page, image = Path(folder, "page.html"), Path(folder, "image.png")
+            page.write_text("<p>a page")
+            image.write_bytes(_ONE_PIXEL)
+            shown = Pages(200, 1_700_000_000_200, {"peel/report.html": page}, {"peel/margins": image})
+            for pages in (shown, shown, dataclasses.replace(shown, step=100, timestamp_ms=1_700_000_000_100)):
+                other.show(pages)
+    other.close()
+    _expect_steps(read_metrics, 100)
+    _expect(not read_metrics(200), "pages have no metrics", read_metrics(200))
+
+
+_ONE_PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8cfc0000003010100"
+    "18dd8db00000000049454e44ae426082"
+)
+"""A PNG image."""
+
 CHECKS: tuple[Callable[[Connect, ReadMetrics], None], ...] = (
     publication_lands,
     repetition_changes_nothing,
@@ -168,6 +195,7 @@ CHECKS: tuple[Callable[[Connect, ReadMetrics], None], ...] = (
     two_lanes_meet,
     files_alone_bring_no_metrics,
     what_was_sent_is_read_back,
+    pages_bring_no_metrics,
 )
 
 

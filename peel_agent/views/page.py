@@ -217,6 +217,11 @@ def _notes(history: History, content: Content) -> list[str]:
     """What is left out of the drawing, and why the axis is as it is."""
     line = content.line
     notes = []
+    if history.left_out:
+        notes.append(
+            f"Left out, evenly over the run: {history.left_out:,} of {len(history.reports) + history.left_out:,} "
+            "checkpoints. The command below makes a page of all."
+        )
     if len(line.drawn) < len(line.by_step):
         notes.append(
             f"Thinned: {len(line.drawn)} of {len(line.by_step):,} checkpoints are drawn in detail: the first, the "

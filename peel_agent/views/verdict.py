@@ -57,7 +57,7 @@ def situation(report: PeelReport, alerts: Sequence[Lifetime], history: History) 
     firing = sum(not alert.is_over for alert in alerts)
     over = len(alerts) - firing
     sentences.append(f"Alerts: {firing} firing, {over} over." if alerts else "No alert was ever told.")
-    count = len(history.reports)
+    count = len(history.reports) + history.left_out
     peeled = f"{count:,} checkpoint{'' if count == 1 else 's'} peeled"
     if history.gaps is None:
         sentences.append(f"{peeled}; a tracker does not know which were missed.")

@@ -17,11 +17,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from peel_agent.errors import DeliveryError, DestinationDenied
-from peel_agent.records import Check, KeptRun, Publication, TrainingLog
+from peel_agent.records import Check, KeptRun, Pages, Publication, TrainingLog
 from peel_agent.spi import TrackerPlugin, setting
 
 from .mlflow_failure import Stage, Where, failure, is_known, must_be, run_of, shown
-from .mlflow_training import training_log
+from .mlflow_models import model_of
+from .mlflow_pages import write_pages
+from .mlflow_training import keep_status, training_log
 
 REQUEST_TIMEOUT_SECONDS = 15
 REQUEST_RETRIES = 1
@@ -63,6 +65,10 @@ class MlflowSettings:
     experiment: str | None = setting(None, environment="MLFLOW_EXPERIMENT_NAME", instead_of="experiment_id")
     experiment_id: str | None = setting(None, environment="MLFLOW_EXPERIMENT_ID", instead_of="experiment")
     run_name: str | None = setting(None)
+    end_run: bool = setting(False)
+    """The training is over: a run that was created here is ended with each publication."""
+    logged_models: bool = setting(False)
+    """The logged model of the same step gets the numbers and the tags too."""
 
 
 class MlflowTracker:
@@ -70,9 +76,10 @@ class MlflowTracker:
     `peel.checkpoint_dir` with the absolute checkpoint directory; the run created earlier; else a new run. The
     experiment is the one of option `experiment`, or of `experiment_id`, else MLflow's `Default`.
 
-    Never touched: the status, `mlflow.note.content` of a run that was not created here, and every key outside `peel`. A
-    run created here has the latest verdict as its note, until somebody writes another, and stays RUNNING, since a
-    restarted sidecar goes on in it and only the user knows when the training is over.
+    Never touched: status and `mlflow.note.content` of a run that was not created here, and every key outside `peel`,
+    but for the images of the heat maps and MLflow's own mark `mlflow.loggedImages`, without which it shows none. A run
+    created here has the latest verdict as its note, until somebody writes another; it is RUNNING until the training is
+    over, as far as its checkpoints show or the user says, and again when more comes of it.
     """
 
     def __init__(self, settings: MlflowSettings, checkpoint_dir: str, state_dir: Path) -> None:
@@ -98,13 +105,28 @@ class MlflowTracker:
             tags, at = run.data.tags, publication.timestamp_ms
             stage = "numbers"
             is_late = at < int(tags.get(TIME_TAG, at))
-            self._write_numbers(publication, mlflow.entities, _note(publication, tags), is_late=is_late)
+            model_id = model_of(self._client, run, publication.step) if self._settings.logged_models else None
+            self._write_numbers(publication, mlflow.entities, _note(publication, tags), model_id, is_late=is_late)
+            if tags.get(CREATED_TAG) == CREATOR:
+                keep_status(self._client, run, publication, is_over=self._settings.end_run, is_late=is_late)
             stage = "files"
             self._write_files(publication, is_late=at < int(tags.get(FILES_TIME_TAG, at)))
         except Exception as error:
             if not is_known(mlflow, error, stage):
                 raise
             # `from None`: the library's own message may hold the URI with its password.
+            raise self.failure(error, stage) from None
+
+    def show(self, pages: Pages) -> None:
+        mlflow = _mlflow()
+        stage: Stage = "run"
+        try:
+            run = self._writable_run(mlflow)
+            stage = "files"
+            write_pages(self._client, run, pages)
+        except Exception as error:
+            if not is_known(mlflow, error, stage):
+                raise
             raise self.failure(error, stage) from None
 
     def training(self, loss_keys: Sequence[str]) -> TrainingLog:
@@ -179,8 +201,11 @@ class MlflowTracker:
             )
         return run
 
-    def _write_numbers(self, publication: Publication, entities: Any, note: dict[str, str], *, is_late: bool) -> None:
-        point = {"timestamp": publication.timestamp_ms, "step": publication.step}
+    def _write_numbers(
+        self, publication: Publication, entities: Any, note: dict[str, str], model_id: str | None, *, is_late: bool
+    ) -> None:
+        point: dict[str, Any] = {"timestamp": publication.timestamp_ms, "step": publication.step}
+        point |= {"model_id": model_id, "run_id": self._run_id} if model_id else {}
         metrics = [entities.Metric(key, value, **point) for key, value in publication.metrics.items()]
         # Sent again late: what stands for the whole run already comes from a later checkpoint.
         tags = {} if is_late else {**publication.tags, **note}
@@ -189,6 +214,9 @@ class MlflowTracker:
             self._client.log_batch(
                 self._run_id, metrics, tags=[entities.RunTag(*tag) for tag in tags.items()], synchronous=True
             )
+
+        if model_id and publication.tags:
+            self._client.set_logged_model_tags(model_id, dict(publication.tags))
 
     def _write_files(self, publication: Publication, *, is_late: bool) -> None:
         for path, text in publication.files.items():
@@ -315,6 +343,7 @@ class MlflowTracker:
 class MlflowPlugin:
     name = "mlflow"
     settings = MlflowSettings
+    shows_pages = True
 
     def connect(self, settings: MlflowSettings, *, checkpoint_dir: str, state_dir: Path) -> MlflowTracker:
         """A tracker for the run that writes `checkpoint_dir`; without `tracking_uri`, MLflow's own default counts."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from peel_agent.config import load_settings
-from peel_agent.destinations import from_environment, tracker_settings
+from peel_agent.destinations import notes, tracker_settings
 from peel_agent.errors import DeliveryError, DestinationDenied, DestinationUnavailable
 from peel_agent.records import Check
 from peel_agent.testing.trackers import example_publication
@@ -80,13 +80,13 @@ def test_what_comes_from_the_environment_is_said(monkeypatch: pytest.MonkeyPatch
     for name, value in {"MLFLOW_EXPERIMENT_NAME": "mine", "MLFLOW_RUN_ID": " r1 "}.items():
         monkeypatch.setenv(name, value)
     tracking = load_settings(None, {}).tracker
-    assert from_environment(tracking, alone=True) == (
+    assert notes(tracking, alone=True) == (
         "mlflow: run_id is r1, from MLFLOW_RUN_ID",
         "mlflow: experiment is mine, from MLFLOW_EXPERIMENT_NAME",
     )
-    assert "MLFLOW_RUN_ID is not used" in from_environment(tracking, alone=False)[0]
+    assert "MLFLOW_RUN_ID is not used" in notes(tracking, alone=False)[0]
     flags = load_settings(None, {"tracker.*.run_id": "other"}).tracker
-    assert from_environment(flags, alone=True) == ("mlflow: experiment is mine, from MLFLOW_EXPERIMENT_NAME",)
+    assert notes(flags, alone=True) == ("mlflow: experiment is mine, from MLFLOW_EXPERIMENT_NAME",)
 
 
 @pytest.mark.parametrize("key", ["tracking_uri", "run_id", "experiment", "experiment_id", "run_name"])

@@ -75,7 +75,7 @@ def test_metrics_have_the_contracts_names() -> None:
         "peel/headroom/L000": 0.05,
         "peel/progress/L000": -0.02,
         "peel/change/L000": 1.5,
-        "peel/margin/L000/attention": 0.0,
+        "peel/margin_attention/L000": 0.0,
         "peel/yes/head": 1.6,
     }
     assert published(FULL).metrics == pytest.approx(expected)
@@ -171,7 +171,7 @@ def test_margins_of_parts_are_cut_before_anything_of_a_layer() -> None:
     """
     report = deep(6, parts=True)
     everything = list(published(report).metrics)
-    parts, maps = [key for key in everything if key.count("/") == 3], ["peel/yes/head"]
+    parts, maps = [key for key in everything if key.startswith("peel/margin_")], ["peel/yes/head"]
     assert (len(everything), len(parts)) == (9 + 12 + 12 + 1, 12)
     best_first = [f"peel/margin/L{index:03d}" for index in sorted(range(6), key=lambda own: -(7 * own % 6))]
     gone: list[str] = []
@@ -180,7 +180,8 @@ def test_margins_of_parts_are_cut_before_anything_of_a_layer() -> None:
         assert len(now) == fit
         gone += [key for key in reversed(everything) if key not in now and key not in gone]
     assert gone[:1] == maps
-    assert gone[1:13] == [f"{key}/{part}" for key in best_first for part in ("mlp", "attention")]
+    parts_last = ("mlp", "attention")
+    assert gone[1:13] == [key.replace("margin", f"margin_{part}") for key in best_first for part in parts_last]
     assert gone[13:25] == [own for key in best_first for own in (key.replace("margin", "headroom"), key)]
     assert set(gone[25:]) == set(SUMMARIES)
 

@@ -80,7 +80,7 @@ def test_a_bad_restore_in_mlflow(gallery: Path, tmp_path: Path, mlflow_uri: str)
     assert list(changes) == [400, 500, 600]
     assert changes[500] > 1.6 * changes[400]
     assert {point.step for point in client.get_metric_history(run_id, "peel/progress/L003")} == {400, 500, 600}
-    assert "peel/margin/L003/mlp" in client.get_run(run_id).data.metrics
+    assert "peel/margin_mlp/L003" in client.get_run(run_id).data.metrics
     notices = [json.loads(line) for line in alert_log(client, run_id, tmp_path).splitlines()]
     (fired,) = [one for one in notices if one["rule"] == "layer_changed" and one["state"] == "firing"]
     assert (fired["subject"], fired["step"]) == (GUILTY, 500)
