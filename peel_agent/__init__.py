@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peel_agent.records import PeelReport
+    from peel_agent.config import Settings
+    from peel_agent.records import DifferenceReport, PeelReport
 
-__all__ = ["scan"]
+__all__ = ["compare", "scan"]
 
 
 def scan(
@@ -22,16 +23,10 @@ def scan(
     `options` are keys of the configuration's `[probe]` (`sequence_length`, `fit_tokens`, ...), `[peel]` (`effort`,
     `quantities`, `maps`, `solver`) and `[model]` sections (`precision`). Raises the errors of `peel_agent.errors`.
     """
-    import dataclasses
-
-    from peel_agent.config import Settings, load_settings
     from peel_agent.pipeline import scan as scan_one
     from peel_agent.worker import quiet_libraries
 
-    sections = ("probe", "model", "peel")
-    homes = {field.name: name for name in sections for field in dataclasses.fields(getattr(Settings, name))}
-    flags = {f"{homes.get(key, 'peel')}.{key}": value for key, value in options.items()}
-    settings = load_settings(None, flags | {"probe.path": str(probe), "device.select": device})
+    settings = _settings(probe, device, options)
     with quiet_libraries():
         return scan_one(
             path,
@@ -42,3 +37,40 @@ def scan(
             since=since,
             clock=time.perf_counter,
         )
+
+
+def compare(
+    a: str | Path, b: str | Path, *, probe: str | Path, device: str = "cpu", **options: Any
+) -> DifferenceReport:
+    """Measures two checkpoints on the same tokens in this process, as `peel-agent compare` does; every difference is
+    b - a, in nats per token, paired by sequence.
+
+    `options` as of `scan`, but for maps and solver; `quantities` are some of `margin` (the default) and `headroom`.
+    Raises the errors of `peel_agent.errors`.
+    """
+    from peel_agent.comparing import compare_checkpoints
+    from peel_agent.worker import quiet_libraries
+
+    settings = _settings(probe, device, {"quantities": ("margin",), **options})
+    with quiet_libraries():
+        return compare_checkpoints(
+            a,
+            b,
+            probe=settings.probe,
+            peeling=settings.peel,
+            model=settings.model,
+            device="cpu" if device == "auto" else device,
+            clock=time.perf_counter,
+        )
+
+
+def _settings(probe: str | Path, device: str, options: dict[str, Any]) -> Settings:
+    """The settings of keyword arguments, each in the section that has a key of its name."""
+    import dataclasses
+
+    from peel_agent.config import Settings, load_settings
+
+    sections = ("probe", "model", "peel")
+    homes = {field.name: name for name in sections for field in dataclasses.fields(getattr(Settings, name))}
+    flags = {f"{homes.get(key, 'peel')}.{key}": value for key, value in options.items()}
+    return load_settings(None, flags | {"probe.path": str(probe), "device.select": device})

@@ -37,6 +37,7 @@ from peel_agent.records import (
     PeelReport,
     PeelSettings,
     Plan,
+    Probe,
     ProbeInfo,
     ProbeSettings,
     Progress,
@@ -100,13 +101,15 @@ def measure(
     before: Before | None = None,
     keep_sketches: bool = False,
     require_before: bool = False,
+    tokens: Probe | None = None,
     progress: Progress | None = None,
 ) -> Peeled:
     """Loads and peels one checkpoint on `device` ("cpu", "cuda:0"); `earlier` are the best bounds so far.
 
     It is held against the checkpoint `before`; what cannot be compared is said in the report, or raised when that is
     required. With `keep_sketches` the next one can be held against it when its files are gone. A `patch` of
-    safetensors replaces weights of the same names.
+    safetensors replaces weights of the same names. Without `tokens` the `probe` is read as suits this model; given, the
+    answer has the losses on each sequence too.
 
     Raises CheckpointError, ConfigurationError (a probe or a map that does not suit the model), and TornCheckpoint when
     the files changed while they were read.
@@ -137,6 +140,7 @@ def measure(
                 patch=patch,
                 earlier=earlier,
                 compared=_Compared(before, keep_sketches, require_before),
+                tokens=tokens,
                 progress=progress,
             )
     except FileNotFoundError as error:
@@ -192,6 +196,7 @@ def _measure_decoder(
     patch: Path | None,
     earlier: Memory | None,
     compared: _Compared,
+    tokens: Probe | None,
     progress: Progress | None,
 ) -> Peeled:
     from peel_agent.capture import open_trace
@@ -208,7 +213,8 @@ def _measure_decoder(
         factory=model.factory,
         stored=weights,
     )
-    tokens = probe_for(snapshot, probe, quick=peeling.effort == "quick")
+    is_given = tokens is not None
+    tokens = tokens or probe_for(snapshot, probe, quick=peeling.effort == "quick")
     trace = open_trace(snapshot, tokens, device=device)
     opened = open_before(
         compared.before, trace, model=model, keep_sketches=compared.keep_sketches, required=compared.required
@@ -240,7 +246,7 @@ def _measure_decoder(
     )
     if compared.before is not None and compared.before.ref is not None and not still_whole(compared.before.ref):
         report = without_comparison(report, "the files of the checkpoint before changed while they were read")
-    return Peeled(report, findings.memory, findings.sketches)
+    return Peeled(report, findings.memory, findings.sketches, findings.losses if is_given else None)
 
 
 @dataclass(frozen=True)

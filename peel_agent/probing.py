@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peel_agent.errors import ConfigurationError
+from peel_agent.errors import ConfigurationError, ProbeError
 from peel_agent.records import Probe, ProbeSettings, Snapshot
 
 if TYPE_CHECKING:
@@ -31,16 +31,46 @@ def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = Fals
     sizes = probe_sizes(settings)
     if quick:
         sizes = quick_sizes(sizes, snapshot.width)
-    folder = snapshot.ref.path if snapshot.ref.path.is_dir() else snapshot.ref.path.parent
     return load_probe(
         probe_path(settings),
         sizes,
         vocabulary=snapshot.vocabulary,
         context=snapshot.context,
-        tokenizer=settings.tokenizer or folder / "tokenizer.json",
+        tokenizer=settings.tokenizer or _folder(snapshot) / "tokenizer.json",
         dtype=settings.dtype,
         text_key=settings.text_key,
     )
+
+
+def probe_for_both(a: Snapshot, b: Snapshot, settings: ProbeSettings, *, quick: bool = False) -> Probe:
+    """One probe for two models of one vocabulary: as long as both contexts allow, as large as the wider one needs.
+
+    A text is tokenised with the tokenizer beside the first, or beside the second where only that has one. Raises
+    ProbeError for a text of which the two tokenizers make other tokens.
+    """
+    context, width = min(a.context, b.context), max(a.width, b.width)
+    one, other = (replace(snapshot, context=context, width=width) for snapshot in (a, b))
+    if settings.tokenizer is not None or tokenizer_of(b) is None:
+        return probe_for(one, settings, quick=quick)
+    if tokenizer_of(a) is None:
+        return probe_for(other, settings, quick=quick)
+    probe, check = probe_for(one, settings, quick=quick), probe_for(other, settings, quick=quick)
+    if probe.fingerprint != check.fingerprint:
+        raise ProbeError(
+            f"the tokenizers of {a.ref.label} and {b.ref.label} make other tokens of {settings.path}",
+            remedy="their losses per token cannot be compared; name one tokenizer with --tokenizer, if both learned it",
+        )
+    return probe
+
+
+def tokenizer_of(snapshot: Snapshot) -> Path | None:
+    """The tokenizer.json beside a checkpoint, if there is one."""
+    file = _folder(snapshot) / "tokenizer.json"
+    return file if file.is_file() else None
+
+
+def _folder(snapshot: Snapshot) -> Path:
+    return snapshot.ref.path if snapshot.ref.path.is_dir() else snapshot.ref.path.parent
 
 
 def quick_sizes(sizes: ProbeSizes, width: int) -> ProbeSizes:

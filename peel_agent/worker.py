@@ -49,7 +49,7 @@ def _answer(request: Request) -> dict[str, Any]:
     from peel_agent.pipeline import measure
     from peel_agent.publish import Meter
 
-    meter = Meter(_to_stderr, time.monotonic, terminal=sys.stderr.isatty())
+    meter = Meter.on(sys.stderr, time.monotonic)
     signal.alarm(STALL_SECONDS)
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -75,11 +75,6 @@ def _answer(request: Request) -> dict[str, Any]:
         return {"error": {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy}}
     finally:
         meter.close()
-
-
-def _to_stderr(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
 
 
 def end_with_parent() -> None:

@@ -35,7 +35,7 @@ from peel_agent.capture import open_trace
 from peel_agent.capture.trace import BlockwiseTrace
 from peel_agent.load import open_snapshot
 from peel_agent.pipeline import locate
-from peel_agent.records import Probe
+from peel_agent.records import Probe, Snapshot
 from tests.oracles.decoder import Decoder
 
 VOCABULARY, WIDTH, BLOCKS, CONTEXT = 19, 16, 4, 32
@@ -117,9 +117,14 @@ def save(model: Any, folder: Path, *, step: int | None = None) -> Path:
 
 def trace_of(path: Path, tokens: Probe | None = None) -> BlockwiseTrace:
     """The checkpoint at `path` as the peel room sees it."""
+    return open_trace(snapshot_of(path), tokens or probe())
+
+
+def snapshot_of(path: Path) -> Snapshot:
+    """The checkpoint at `path`, opened."""
     ref = locate(path)
     (form,) = registry.formats(ref.format)
-    return open_trace(open_snapshot(ref, form, registry.family), tokens or probe())
+    return open_snapshot(ref, form, registry.family)
 
 
 def decoder_of(model: Any) -> Decoder:

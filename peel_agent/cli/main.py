@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from peel_agent.cli.alerts import add_alerts
+from peel_agent.cli.compare import add_compare
 from peel_agent.cli.operate import add_deliveries, add_status
 from peel_agent.cli.options import say
 from peel_agent.cli.probe import add_probe_maker
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add_watch(commands.add_parser("watch", help="the sidecar: peel every checkpoint that a run writes"))
     add_scan(commands.add_parser("scan", help="peel checkpoints once, without a tracker"))
     add_witness(commands.add_parser("witness", help="write a better block's weights, and prove them"))
+    add_compare(commands.add_parser("compare", help="two checkpoints or two runs on one probe: what differs, how sure"))
     add_report(commands.add_parser("report", help="a run's history as a page in one file"))
     add_status(commands.add_parser("status", help="what the sidecar is doing, and whether all is well"))
     add_alerts(commands.add_parser("alerts", help="what fires, a test of the sinks, silence for a while"))

@@ -24,7 +24,7 @@ def say(line: str) -> None:
 
 def meter() -> Meter:
     """Progress on stderr: a bar on a terminal, lines otherwise."""
-    return Meter(sys.stderr.write, time.monotonic, terminal=sys.stderr.isatty())
+    return Meter.on(sys.stderr, time.monotonic)
 
 
 def own_device(settings: DeviceSettings) -> str:
@@ -42,9 +42,7 @@ def own_device(settings: DeviceSettings) -> str:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     add_probe(parser)
-    parser.add_argument(
-        "--effort", choices=("quick", "standard", "full"), help="how much to compute (default: standard)"
-    )
+    add_effort(parser)
     parser.add_argument(
         "--quantities", metavar="LIST", help="of margin,bounds,headroom,redundancy (default: by effort)"
     )
@@ -53,6 +51,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--solver", metavar="NAME", help="closed_form (default), descent, or descent_cold")
     add_model(parser)
+
+
+def add_effort(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--effort", choices=("quick", "standard", "full"), help="how much to compute (default: standard)"
+    )
 
 
 def add_probe(parser: argparse.ArgumentParser) -> None:

@@ -9,17 +9,22 @@ import shlex
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from peel_agent import registry
 from peel_agent.cli.operate import reading
 from peel_agent.cli.options import say
 from peel_agent.cli.watch import state_folder
 from peel_agent.errors import ConfigurationError, NoReport, PeelError
 from peel_agent.ledger import FILE, kept_run
 from peel_agent.publish import history_of
-from peel_agent.records import History, KeptRun
+from peel_agent.records import History, KeptRun, LocalListing
 from peel_agent.watch import is_url
+
+RUN_ID = re.compile("[0-9a-f]{32}")
+"""Of MLflow."""
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
@@ -43,20 +48,28 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 def _report(options: argparse.Namespace) -> int:
     from peel_agent.views import Made, heat_map_png, report_page
 
-    history = history_of(_of_tracker(options) if _is_run(options) else _of_state(options))
-    _must_have_reports(history)
+    place = HistoryPlace(
+        options.path,
+        run_name=options.run_name,
+        tracker=options.tracker,
+        tracking_uri=options.tracking_uri,
+        config=options.config,
+        run_id=options.run_id,
+        state=options.state,
+    )
+    history = place.history()
     versions = {"peel-agent": version("peel-agent"), "Python": platform.python_version()}
     at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     made = Made(command=_command(options), at=at, versions=versions)
     page = report_page(history, made).encode()
-    _write(options.out, page)
+    write_whole(options.out, page)
     print(f"{options.out}: {len(history.reports):,} checkpoints of {history.name}, {len(page) / 1e6:.1f} MB")
     if options.heat_map is not None:
         image = heat_map_png(history)
         if image is None:
             say(f"peel-agent: no margin was measured, so there is no heat map: {options.heat_map} is not written")
         else:
-            _write(options.heat_map, image)
+            write_whole(options.heat_map, image)
             print(f"{options.heat_map}: the heat map")
     return 0
 
@@ -75,49 +88,80 @@ def _command(options: argparse.Namespace) -> str:
     return shlex.join(["peel-agent", "report", *([options.path] if options.path else []), *given])
 
 
-def _is_run(options: argparse.Namespace) -> bool:
-    """Whether a tracker's run is meant, and no place of ours."""
-    place: str | None = options.path
-    if place is None or options.state is not None or options.config is not None:
-        return False
-    if is_url(place) or Path(place).expanduser().exists():
-        return False
-    if options.tracking_uri is None and not re.fullmatch(r"[0-9a-f]{32}", place):
-        raise ConfigurationError(
-            f"{place} is no directory, and no run id of MLflow",
-            remedy="give the directory that `peel-agent watch` was given, a state folder, or a run id with "
-            "--tracking-uri",
-        )
-    return True
+@dataclass(frozen=True)
+class HistoryPlace:
+    """Where a run's history is: a watched directory, a state folder, or the id of a tracker's run."""
 
+    path: str | None
+    run_name: str | None = None
+    tracker: str = "mlflow"
+    tracking_uri: str | None = None
+    config: Path | None = None
+    run_id: str | None = None
+    state: str | None = None
 
-def _of_state(options: argparse.Namespace) -> KeptRun:
-    """The run of the agent that was started with the same file and flags."""
-    place = None if options.path is None or is_url(options.path) else Path(options.path).expanduser()
-    is_state = options.state is None and options.config is None and place is not None and (place / FILE).exists()
-    folder = place if is_state and place is not None else state_folder(options)
-    return reading(lambda: kept_run(folder, options.run_name))
+    def history(self) -> History:
+        """At least one report. Raises NoReport, LedgerError, ConfigurationError, and what a tracker raises."""
+        history = history_of(self._of_tracker() if self._is_run() else self._of_state())
+        _must_have_reports(history)
+        return history
 
+    def is_history(self) -> bool:
+        """Whether there is one at a path that may as well be a checkpoint's."""
+        if self.path is None or is_url(self.path):
+            return False
+        place = Path(self.path).expanduser()
+        if not place.exists():
+            return self.tracking_uri is not None or bool(RUN_ID.fullmatch(self.path))
+        if (place / FILE).exists():
+            return True
+        is_checkpoint = registry.claimed(LocalListing(place.absolute()), registry.formats()) is not None
+        return not is_checkpoint and place.is_dir() and (self._state_folder() / FILE).exists()
 
-def _of_tracker(options: argparse.Namespace) -> KeptRun:
-    """What was published to this run of a tracker."""
-    from peel_agent import registry
-    from peel_agent.config import plugin_settings
-    from peel_agent.spi import HistoryReader
+    def _is_run(self) -> bool:
+        """Whether a tracker's run is meant, and no place of ours."""
+        place = self.path
+        if place is None or self.state is not None or self.config is not None:
+            return False
+        if is_url(place) or Path(place).expanduser().exists():
+            return False
+        if self.tracking_uri is None and not RUN_ID.fullmatch(place):
+            raise ConfigurationError(
+                f"{place} is no directory, and no run id of MLflow",
+                remedy="give the directory that `peel-agent watch` was given, a state folder, or a run id with "
+                "--tracking-uri",
+            )
+        return True
 
-    plugin = registry.tracker(options.tracker)
-    table = {"run_id": options.path, "tracking_uri": options.tracking_uri}
-    given = {name: value for name, value in table.items() if value is not None}
-    settings = plugin_settings(plugin.settings, f"tracker.{options.tracker}", given, from_environment={})
-    with tempfile.TemporaryDirectory(prefix="peel-report-") as folder:
-        copies = Path(folder)
-        with closing(plugin.connect(settings, checkpoint_dir="", state_dir=copies / "state")) as tracker:
-            if not isinstance(tracker, HistoryReader):
-                raise ConfigurationError(
-                    f"the tracker {options.tracker} cannot be read back",
-                    remedy="make the page from the agent's state: give the watched directory",
-                )
-            return tracker.read_back(_made(copies / "files"))
+    def _state_folder(self) -> Path:
+        given = {"path": self.path, "state": self.state, "config": self.config, "run_id": self.run_id}
+        return state_folder(argparse.Namespace(**given))
+
+    def _of_state(self) -> KeptRun:
+        """The run of the agent that was started with the same file and flags."""
+        place = None if self.path is None or is_url(self.path) else Path(self.path).expanduser()
+        is_state = self.state is None and self.config is None and place is not None and (place / FILE).exists()
+        folder = place if is_state and place is not None else self._state_folder()
+        return reading(lambda: kept_run(folder, self.run_name))
+
+    def _of_tracker(self) -> KeptRun:
+        """What was published to this run of a tracker."""
+        from peel_agent.config import plugin_settings
+        from peel_agent.spi import HistoryReader
+
+        plugin = registry.tracker(self.tracker)
+        table = {"run_id": self.path, "tracking_uri": self.tracking_uri}
+        given = {name: value for name, value in table.items() if value is not None}
+        settings = plugin_settings(plugin.settings, f"tracker.{self.tracker}", given, from_environment={})
+        with tempfile.TemporaryDirectory(prefix="peel-report-") as folder:
+            copies = Path(folder)
+            with closing(plugin.connect(settings, checkpoint_dir="", state_dir=copies / "state")) as tracker:
+                if not isinstance(tracker, HistoryReader):
+                    raise ConfigurationError(
+                        f"the tracker {self.tracker} cannot be read back",
+                        remedy="make the page from the agent's state: give the watched directory",
+                    )
+                return tracker.read_back(_made(copies / "files"))
 
 
 def _made(folder: Path) -> Path:
@@ -136,7 +180,7 @@ def _must_have_reports(history: History) -> None:
     )
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """The whole file, or the one that was there."""
     part = file.with_name(file.name + ".part")
     try:

@@ -22,12 +22,14 @@ from peel_agent.cli.options import (
     probe_flags,
     say,
 )
+from peel_agent.cli.terminal import show
 from peel_agent.config import Settings, load_settings
 from peel_agent.errors import ConfigurationError, PeelError, printable
 from peel_agent.pipeline import plan_of
-from peel_agent.publish import Meter
+from peel_agent.publish import Lines, Meter, Sheet, report_line, report_sheet, sheet
 from peel_agent.records import FindingKind, PeelReport
 from peel_agent.signals import Interrupted
+from peel_agent.views import standing, verdict
 
 
 def add_scan(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +55,8 @@ def _scan(options: argparse.Namespace) -> int:
 
 def _scan_each(options: argparse.Namespace, settings: Settings, reports: _Reports) -> int:
     from peel_agent.pipeline import scan
-    from peel_agent.publish import report_line, table
     from peel_agent.worker import quiet_libraries
 
-    form = report_line if options.format == "json" else table
     status = 0
     device = own_device(settings.device)
     for path in options.checkpoints:
@@ -74,12 +74,13 @@ def _scan_each(options: argparse.Namespace, settings: Settings, reports: _Report
                     progress=progress,
                 )
         except PeelError as error:
+            progress.close()
             say(f"peel-agent: {error}")
             status = max(status, error.exit_code)
             continue
         finally:
             progress.close()
-        reports.add(form(report))
+        reports.add(report, as_json=options.format == "json")
         status = max(status, int(meets(report, options.fail_on)))
     return status
 
@@ -118,10 +119,13 @@ class _Reports:
         self.path, self.progress = path, meter()
         return self.progress
 
-    def add(self, text: str) -> None:
+    def add(self, report: PeelReport, *, as_json: bool) -> None:
         if not self.count and self.file is not None and self.file.is_file():
             self.output.truncate(0)
-        print(text, file=self.output, flush=True)
+        if as_json:
+            print(report_line(report), file=self.output, flush=True)
+        else:
+            show(whole_sheet(report), self.output)
         self.count, self.path = self.count + 1, ""
 
     def after_interrupt(self) -> str:
@@ -132,6 +136,11 @@ class _Reports:
             where = "above" if self.file is None else f"in {self.file}"
             words += f"; the reports of {self.count} of {self.total} checkpoints are {where}"
         return printable(words)
+
+
+def whole_sheet(report: PeelReport) -> Sheet:
+    """What was found, in plain words, and everything that was measured."""
+    return (*sheet(Lines((verdict(report), standing(report)), "verdict"), Lines(("",))), *report_sheet(report))
 
 
 NEEDED = {

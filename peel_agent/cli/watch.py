@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
 from pathlib import Path
 
 from peel_agent.cli.options import add_common, check_probe, common_flags, say
+from peel_agent.cli.terminal import show
 from peel_agent.config import RunSettings, Settings, load_settings
 from peel_agent.errors import ConfigurationError, PeelError, ProbeError
+from peel_agent.publish import Grid, Lines, Sheet, layer_grid, sheet
+from peel_agent.records import PeelReport
 from peel_agent.sources import with_absolute_places
+from peel_agent.views import standing, verdict
 from peel_agent.watch import is_url
+
+MOST_SHOWN = 12
+"""Blocks that a terminal is shown of each checkpoint; `scan` shows all."""
 
 
 def add_watch(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +106,7 @@ def _watch(options: argparse.Namespace) -> int:
     if not options.once and len(settings.runs) == 1:
         check_length(settings.runs[0], time.time())
     ledger = Ledger(state_dir_of(settings, options.config))
-    emit = (lambda line: print(line, flush=True)) if options.json else None
+    emit = _printed if options.json else _shown if sys.stdout.isatty() else None
     try:
         agent = Agent(settings, ledger, say=say, emit=emit, reload=lambda: settings_of(options))
         for words in exposed_secrets(settings, options.config):
@@ -105,6 +114,28 @@ def _watch(options: argparse.Namespace) -> int:
         return agent.run(once=options.once)
     finally:
         ledger.close()
+
+
+def _printed(line: str) -> None:
+    print(line, flush=True)
+
+
+def _shown(line: str) -> None:
+    """A report's line of JSON as a person at a terminal wants it: what was found, and the blocks that stand out."""
+    from peel_agent.publish import report_from_json
+
+    show(brief_sheet(report_from_json(json.loads(line))), sys.stdout)
+
+
+def brief_sheet(report: PeelReport) -> Sheet:
+    """What was found, and the blocks that have a finding or are not certainly above, the first ones of many."""
+    notable = [layer for layer in report.layers if layer.finding is not None or layer.status in ("below", "undecided")]
+    shown, others = notable[:MOST_SHOWN], len(report.layers) - len(notable[:MOST_SHOWN])
+    parts: list[Lines | Grid] = [Lines((verdict(report), standing(report)), "verdict")]
+    if shown:
+        parts.append(layer_grid(shown))
+        parts.append(Lines((f"and {others} more blocks",) if others else (), "faint"))
+    return sheet(*parts, Lines(("",)))
 
 
 def state_folder(options: argparse.Namespace) -> Path:

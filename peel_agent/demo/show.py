@@ -20,7 +20,7 @@ from typing import IO
 
 from peel_agent.demo.text import corpus
 from peel_agent.errors import ConfigurationError
-from peel_agent.publish import report_from_json, table
+from peel_agent.publish import plain_text, report_from_json, report_sheet
 from peel_agent.records import ACCUSING, PeelReport
 from peel_agent.signals import Interrupted
 
@@ -248,7 +248,7 @@ def _tell_so_far(folder: Path) -> None:
     """The newest report, if there is any, and where everything can be seen."""
     reports = sorted((folder / "state").glob("runs/*/reports/step-*.json"), key=lambda path: path.name)
     if reports:
-        print("\n" + table(_read(reports[-1])) + "\n")
+        print("\n" + plain_text(report_sheet(_read(reports[-1]))) + "\n")
         print(f"Report so far: {reports[-1]}")
     _tell_mlflow(folder)
 
@@ -262,7 +262,7 @@ def _tell(folder: Path, *, healthy: bool) -> int:
     file = _last(folder)
     assert file is not None
     report = _read(file)
-    print("\n" + table(report) + "\n")
+    print("\n" + plain_text(report_sheet(report)) + "\n")
     accused = [layer for layer in report.layers if layer.finding is not None and layer.finding.kind in ACCUSING]
     for layer in accused:
         assert layer.finding is not None

@@ -21,6 +21,7 @@ from peel_agent.peel.numerics.intervals import estimate
 from peel_agent.peel.numerics.least_squares import tokens_needed
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.numerics.streams import out_of_memory
+from peel_agent.peel.pairs import paired_differences, sequence_losses_of
 from peel_agent.peel.past.comparison import Comparison
 from peel_agent.peel.redundancy import redundancy
 from peel_agent.records import Block, BoundMemory, Findings, LayerReport, Plan, Progress, Skipped, Trace
@@ -31,6 +32,7 @@ __all__ = [
     "earlier_block",
     "improve",
     "out_of_memory",
+    "paired_differences",
     "peel",
     "peel_network",
     "tokens_needed",
@@ -82,8 +84,9 @@ def peel(
             stopwatch=stopwatch,
             step=step,
         )
-    layers, left_out = _layers(trace, plan, raced, comparison, stopwatch)
-    skipped += bounds.skipped + left_out
+    rooms, left_out = _headrooms(trace, plan, raced, stopwatch)
+    layers, further = _layers(trace, plan, raced, rooms, comparison)
+    skipped += bounds.skipped + left_out + further
     matrix = None
     if "redundancy" in plan.quantities:
         matrix, left_out = redundancy(trace, swept.trained, stopwatch)
@@ -102,19 +105,26 @@ def peel(
         sketches=comparison.sketches() if comparison else None,
         bound_label=bounds.memory.label if bounds.memory else None,
         bound_step=bounds.memory.step if bounds.memory else None,
+        losses=sequence_losses_of(trace.probe.fingerprint, swept.trained[selecting:], raced.margins, rooms),
     )
 
 
+def _headrooms(
+    trace: Trace, plan: Plan, raced: Raced, stopwatch: Stopwatch
+) -> tuple[Mapping[int, Headroom], tuple[Skipped, ...]]:
+    """The headroom of every block when it is planned, and what was left out of it."""
+    if "headroom" not in plan.quantities:
+        return {}, ()
+    added = [visited.added for visited in raced.swept.visited]
+    return headrooms(trace, raced.swept.trained, added, stopwatch)
+
+
 def _layers(
-    trace: Trace, plan: Plan, raced: Raced, comparison: Comparison | None, stopwatch: Stopwatch
+    trace: Trace, plan: Plan, raced: Raced, rooms: Mapping[int, Headroom], comparison: Comparison | None
 ) -> tuple[tuple[LayerReport, ...], tuple[Skipped, ...]]:
-    """What is reported of every block, headroom included when it is planned; and what was left out of it."""
+    """What is reported of every block; and what was left out of it."""
     swept = raced.swept
-    rooms: Mapping[int, Headroom] = {}
     left_out: tuple[Skipped, ...] = ()
-    if "headroom" in plan.quantities:
-        added = [visited.added for visited in swept.visited]
-        rooms, left_out = headrooms(trace, swept.trained, added, stopwatch)
     if comparison is None:
         measured = Measured(raced.margins, rooms, {}, {})
     else:

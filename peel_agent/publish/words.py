@@ -1,24 +1,26 @@
-"""A report in words: one line for the log, a table for a terminal."""
+"""A report in words: one line for the log, a table for people."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from peel_agent.publish.sheet import Column, Grid, Lines, Sheet, sheet
 from peel_agent.records import ACCUSING, LayerReport, PartName, PeelReport
 
 REDUNDANT_FRACTION = 0.01
 """Blocks are called redundant when a stand-in for them costs less than this fraction of the loss."""
 
-_COLUMNS = "{:<22} {:<12} {:<26} {:<9} {:<12} {:<12} {:<6} {:<7} {:<9} {}"
-_HEADER = _COLUMNS.format(
-    "block",
-    "status",
-    "margin [95 % interval]",
-    "stand-in",
-    "attention",
-    "mlp",
-    "share",
-    "change",
-    "progress",
-    "finding",
+_COLUMNS = (
+    Column("block", 22),
+    Column("status", 12),
+    Column("margin [95 % interval]", 26),
+    Column("stand-in", 9, rank=3),
+    Column("attention", 12, rank=6),
+    Column("mlp", 12, rank=7),
+    Column("share", 6, rank=1),
+    Column("change", 7, rank=4),
+    Column("progress", 9, rank=5),
+    Column("finding", rank=8),
 )
 
 PARTS: tuple[PartName, ...] = ("attention", "mlp")
@@ -68,33 +70,39 @@ def _zone(report: PeelReport) -> str:
     return report.zone
 
 
-def table(report: PeelReport) -> str:
-    """The report for a terminal: what was measured, one line a block, one line a map, and what was left out."""
+def report_sheet(report: PeelReport) -> Sheet:
+    """The report for people: what was measured, one line a block, one line a map, and what was left out."""
     model, probe = report.model, report.probe
     unit = "nats per token" if probe.sequence_length > 1 else "squared error a sample"
-    lines = [
-        headline(report),
+    about = (
         f"{report.checkpoint.path}: {model.family}, {model.blocks} blocks, {model.parameters:,} parameters, "
         f"{model.precision}; probe {probe.fingerprint}: {probe.fit_tokens:,} fit, {probe.select_tokens:,} select, "
-        f"{probe.confirm_tokens:,} confirm tokens in sequences of {probe.sequence_length}; {unit}",
-    ]
+        f"{probe.confirm_tokens:,} confirm tokens in sequences of {probe.sequence_length}; {unit}"
+    )
+    parts: list[Lines | Grid] = [Lines((headline(report),)), Lines((about,), "faint")]
     if report.layers:
-        lines += ["", _HEADER, *map(_layer_line, report.layers), *_findings(report)]
+        parts += [Lines(("",)), layer_grid(report.layers), Lines(tuple(_findings(report)))]
     if report.bounds:
-        lines += ["", "bounds of the run (suite, solver " + report.bounds[0].solver + ")"]
-        lines += [
+        bounds = ["", "bounds of the run (suite, solver " + report.bounds[0].solver + ")"]
+        bounds += [
             f"  {bound.label:<16} {bound.value}" + ("" if bound.within_class else "  outside the model's own class")
             for bound in report.bounds
         ]
-        lines += _winner(report)
+        parts.append(Lines((*bounds, *_winner(report))))
     if any(layer.headroom for layer in report.layers):
-        lines += ["", "headroom: what a better block of the same kind would win"]
-        lines += [_headroom_line(layer) for layer in report.layers if layer.headroom is not None]
+        rooms = [_headroom_line(layer) for layer in report.layers if layer.headroom is not None]
+        parts.append(Lines(("", "headroom: what a better block of the same kind would win", *rooms)))
     if report.redundancy is not None:
-        lines += ["", redundancy_sentence(report)]
+        parts.append(Lines(("", redundancy_sentence(report))))
     if report.skipped:
-        lines += ["", *(f"left out: {skipped.what}: {skipped.why}" for skipped in report.skipped)]
-    return "\n".join(lines)
+        left_out = tuple(f"left out: {skipped.what}: {skipped.why}" for skipped in report.skipped)
+        parts.append(Lines(("", *left_out), "faint"))
+    return sheet(*parts)
+
+
+def layer_grid(layers: Sequence[LayerReport]) -> Grid:
+    """One row a block."""
+    return Grid(_COLUMNS, tuple(map(_layer_row, layers)))
 
 
 def _winner(report: PeelReport) -> list[str]:
@@ -130,15 +138,13 @@ def redundancy_sentence(report: PeelReport) -> str:
     return f"redundancy: {what} at a cost of {cost:.4f} nats per token: {hint}"
 
 
-def _layer_line(layer: LayerReport) -> str:
+def _layer_row(layer: LayerReport) -> tuple[str, ...]:
     margin = str(layer.margin) if layer.margin is not None else "-"
     parts = [layer.parts[name].status if name in layer.parts else "-" for name in PARTS]
     change = f"{layer.change.ratio:.2f}" if layer.change is not None else "-"
     progress = f"{layer.progress.value:+.4f}" if layer.progress is not None else "-"
     best, share = layer.best_reference or "-", f"{layer.stream_share:.3f}"
-    return _COLUMNS.format(
-        layer.name, layer.status, margin, best, *parts, share, change, progress, _short(layer)
-    ).rstrip()
+    return (layer.name, layer.status, margin, best, *parts, share, change, progress, _short(layer))
 
 
 def _short(layer: LayerReport) -> str:

@@ -24,6 +24,20 @@ from peel_agent.records.checkpoint import (
 )
 from peel_agent.records.codec import decoded, plain, restored
 from peel_agent.records.device import DeviceLease, SeenDevice
+from peel_agent.records.difference import (
+    DIFFERENCE_SCHEMA,
+    Both,
+    Comparable,
+    Compared,
+    DifferenceReport,
+    LayerDifference,
+    PairedDifference,
+    PairedDifferences,
+    Pairing,
+    PlaceDifference,
+    StepDifference,
+    WeightDifference,
+)
 from peel_agent.records.event import Debt, Event, EventKind, LaneKind, Level
 from peel_agent.records.feedforward import Best, Network, Part, Samples, Stack, YesMemory
 from peel_agent.records.figures import AgentFigures, DeliveryFigures, RunFigures
@@ -95,12 +109,14 @@ from peel_agent.records.rule import (
     metric_form,
     threshold_of,
 )
+from peel_agent.records.sequences import SequenceLosses
 from peel_agent.records.settings import ID_DTYPES, QUANTITIES, ModelSettings, PeelSettings, Precision, ProbeSettings
 
 __all__ = [
     "ACCUSING",
     "CHECKPOINTS",
     "CLEARED_AFTER",
+    "DIFFERENCE_SCHEMA",
     "FULL_PRECISION",
     "ID_DTYPES",
     "METRICS",
@@ -116,6 +132,7 @@ __all__ = [
     "Before",
     "Best",
     "Block",
+    "Both",
     "BoundMemory",
     "BoundReport",
     "Change",
@@ -124,10 +141,13 @@ __all__ = [
     "CheckpointRef",
     "Chunk",
     "Claim",
+    "Comparable",
+    "Compared",
     "CustomModel",
     "Debt",
     "DeliveryFigures",
     "DeviceLease",
+    "DifferenceReport",
     "Estimate",
     "Event",
     "EventKind",
@@ -143,6 +163,7 @@ __all__ = [
     "History",
     "KeptRun",
     "LaneKind",
+    "LayerDifference",
     "LayerReport",
     "Level",
     "Listing",
@@ -157,6 +178,9 @@ __all__ = [
     "Observation",
     "Operator",
     "Pages",
+    "PairedDifference",
+    "PairedDifferences",
+    "Pairing",
     "Part",
     "PartName",
     "PartReport",
@@ -166,6 +190,7 @@ __all__ = [
     "PeelSettings",
     "Peeled",
     "Phase",
+    "PlaceDifference",
     "Plan",
     "Precision",
     "Probe",
@@ -183,6 +208,7 @@ __all__ = [
     "RunFigures",
     "Samples",
     "SeenDevice",
+    "SequenceLosses",
     "Severity",
     "Silence",
     "Sketches",
@@ -190,6 +216,7 @@ __all__ = [
     "Snapshot",
     "Stack",
     "Status",
+    "StepDifference",
     "Strength",
     "Threshold",
     "TickObservation",
@@ -198,6 +225,7 @@ __all__ = [
     "Trace",
     "TrainingLog",
     "Verdict",
+    "WeightDifference",
     "WeightSet",
     "Weights",
     "WorstMatrix",

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 from peel_agent.records.feedforward import YesMemory
 from peel_agent.records.past import Sketches
+from peel_agent.records.sequences import SequenceLosses
 
 SCHEMA = "peel-agent/report/1"
 
@@ -253,6 +254,7 @@ class Findings:
     sketches: Sketches | None = None
     bound_label: str | None = None
     bound_step: int | None = None
+    losses: SequenceLosses | None = None
 
 
 @dataclass(frozen=True)
@@ -307,8 +309,12 @@ class Notice:
 
 @dataclass(frozen=True)
 class Peeled:
-    """What measuring one checkpoint gives: the report, and what the next checkpoint is to know."""
+    """What measuring one checkpoint gives: the report, and what the next checkpoint is to know.
+
+    `losses` are there for those who asked for them, to pair this checkpoint with another.
+    """
 
     report: PeelReport
     memory: Memory | None
     sketches: Sketches | None = None
+    losses: SequenceLosses | None = None

@@ -1,18 +1,20 @@
-"""The charts as Vega-Lite specifications. Their data is named, and given apart: a page draws them, and so do images.
-
-No text out of a checkpoint is part of a specification, only of data: Vega draws data as text, and evaluates none of it.
-"""
+"""The charts as Vega-Lite specifications. Their data is named, and given apart: a page draws them, and so do images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-Spec = dict[str, Any]
-
-AXIS_PIXELS = 76
-"""The room left of every chart that shares the axis of steps: so they stand one under the other."""
+from peel_agent.views.specs import (
+    Chart,
+    Spec,
+    chart_spec,
+    interval_words,
+    number,
+    steps_axis,
+    text,
+    whole,
+    y_axis,
+)
 
 MOST_LIFETIMES = 40
 """Alerts that are drawn, the last ones."""
@@ -24,69 +26,7 @@ MAP_PIXELS = 640.0
 
 BOUND_COLOR = "#c2410c"
 
-LONG_RUN = 20_000
-"""Steps from which on they are written as 25k."""
-
 CAUSES = ("rotated", "refused", "given up", "overtaken", "unreadable report")
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One specification; `title` is its heading, `summary` says in words what it shows, `tables` its data by name."""
-
-    key: str
-    title: str
-    summary: str
-    tables: tuple[str, ...]
-    spec: Spec = field(repr=False)
-
-
-def _spec(key: str, summary: str, height: float, **rest: Any) -> Spec:
-    return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "description": summary,
-        "width": "container",
-        "height": height,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "background": "transparent",
-        "usermeta": {"chart": key},
-        **rest,
-    }
-
-
-def _steps(domain: tuple[float, float], name: str = "step") -> Spec:
-    form = "~s" if domain[1] >= LONG_RUN else ",d"
-    axis = {"format": form, "grid": False, "labelOverlap": "greedy", "tickMinStep": 1}
-    return {
-        "field": name,
-        "type": "quantitative",
-        "title": "training step",
-        "axis": axis,
-        "scale": {"domain": list(domain), "nice": False, "zero": False},
-    }
-
-
-def _y_axis(**rest: Any) -> Spec:
-    return {"minExtent": AXIS_PIXELS, "maxExtent": AXIS_PIXELS, "labelLimit": AXIS_PIXELS - 12, **rest}
-
-
-def _number(name: str, title: str) -> Spec:
-    return {"field": name, "type": "quantitative", "title": title, "format": ".5~g"}
-
-
-def _text(name: str, title: str) -> Spec:
-    return {"field": name, "type": "nominal", "title": title}
-
-
-def _whole(name: str, title: str) -> Spec:
-    return {"field": name, "type": "quantitative", "title": title, "format": ","}
-
-
-def _interval(name: str, low: str, high: str, words: str = "interval") -> Spec:
-    """A transform that makes the text `words` of three numbers."""
-    digits = "'.4f'"
-    text = f"format(datum.{name}, {digits}) + ' [' + format(datum.{low}, {digits}) + ', ' + format(datum.{high}, "
-    return {"calculate": f"isValid(datum.{name}) ? {text}{digits}) + ']' : 'not measured'", "as": words}
 
 
 def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_maps: bool) -> Chart:
@@ -99,7 +39,7 @@ def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_m
         "data": {"name": "checkpoints"},
         "mark": {"type": "rect", "opacity": 0.25},
         "encoding": {
-            "x": _steps(domain, "left"),
+            "x": steps_axis(domain, "left"),
             "x2": {"field": "right"},
             "fill": {
                 "field": "zone",
@@ -111,7 +51,7 @@ def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_m
                 "legend": {"title": "zone", "orient": "top", "columns": 3},
             },
             "tooltip": [
-                _whole("step", "step"), _text("zone", "zone"), _text("interval", "loss"), _text("bound_words", "bound"),
+                whole("step", "step"), text("zone", "zone"), text("interval", "loss"), text("bound_words", "bound"),
             ],
         },
     }  # fmt: skip
@@ -124,7 +64,7 @@ def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_m
                 "data": {"name": "bounds"},
                 "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.45, "color": BOUND_COLOR},
                 "encoding": {
-                    "x": _steps(domain),
+                    "x": steps_axis(domain),
                     "y": {"field": "loss", "type": "quantitative"},
                     "detail": {"field": "label", "type": "nominal"},
                     "strokeDash": {"value": [2, 2]},
@@ -132,8 +72,8 @@ def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_m
             }
         )
     for name, color in series.items():
-        x = _steps(domain)
-        y = {"field": name, "type": "quantitative", "title": unit, "scale": {"zero": False}, "axis": _y_axis()}
+        x = steps_axis(domain)
+        y = {"field": name, "type": "quantitative", "title": unit, "scale": {"zero": False}, "axis": y_axis()}
         low, high = {**y, "field": f"{name}_low"}, {"field": f"{name}_high"}
         band = {"mark": {"type": "area", "opacity": 0.2, "color": color}, "encoding": {"x": x, "y": low, "y2": high}}
         shade = {"datum": name, "scale": {"domain": list(series), "range": list(series.values())}, "legend": legend}
@@ -142,10 +82,10 @@ def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_m
         layers += [{"data": {"name": "checkpoints"}, **one} for one in (band, line)]
     for layer in layers[1:]:
         layer["mark"]["tooltip"] = None
-    bound = _interval("bound", "bound_low", "bound_high", "bound_words")
-    zones["transform"] = [_interval("loss", "loss_low", "loss_high"), bound]
+    bound = interval_words("bound", "bound_low", "bound_high", "bound_words")
+    zones["transform"] = [interval_words("loss", "loss_low", "loss_high"), bound]
     tables = ("checkpoints", "bounds") if has_maps else ("checkpoints",)
-    return Chart("loss", "Loss against its bound", summary, tables, _spec("loss", summary, 220, layer=layers))
+    return Chart("loss", "Loss against its bound", summary, tables, chart_spec("loss", summary, 220, layer=layers))
 
 
 def heat_map(
@@ -165,12 +105,12 @@ def heat_map(
         "type": "quantitative",
         "title": "layer",
         "scale": {"domain": [first, last], "reverse": True, "nice": False, "zero": False},
-        "axis": _y_axis(values=sparse, labelExpr="format(floor(datum.value), 'd')", grid=False, ticks=False),
+        "axis": y_axis(values=sparse, labelExpr="format(floor(datum.value), 'd')", grid=False, ticks=False),
     }
-    place = {"x": _steps(domain, "left"), "x2": {"field": "right"}, "y": y, "y2": {"field": "bottom"}}
+    place = {"x": steps_axis(domain, "left"), "x2": {"field": "right"}, "y": y, "y2": {"field": "bottom"}}
     tooltip = [
-        _text("name", "layer"), _text("band", "of it"), _whole("step", "step"), _text("status", "status"),
-        _text("interval", f"margin, {unit}"), _text("stand", "stand-in"),
+        text("name", "layer"), text("band", "of it"), whole("step", "step"), text("status", "status"),
+        text("interval", f"margin, {unit}"), text("stand", "stand-in"),
     ]  # fmt: skip
     color = {
         "field": "margin",
@@ -191,7 +131,7 @@ def heat_map(
         },
     }
     ground, hatch = _undecided(place, tooltip, columns)
-    spec = _spec(
+    spec = chart_spec(
         "heat_map",
         summary,
         row * (last - first),
@@ -199,7 +139,7 @@ def heat_map(
         transform=[
             {"lookup": "step", "from": {"data": {"name": "columns"}, "key": "step", "fields": ["left", "right"]}},
             {"lookup": "layer", "from": {"data": {"name": "layers"}, "key": "layer", "fields": ["name"]}},
-            _interval("margin", "low", "high"),
+            interval_words("margin", "low", "high"),
             {"calculate": "isValid(datum.stand_in) ? datum.stand_in : '-'", "as": "stand"},
         ],
         layer=[ground, filled, hatch],
@@ -244,7 +184,7 @@ def alert_chart(domain: tuple[float, float], rows: int) -> Chart:
         "type": "nominal",
         "title": "alert",
         "sort": None,
-        "axis": _y_axis(ticks=False, labels=False),
+        "axis": y_axis(ticks=False, labels=False),
     }
     color = {
         "field": "severity",
@@ -253,12 +193,18 @@ def alert_chart(domain: tuple[float, float], rows: int) -> Chart:
         "legend": {"orient": "top"},
     }
     tooltip = [
-        _text("rule", "rule"), _text("subject", "subject"), _text("state", "state"), _whole("since", "since step"),
-        _whole("until", "until step"), _text("text", "what it says"),
+        text("rule", "rule"), text("subject", "subject"), text("state", "state"), whole("since", "since step"),
+        whole("until", "until step"), text("text", "what it says"),
     ]  # fmt: skip
     bar = {
         "mark": {"type": "bar", "height": 8, "yOffset": 7, "cornerRadius": 2},
-        "encoding": {"x": _steps(domain, "left"), "x2": {"field": "right"}, "y": y, "color": color, "tooltip": tooltip},
+        "encoding": {
+            "x": steps_axis(domain, "left"),
+            "x2": {"field": "right"},
+            "y": y,
+            "color": color,
+            "tooltip": tooltip,
+        },
     }
     arrow = {
         "transform": [{"filter": "datum.state == 'firing'"}],
@@ -271,13 +217,13 @@ def alert_chart(domain: tuple[float, float], rows: int) -> Chart:
             "yOffset": 7,
             "opacity": 1,
         },
-        "encoding": {"x": _steps(domain, "right"), "y": y, "color": color, "tooltip": tooltip},
+        "encoding": {"x": steps_axis(domain, "right"), "y": y, "color": color, "tooltip": tooltip},
     }
     label = {
         "mark": {"type": "text", "align": "left", "dy": -6, "tooltip": None},
         "encoding": {"x": {"value": 4}, "y": y, "text": {"field": "label", "type": "nominal"}},
     }
-    spec = _spec(
+    spec = chart_spec(
         "alerts",
         summary,
         min(rows, MOST_LIFETIMES) * 32,
@@ -297,12 +243,12 @@ def gap_chart(domain: tuple[float, float], causes: Sequence[str]) -> Chart:
     summary = "Checkpoints without a report, at their step, by cause."
     cause = {"field": "cause", "type": "nominal"}
     encoding = {
-        "x": _steps(domain),
-        "y": {**cause, "title": "cause", "sort": list(CAUSES), "axis": _y_axis(ticks=False)},
+        "x": steps_axis(domain),
+        "y": {**cause, "title": "cause", "sort": list(CAUSES), "axis": y_axis(ticks=False)},
         "shape": {**cause, "legend": None, "scale": {"domain": list(CAUSES)}},
-        "tooltip": [_whole("step", "step"), _text("cause", "cause"), _text("path", "checkpoint"), _text("why", "why")],
+        "tooltip": [whole("step", "step"), text("cause", "cause"), text("path", "checkpoint"), text("why", "why")],
     }
-    spec = _spec(
+    spec = chart_spec(
         "gaps",
         summary,
         22 * len(causes),
@@ -324,12 +270,12 @@ def layer_chart(domain: tuple[float, float], layers: Sequence[int], shown: int, 
         "scale": {"domain": ["block", "attention", "mlp"], "range": ["#2f6fde", "#c2410c", "#3a9d5d"]},
         "legend": {"title": None, "orient": "top"},
     }
-    y = {"field": "margin", "type": "quantitative", "title": f"margin, {unit}", "axis": _y_axis()}
+    y = {"field": "margin", "type": "quantitative", "title": f"margin, {unit}", "axis": y_axis()}
     tooltip = [
-        _text("band", "of it"), _whole("step", "step"), _text("status", "status"),
-        _text("interval", f"margin, {unit}"), _text("stand_in", "stand-in"),
+        text("band", "of it"), whole("step", "step"), text("status", "status"),
+        text("interval", f"margin, {unit}"), text("stand_in", "stand-in"),
     ]  # fmt: skip
-    x = _steps(domain)
+    x = steps_axis(domain)
     band = {
         "mark": {"type": "area", "opacity": 0.18},
         "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": color},
@@ -343,13 +289,13 @@ def layer_chart(domain: tuple[float, float], layers: Sequence[int], shown: int, 
         "mark": {"type": "rule", "strokeDash": [4, 3], "stroke": "#808080"},
         "encoding": {"y": {**y, "field": "zero"}},
     }
-    spec = _spec(
+    spec = chart_spec(
         "layer",
         summary,
         200,
         data={"name": "cells"},
         params=[{"name": "layer", "value": shown, "bind": chosen}],
-        transform=[{"filter": "datum.layer == layer"}, _interval("margin", "low", "high")],
+        transform=[{"filter": "datum.layer == layer"}, interval_words("margin", "low", "high")],
         layer=[nothing, band, line],
     )
     return Chart("layer", "One layer over training", summary, ("cells",), spec)
@@ -363,17 +309,17 @@ def share_chart(layers: int, unit: str) -> Chart:
     )
     encoding = {
         "x": {"field": "share", "type": "quantitative", "title": unit, "stack": "zero"},
-        "y": {"field": "layer", "type": "ordinal", "axis": _y_axis(labelOverlap=True)},
+        "y": {"field": "layer", "type": "ordinal", "axis": y_axis(labelOverlap=True)},
         "color": {
             "field": "what",
             "type": "nominal",
             "scale": {"domain": ["optimiser", "quantiser"], "range": ["#2f6fde", "#d98e04"]},
             "legend": {"title": None, "orient": "top"},
         },
-        "tooltip": [_text("name", "layer"), _text("what", "share of"), _number("share", unit)],
+        "tooltip": [text("name", "layer"), text("what", "share of"), number("share", unit)],
     }
     height = min(MAP_PIXELS, max(60, 18 * layers))
-    spec = _spec("shares", summary, height, data={"name": "shares"}, mark="bar", encoding=encoding)
+    spec = chart_spec("shares", summary, height, data={"name": "shares"}, mark="bar", encoding=encoding)
     return Chart("shares", "Optimiser and quantiser", summary, ("shares",), spec)
 
 
@@ -385,7 +331,7 @@ def redundancy_chart(blocks: int, unit: str) -> Chart:
     )
     encoding = {
         "x": {"field": "last", "type": "ordinal", "title": "to block", "axis": {"labelOverlap": True, "labelAngle": 0}},
-        "y": {"field": "first", "type": "ordinal", "title": "from block", "axis": _y_axis(labelOverlap=True)},
+        "y": {"field": "first", "type": "ordinal", "title": "from block", "axis": y_axis(labelOverlap=True)},
         "color": {
             "field": "cost",
             "type": "quantitative",
@@ -393,8 +339,8 @@ def redundancy_chart(blocks: int, unit: str) -> Chart:
             "scale": {"type": "symlog", "constant": 0.01, "scheme": "viridis"},
             "legend": {"orient": "top", "gradientLength": 220, "format": ".2~g"},
         },
-        "tooltip": [_whole("first", "from block"), _whole("last", "to block"), _number("cost", f"cost, {unit}")],
+        "tooltip": [whole("first", "from block"), whole("last", "to block"), number("cost", f"cost, {unit}")],
     }
     height = min(480.0, max(80.0, 22.0 * blocks))
-    spec = _spec("redundancy", summary, height, data={"name": "redundancy"}, mark="rect", encoding=encoding)
+    spec = chart_spec("redundancy", summary, height, data={"name": "redundancy"}, mark="rect", encoding=encoding)
     return Chart("redundancy", "Which blocks could be one", summary, ("redundancy",), spec)

@@ -8,8 +8,8 @@ from statistics import quantiles
 
 from peel_agent.records import History, PeelReport
 from peel_agent.views import charts, tables
-from peel_agent.views.charts import Chart
 from peel_agent.views.lifetimes import Lifetime, lifetimes
+from peel_agent.views.specs import Chart
 from peel_agent.views.table import Table
 from peel_agent.views.timeline import Timeline, timeline
 from peel_agent.views.verdict import unit

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
 from peel_agent.errors import ConfigurationError
 from peel_agent.records import History
-from peel_agent.views.charts import Chart
 from peel_agent.views.content import Content, content_of
+from peel_agent.views.specs import Chart
 
 VEGA_LITE = "6.4"
 
@@ -26,7 +27,12 @@ EXTRA = "pip install 'peel-agent[report]'"
 
 def vega_script() -> str:
     """Vega, Vega-Lite and vega-embed as one script (BSD-3-Clause). Raises ConfigurationError without the extra."""
-    script: str = _vl_convert().javascript_bundle(vl_version=VEGA_LITE)
+    return _inlined(_vl_convert())
+
+
+@cache
+def _inlined(vl_convert: ModuleType) -> str:
+    script: str = vl_convert.javascript_bundle(vl_version=VEGA_LITE)
     # In a page a script ends at this tag wherever it stands; what is compared with < is left alone.
     return re.sub(r"<(?=/script|!--|script)", r"\\x3c", script, flags=re.IGNORECASE).replace("\r", "")
 

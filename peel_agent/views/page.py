@@ -1,111 +1,48 @@
-"""The report page: one HTML file that asks no network for anything, under a content security policy that allows none.
-
-Names come from checkpoints, which are hostile: the template escapes every text, the data is a script of JSON in which
-no tag can end, and no script runs but the two whose hashes the policy names.
-"""
+"""The report page: a run's history."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-from peel_agent.errors import ConfigurationError, printable
+from peel_agent.errors import printable
 from peel_agent.records import History, Skipped, plain
-from peel_agent.views.charts import Chart
 from peel_agent.views.content import Content, content_of
-from peel_agent.views.drawing import EXTRA, vega_script
-from peel_agent.views.table import DIGITS, Table, Value
+from peel_agent.views.frame import MOST_ROWS, Made, Shown, cell, page
+from peel_agent.views.specs import Chart
+from peel_agent.views.table import DIGITS, Table
 from peel_agent.views.verdict import situation, unit, verdict
 
 SCHEMA = "peel-agent/history/1"
-
-MOST_ROWS = 200
-"""Of a table beside a chart; the embedded data has all."""
 
 MOST_STEPS = 12
 """Columns of the table of margins."""
 
 
-@dataclass(frozen=True)
-class Made:
-    """How the page was made: with which `command`, when (`at`, in words), and by which `versions` of what."""
-
-    command: str
-    at: str
-    versions: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A table for people."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-
 def report_page(history: History, made: Made) -> str:
     """The page of a history with at least one report. Raises ConfigurationError without the extra `report`."""
     content = content_of(history)
-    scripts = {"vega": vega_script(), "own": _asset("page.js")}
-    style = _asset("page.css")
-    data = _embedded(history, content, made)
-    page = _template().render(
-        scripts=scripts,
-        style=style,
-        policy=_policy(scripts, style),
-        data=data,
-        name=printable(history.name),
-        place=printable(history.place),
-        verdict=_clean(verdict(content.newest)),
-        situation=[_clean(one) for one in situation(content.newest, content.alerts, history)],
+    return page(
+        title="peel-agent report",
+        schema=SCHEMA,
+        data=_form(history, content, made),
+        name=history.name,
+        place=history.place,
+        verdict=verdict(content.newest),
+        situation=situation(content.newest, content.alerts, history),
+        found="Found at the newest checkpoint",
         findings=_findings(content),
         charts=[(chart, _beside(chart, content)) for chart in content.charts],
         notes=_notes(history, content),
         unchecked=_unchecked(history, content),
         alerts=_alerts(content),
         reproduce=_reproduce(history, content, made),
-        made=made,
-        schema=SCHEMA,
-    )
-    return str(page)
-
-
-def _asset(name: str) -> str:
-    return (files("peel_agent.views") / name).read_text(encoding="utf-8").strip("\n")
-
-
-def _template() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ConfigurationError(f"the report page needs what is not installed: {error}", remedy=EXTRA) from error
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(_asset("page.html"))
-
-
-def _policy(scripts: Mapping[str, str], style: str) -> str:
-    """Nothing is fetched, framed or sent; only these very scripts and this style count."""
-    allowed = " ".join(_hash(script) for script in scripts.values())
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
     )
 
 
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _embedded(history: History, content: Content, made: Made) -> str:
-    """The data as JSON in which no tag and no comment can begin or end."""
+def _form(history: History, content: Content, made: Made) -> dict[str, Any]:
+    """The data of the page."""
     newest = content.newest
-    form = {
+    return {
         "schema": SCHEMA,
         "run": {"name": history.name, "place": history.place},
         "made": plain(made),
@@ -117,20 +54,6 @@ def _embedded(history: History, content: Content, made: Made) -> str:
         "tables": {name: table.form() for name, table in content.tables.items()},
         "charts": {chart.key: {"tables": list(chart.tables), "spec": chart.spec} for chart in content.charts},
     }
-    text = json.dumps(_clean_all(form), allow_nan=False, separators=(",", ":"), ensure_ascii=True)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _clean(text: str) -> str:
-    return printable(text)
-
-
-def _clean_all(value: Any) -> Any:
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, dict):
-        return {printable(str(key)): _clean_all(one) for key, one in value.items()}
-    return [_clean_all(one) for one in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------- tables for people
@@ -155,7 +78,7 @@ def _beside(chart: Chart, content: Content) -> Shown:
 
 def _shown(table: Table, columns: tuple[str, ...]) -> Shown:
     places = [table.columns.index(name) for name in columns]
-    rows = tuple(tuple(_cell(row[place]) for place in places) for row in table.rows[-MOST_ROWS:])
+    rows = tuple(tuple(cell(row[place]) for place in places) for row in table.rows[-MOST_ROWS:])
     left = len(table.rows) - len(rows)
     note = f"The last {len(rows)} of {len(table.rows):,} rows; the data of this page has all." if left else ""
     return Shown(tuple(name.replace("_", " ") for name in columns), rows, note)
@@ -166,7 +89,7 @@ def _margins(content: Content) -> Shown:
     steps = content.line.drawn
     if len(steps) > MOST_STEPS:
         steps = tuple(dict.fromkeys(steps[round(n * (len(steps) - 1) / (MOST_STEPS - 1))] for n in range(MOST_STEPS)))
-    found = {(row[0], row[1]): f"{_cell(row[3])} {row[6]}" for row in content.tables["cells"].rows if row[2] == "block"}
+    found = {(row[0], row[1]): f"{cell(row[3])} {row[6]}" for row in content.tables["cells"].rows if row[2] == "block"}
     rows = tuple(
         (str(index), str(name), *(found.get((step, index), "not measured") for step in steps))
         for index, name in content.tables["layers"].rows
@@ -181,7 +104,7 @@ def _newest_cells(content: Content) -> Shown:
     names = {index: name for index, name in content.tables["layers"].rows}  # noqa: C416 -- rows of any length
     last = content.line.drawn[-1]
     rows = tuple(
-        (_cell(row[1]), _cell(names.get(row[1])), *map(_cell, (row[2], row[3], row[4], row[5], row[6], row[7])))
+        (cell(row[1]), cell(names.get(row[1])), *map(cell, (row[2], row[3], row[4], row[5], row[6], row[7])))
         for row in content.tables["cells"].rows
         if row[0] == last
     )
@@ -189,18 +112,12 @@ def _newest_cells(content: Content) -> Shown:
     return Shown(("layer", "name", "of it", "margin", "low", "high", "status", "stand-in"), rows, note)
 
 
-def _cell(value: Value) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 def _findings(content: Content) -> list[tuple[str, str, list[str]]]:
     """Subject, words and likely causes of each finding of the newest report."""
     newest = content.newest
     findings = [newest.finding, *(layer.finding for layer in newest.layers)]
     return [
-        (_clean(one.subject), _clean(one.words), [_clean(cause) for cause in one.causes])
+        (printable(one.subject), printable(one.words), [printable(cause) for cause in one.causes])
         for one in findings
         if one is not None
     ]
@@ -208,9 +125,8 @@ def _findings(content: Content) -> list[tuple[str, str, list[str]]]:
 
 def _alerts(content: Content) -> list[tuple[str, str]]:
     """Rule with subject, and text, of each alert that fires."""
-    return [(_clean(f"{one.rule}: {one.subject}"), _clean(one.text)) for one in content.alerts if not one.is_over][
-        -MOST_ROWS:
-    ]
+    firing = [one for one in content.alerts if not one.is_over][-MOST_ROWS:]
+    return [(printable(f"{one.rule}: {one.subject}"), printable(one.text)) for one in firing]
 
 
 def _notes(history: History, content: Content) -> list[str]:
@@ -243,11 +159,11 @@ def _notes(history: History, content: Content) -> list[str]:
 def _unchecked(history: History, content: Content) -> list[tuple[str, str]]:
     """What was not checked, and why."""
     newest = content.newest
-    rows = [(_clean(one.what), _clean(one.why)) for one in newest.skipped if isinstance(one, Skipped)]
+    rows = [(printable(one.what), printable(one.why)) for one in newest.skipped if isinstance(one, Skipped)]
     blank = [layer.name for layer in newest.layers if layer.status == "not_measured"]
     if blank:
-        rows.append((f"margins of {len(blank)} of {len(newest.layers)} layers", _clean(", ".join(blank))))
-    rows += [(_clean(layer.name), _clean(layer.hint)) for layer in newest.layers if layer.hint is not None]
+        rows.append((f"margins of {len(blank)} of {len(newest.layers)} layers", printable(", ".join(blank))))
+    rows += [(printable(layer.name), printable(layer.hint)) for layer in newest.layers if layer.hint is not None]
     if newest.bound is None:
         rows.append(("the bound of the run", "no map was solved for this checkpoint"))
     if history.gaps is None:
@@ -255,7 +171,7 @@ def _unchecked(history: History, content: Content) -> list[tuple[str, str]]:
     if history.unreadable:
         rows.append((f"{history.unreadable} lines of the log of alerts", "they cannot be read"))
     unplaced = [gap for gap in history.gaps or () if gap.step is None]
-    rows += [(_clean(f"{gap.cause}: {gap.path}"), _clean(gap.why)) for gap in unplaced[-MOST_ROWS:]]
+    rows += [(printable(f"{gap.cause}: {gap.path}"), printable(gap.why)) for gap in unplaced[-MOST_ROWS:]]
     return rows
 
 
@@ -276,4 +192,4 @@ def _reproduce(history: History, content: Content, made: Made) -> list[tuple[str
         ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
         ("made", made.at),
     ]
-    return [(what, _clean(words)) for what, words in rows]
+    return [(what, printable(words)) for what, words in rows]

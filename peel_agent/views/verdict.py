@@ -45,15 +45,16 @@ def verdict(report: PeelReport) -> str:
     return f"{at}, nothing was found in any of {len(measured)} layers."
 
 
+def standing(report: PeelReport) -> str:
+    """The loss against its bound, in a sentence."""
+    if report.bound is not None and report.gap is not None:
+        return f"Loss {report.loss.value:.4f}, bound {report.bound.value:.4f} {unit(report)}: {ZONES[report.zone]}."
+    return f"Loss {report.loss.value:.4f} {unit(report)}; no bound was measured."
+
+
 def situation(report: PeelReport, alerts: Sequence[Lifetime], history: History) -> tuple[str, ...]:
     """Short sentences that go with the verdict: the loss against its bound, the alerts, the checkpoints."""
-    sentences = []
-    if report.bound is not None and report.gap is not None:
-        sentences.append(
-            f"Loss {report.loss.value:.4f}, bound {report.bound.value:.4f} {unit(report)}: {ZONES[report.zone]}."
-        )
-    else:
-        sentences.append(f"Loss {report.loss.value:.4f} {unit(report)}; no bound was measured.")
+    sentences = [standing(report)]
     firing = sum(not alert.is_over for alert in alerts)
     over = len(alerts) - firing
     sentences.append(f"Alerts: {firing} firing, {over} over." if alerts else "No alert was ever told.")

@@ -23,8 +23,11 @@ LOOSE = ("README.md", "Makefile", "pyproject.toml")
     ],
 )
 def test_the_parent_starts_without_torch(statement: str) -> None:
-    """The agent, `--help` and every plug-in the parent loads import neither torch nor transformers nor mlflow."""
-    check = "import sys; print(sorted({'torch', 'transformers', 'mlflow'} & set(sys.modules)))"
+    """The agent, `--help` and every plug-in the parent loads import no torch, transformers or mlflow, and nothing that
+    draws.
+    """
+    heavy = {"torch", "transformers", "mlflow", "rich", "jinja2", "vl_convert"}
+    check = f"import sys; print(sorted({heavy!r} & set(sys.modules)))"
     finished = subprocess.run(
         [sys.executable, "-c", f"{statement}\n{check}"], check=True, capture_output=True, text=True
     )
@@ -50,7 +53,7 @@ def test_constraints_pin_what_is_installed() -> None:
 
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert pins["torch"] == "2.13.0"
-    for name in ("torch", "transformers", "mlflow", "safetensors", "watchdog", "tomli", "psutil", "numpy"):
+    for name in ("torch", "transformers", "mlflow", "safetensors", "watchdog", "tomli", "psutil", "numpy", "rich"):
         assert version(name).split("+")[0] == pins[name]
 
 

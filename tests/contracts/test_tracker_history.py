@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,10 @@ def test_reports_come_back_as_they_were_sent(
     assert [row["step"] for row in records(data["tables"]["checkpoints"])] == list(STEPS)
     assert "a tracker does not know which were missed" in out.read_text()
     capsys.readouterr()
+    assert main(["compare", run_id, run_id, "--tracking-uri", mlflow_uri, "--format", "json"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert [step["step"] for step in compared["steps"]] == list(STEPS)
+    assert compared["a"]["run"] == "a run"
 
 
 def test_a_run_without_reports_has_no_page(mlflow_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

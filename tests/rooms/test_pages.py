@@ -22,8 +22,7 @@ from peel_agent.publish import history_of, publication_of_the_past, report_line,
 from peel_agent.publish.form import alert_line
 from peel_agent.records import CheckpointRef, Notice, Pages, Publication, Verdict
 from peel_agent.rendering import Order, drawn, is_kept, pages
-from peel_agent.views import report_page
-from peel_agent.views.page import Made
+from peel_agent.views import Made, report_page
 from tests import histories
 from tests.rooms.test_delivery import Faulty
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from peel_agent.publish import headline, table
+from peel_agent.publish import headline, plain_text, report_sheet
 from peel_agent.records import (
     ACCUSING,
     BoundReport,
@@ -36,6 +36,11 @@ def layer(index: int, finding: Finding | None = None, **fields: object) -> Layer
 def report(*layers: LayerReport, finding: Finding | None = None) -> PeelReport:
     nothing = {"bounds": (), "bound": None, "gap": None, "redundancy": None, "skipped": (), "alerts": ()}
     return dataclasses.replace(FULL, layers=layers, finding=finding, **nothing)
+
+
+def table(one: PeelReport) -> str:
+    """What a pipe gets."""
+    return plain_text(report_sheet(one))
 
 
 def found(kind: FindingKind, subject: str = BLOCK) -> Finding:

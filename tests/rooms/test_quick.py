@@ -22,7 +22,7 @@ from peel_agent.peel.layers import Measured, layer_reports
 from peel_agent.peel.margins.margin import Margin, Place, margin
 from peel_agent.peel.sweep.forward import Visited
 from peel_agent.probing import QUICK_FIT_TOKENS, QUICK_FIT_TOKENS_PER_COLUMN, quick_sizes
-from peel_agent.publish import headline, publication, table
+from peel_agent.publish import headline, plain_text, publication, report_sheet
 from peel_agent.records import Estimate, PeelReport, Verdict
 from tests.rooms.test_probe_text import write_tokenizer
 
@@ -259,7 +259,7 @@ def test_without_margins_the_words_say_so(small: Path, quantities: tuple[str, ..
     assert {layer.status for layer in report.layers} == {"not_measured"}
     assert {"margins of blocks and parts"} == {own.what for own in report.skipped}
     assert headline(report).endswith("margins not measured")
-    assert "undecided" not in table(dataclasses.replace(report, zone="effective"))
+    assert "undecided" not in plain_text(report_sheet(dataclasses.replace(report, zone="effective")))
     numbered = dataclasses.replace(report, checkpoint=dataclasses.replace(report.checkpoint, step=5))
     sent = publication(numbered, Verdict((), ()), committed_at=1.0, max_series=400)
     assert sent.tags["peel.status"] == "not_measured"

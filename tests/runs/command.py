@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.runs.warm import run_warm
 
-WARM = ("scan", "witness")
+WARM = ("scan", "witness", "compare")
 """Commands that import torch themselves: they run in a child of a process that has imported it."""
 
 

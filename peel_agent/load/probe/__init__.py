@@ -4,5 +4,15 @@ from peel_agent.load.probe.cutting import cut
 from peel_agent.load.probe.reading import load_probe, read_tokens
 from peel_agent.load.probe.splitting import ProbeSizes, check_vocabulary, split
 from peel_agent.load.probe.tokens import Tokens
+from peel_agent.load.probe.vocabularies import difference_of_vocabularies
 
-__all__ = ["ProbeSizes", "Tokens", "check_vocabulary", "cut", "load_probe", "read_tokens", "split"]
+__all__ = [
+    "ProbeSizes",
+    "Tokens",
+    "check_vocabulary",
+    "cut",
+    "difference_of_vocabularies",
+    "load_probe",
+    "read_tokens",
+    "split",
+]

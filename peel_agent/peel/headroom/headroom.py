@@ -53,10 +53,12 @@ class Better:
 class Headroom:
     """What a better block wins: loss(trained) - loss(better) on confirm, and that block.
 
-    `shares` are a low-bit block's (quantisation, optimisation) in nats per token (method.md 5), None for others.
+    `by_sequence` holds what is won on each confirm sequence. `shares` are a low-bit block's (quantisation,
+    optimisation) in nats per token (method.md 5), None for others.
     """
 
     won: Mapping[Target, Estimate]
+    by_sequence: Mapping[Target, Losses]
     better: Mapping[Target, Better]
     shares: tuple[float, float] | None
 
@@ -106,11 +108,13 @@ def _headroom(scoring: _Scoring, block: Block, attention: Descent, mlp: Descent,
         free = list(_candidates(attention, mlp, (FULL_PRECISION, FULL_PRECISION), LENGTHS)) if low_bit else []
     with stopwatch("score"):
         better = {target: scoring.best([TRAINED, *(_for(target, own) for own in inside)]) for target in TARGETS}
-        won = {target: scoring.won(own) for target, own in better.items()}
+        each = {target: scoring.won(own) for target, own in better.items()}
+        won = {target: estimate(own) for target, own in each.items()}
         if not low_bit:
-            return Headroom(won, better, None)
+            return Headroom(won, each, better, None)
         whole = scoring.won(scoring.best([TRAINED, *free, better["block"]]))  # free weights may be low-bit ones too
-    return Headroom(won, better, (whole.value - won["block"].value, won["block"].value))
+    shares = (float(whole.mean()) - won["block"].value, won["block"].value)
+    return Headroom(won, each, better, shares)
 
 
 def _for(target: Target, own: Better) -> Better:
@@ -152,10 +156,11 @@ class _Scoring:
         rows = np.arange(min(self._selecting, max(SELECT_SEQUENCES, self._selecting // SELECT_FRACTION)))
         return candidates[int(self._losses(candidates, rows).mean(axis=1).argmin())]
 
-    def won(self, better: Better) -> Estimate:
-        """loss(trained) - loss(better) on confirm."""
+    def won(self, better: Better) -> Losses:
+        """loss(trained) - loss(better) on each confirm sequence."""
         rows = np.arange(self._selecting, len(self._trained))
-        return estimate(self._trained[rows] - self._losses([better], rows)[0])
+        won: Losses = self._trained[rows] - self._losses([better], rows)[0]
+        return won
 
     def _losses(self, candidates: list[Better], rows: NDArray[np.int64]) -> Losses:
         """[candidates, rows]."""

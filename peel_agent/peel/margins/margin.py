@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
@@ -31,6 +31,8 @@ class Margin:
 
     `references` holds the same for every reference, `least` the least lower limit among them. `complete` is False when
     a reference was left out because its fit could not be trusted, `whole` when only a part of confirm was measured.
+    `by_sequence` holds what the mean is of on each confirm sequence, of every reference that the interval spans, the
+    best first.
     """
 
     estimate: Estimate
@@ -39,6 +41,7 @@ class Margin:
     least: float
     complete: bool
     whole: bool
+    by_sequence: Mapping[str, Losses] = field(default_factory=dict, compare=False, repr=False)
 
 
 def margin(
@@ -63,10 +66,12 @@ def margin(
         name: estimate((losses - trained)[selecting:][measured[name][selecting:]])
         for name, losses in references.items()
     }
-    spanned = differences[best]
+    spanned, rivals = differences[best], [best]
     if unsure_of_best:
-        rivals = [differences[name] for name in references if may_be_better(references[name], references[best])]
-        spanned = replace(spanned, low=min(own.low for own in rivals), high=max(own.high for own in rivals))
+        others = [name for name in references if name != best]
+        rivals += [name for name in others if may_be_better(references[name], references[best])]
+        low, high = min(differences[name].low for name in rivals), max(differences[name].high for name in rivals)
+        spanned = replace(spanned, low=low, high=high)
     return Margin(
         estimate=spanned,
         best=best,
@@ -74,6 +79,7 @@ def margin(
         least=min(own.low for own in differences.values()),
         complete=complete,
         whole=bool(measured[best].all()),
+        by_sequence={name: (references[name] - trained)[selecting:] for name in rivals},
     )
 
 

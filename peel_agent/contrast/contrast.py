@@ -1,0 +1,153 @@
+"""Two reports on one probe, number by number and block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from peel_agent.errors import printable
+from peel_agent.records import (
+    Both,
+    Comparable,
+    Compared,
+    DifferenceReport,
+    Estimate,
+    LayerDifference,
+    LayerReport,
+    PairedDifference,
+    PairedDifferences,
+    PartReport,
+    PlaceDifference,
+    WeightDifference,
+)
+
+NOT_COMPARED = WeightDifference(why_not="two runs are compared by their reports, which hold no weights")
+
+
+def contrast(
+    a: Comparable,
+    b: Comparable,
+    *,
+    paired: PairedDifferences | None,
+    weights: WeightDifference = NOT_COMPARED,
+    notes: Iterable[str] = (),
+) -> DifferenceReport:
+    """Both reports, which are of one probe; without `paired` the two were not measured on the same sequences at once.
+
+    Blocks are held against each other by index, as far as both have them.
+    """
+    values = _Values(paired)
+    pairs = list(zip(a.report.layers, b.report.layers, strict=False))
+    layers = tuple(_layer(one, other, values, weights) for one, other in pairs)
+    kind: Literal["checkpoints", "runs"] = "checkpoints" if a.run is None else "runs"
+    return DifferenceReport(
+        kind=kind,
+        pairing="none" if paired is None else "by sequence",
+        a=_compared(a),
+        b=_compared(b),
+        probe=a.report.probe,
+        loss=values.loss(a.report.loss, b.report.loss),
+        layers=layers,
+        first_by_weights=min(weights.blocks, default=None),
+        first_by_margin=first_by_margin(layers),
+        weights=weights,
+        notes=(*_of_two_models(a, b), *notes),
+    )
+
+
+def unpaired(a: Estimate, b: Estimate) -> Estimate:
+    """B - a with an interval that is wide enough however the two hang together: both half-widths count in full.
+
+    Of two numbers that were measured on the same sequences the paired interval is narrower, mostly by far.
+    """
+    value = b.value - a.value
+    below = (b.value - b.low) + (a.high - a.value)
+    above = (b.high - b.value) + (a.value - a.low)
+    return Estimate(value, value - below, value + above)
+
+
+def excludes_zero(estimate: Estimate | None) -> bool:
+    """Whether an interval tells a difference from none."""
+    return estimate is not None and (estimate.low > 0.0 or estimate.high < 0.0)
+
+
+def first_by_margin(layers: Iterable[LayerDifference]) -> int | None:
+    """The first block of which the margin, or that of a part, differs for certain."""
+    for layer in layers:
+        if any(excludes_zero(place.margin.difference) for place in layer.places.values()):
+            return layer.index
+    return None
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The differences by place, paired where they are."""
+
+    paired: PairedDifferences | None
+
+    def loss(self, a: Estimate, b: Estimate) -> Both:
+        return self._both(a, b, self.paired.loss if self.paired is not None else None)
+
+    def margin(self, place: str, a: Estimate | None, b: Estimate | None) -> Both:
+        return self._both(a, b, self.paired.margins.get(place) if self.paired is not None else None)
+
+    def headroom(self, place: str, a: Estimate | None, b: Estimate | None) -> Both | None:
+        if a is None and b is None:
+            return None
+        return self._both(a, b, self.paired.headroom.get(place) if self.paired is not None else None)
+
+    def _both(self, a: Estimate | None, b: Estimate | None, found: PairedDifference | None) -> Both:
+        if a is None or b is None:
+            return Both(a, b, None)
+        if self.paired is None:
+            return Both(a, b, unpaired(a, b))
+        return Both(a, b, None) if found is None else Both(a, b, found.value, found.sequences)
+
+
+def _layer(a: LayerReport, b: LayerReport, values: _Values, weights: WeightDifference) -> LayerDifference:
+    return LayerDifference(
+        index=a.index,
+        name=a.name if a.name == b.name else f"{a.name} | {b.name}",
+        block=_place(str(a.index), a, b, values),
+        parts={
+            name: _place(f"{a.index}/{name}", a.parts[name], b.parts[name], values)
+            for name in a.parts
+            if name in b.parts
+        },
+        weights_differ=None if weights.why_not is not None else a.index in weights.blocks,
+    )
+
+
+def _place(place: str, a: LayerReport | PartReport, b: LayerReport | PartReport, values: _Values) -> PlaceDifference:
+    return PlaceDifference(
+        a.status, b.status, values.margin(place, a.margin, b.margin), values.headroom(place, a.headroom, b.headroom)
+    )
+
+
+def _compared(one: Comparable) -> Compared:
+    return Compared(one.where, one.report.checkpoint, one.report.model, one.report.skipped, one.run)
+
+
+def _of_two_models(a: Comparable, b: Comparable) -> list[str]:
+    """What differs of the two besides their numbers."""
+    one, other = a.report, b.report
+    pairs: Mapping[str, tuple[str, str]] = {
+        "formats": (one.checkpoint.format, other.checkpoint.format),
+        "families": (one.model.family, other.model.family),
+        "precisions": (one.model.precision, other.model.precision),
+    }
+    notes = [
+        f"their {what} differ: A {first}, B {second}" for what, (first, second) in pairs.items() if first != second
+    ]
+    shallow, deep = sorted((one.model.blocks, other.model.blocks))
+    if shallow != deep:
+        last = f"blocks {shallow} to {deep - 1} of" if deep - shallow > 1 else f"block {shallow} of"
+        which = "A" if one.model.blocks == deep else "B"
+        notes.append(
+            f"A has {one.model.blocks} blocks and B {other.model.blocks}: {last} {which} "
+            f"{'have' if deep - shallow > 1 else 'has'} none to be held against"
+        )
+    elif one.model.parameters != other.model.parameters:
+        notes.append(f"A has {one.model.parameters:,} parameters and B {other.model.parameters:,}")
+    return [printable(note) for note in notes]

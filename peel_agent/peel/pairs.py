@@ -1,0 +1,90 @@
+"""Two checkpoints paired by sequence: the interval is that of the differences (method.md 4c)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peel_agent.peel.headroom.headroom import Headroom
+from peel_agent.peel.margins.margin import Margin, Place
+from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.losses import Losses
+from peel_agent.records import Estimate, PairedDifference, PairedDifferences, SequenceLosses
+
+FEWEST = 2
+"""Sequences of a paired interval."""
+
+
+def sequence_losses_of(
+    probe: str, trained: Losses, margins: Mapping[Place, Margin], headrooms: Mapping[int, Headroom]
+) -> SequenceLosses:
+    """What to pair a checkpoint by: `trained` are its losses [n] on confirm."""
+    return SequenceLosses(
+        probe=probe,
+        loss=tuple(trained.tolist()),
+        margins={
+            _key(place): {name: _known(losses) for name, losses in own.by_sequence.items()}
+            for place, own in margins.items()
+        },
+        headroom={
+            _key((index, target)): tuple(losses.tolist())
+            for index, own in headrooms.items()
+            for target, losses in own.by_sequence.items()
+        },
+    )
+
+
+def _key(place: Place) -> str:
+    index, target = place
+    return str(index) if target == "block" else f"{index}/{target}"
+
+
+def _known(losses: Losses) -> tuple[float | None, ...]:
+    return tuple(value if np.isfinite(value) else None for value in losses.tolist())
+
+
+def paired_differences(a: SequenceLosses, b: SequenceLosses) -> PairedDifferences:
+    """The differences b - a of what both have, over the sequences that both were measured on.
+
+    ValueError for two that were measured on different probes.
+    """
+    if a.probe != b.probe or len(a.loss) != len(b.loss):
+        raise ValueError(f"two probes cannot be paired: {a.probe} and {b.probe}")
+    margins = {place: _of_margins(a.margins[place], b.margins[place]) for place in a.margins if place in b.margins}
+    headroom = {place: _difference(a.headroom[place], b.headroom[place]) for place in a.headroom if place in b.headroom}
+    loss = _difference(a.loss, b.loss)
+    assert loss is not None  # confirm has more sequences than that
+    return PairedDifferences(
+        loss,
+        {place: own for place, own in margins.items() if own is not None},
+        {place: own for place, own in headroom.items() if own is not None},
+    )
+
+
+def _of_margins(
+    a: Mapping[str, Sequence[float | None]], b: Mapping[str, Sequence[float | None]]
+) -> PairedDifference | None:
+    """The difference of the best stand-ins; the interval spans those of all that may be the best, of either side.
+
+    The first stand-in of each side is the one that was picked.
+    """
+    spanned = [_difference(one, other) for one, other in product(a.values(), b.values())]
+    known = [own for own in spanned if own is not None]
+    if not known or spanned[0] is None:
+        return None
+    value = spanned[0].value.value
+    low, high = min(own.value.low for own in known), max(own.value.high for own in known)
+    return PairedDifference(Estimate(value, low, high), min(own.sequences for own in known))
+
+
+def _difference(a: Sequence[float | None], b: Sequence[float | None]) -> PairedDifference | None:
+    differences = _numbers(b) - _numbers(a)
+    measured = differences[np.isfinite(differences)]
+    return None if len(measured) < FEWEST else PairedDifference(estimate(measured), len(measured))
+
+
+def _numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
