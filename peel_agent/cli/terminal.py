@@ -66,7 +66,7 @@ def _show_grid(grid: Grid, console: Console) -> None:
     console.print(table)
     gone = [grid.columns[place].name for place in filled_columns(grid) if place not in kept]
     if gone:
-        console.print(_text(f"no room for {', '.join(gone)}: a wider terminal or --format json has them", "dim"))
+        console.print(_text(f"no room for {', '.join(gone)}: a wider terminal or JSON has them", "dim"))
 
 
 def columns_that_fit(grid: Grid, width: int) -> list[int] | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from peel_agent.contrast import contrast_runs, difference_verdict
 from peel_agent.records import History
-from peel_agent.views import Made, report_page
+from peel_agent.views import Made, difference_page, report_page
 from tests import histories
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -60,9 +61,9 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Open]:
     complaints: list[str] = []
     contexts: list[Any] = []
 
-    def open_page(history: History, *, scheme: str = "light", width: int = 1100) -> Any:
+    def open_page(shown: History | str, *, scheme: str = "light", width: int = 1100) -> Any:
         file = tmp_path / "report.html"
-        file.write_text(report_page(history, MADE))
+        file.write_text(shown if isinstance(shown, str) else report_page(shown, MADE))
         viewport = {"width": width, "height": 800}
         context = browser.new_context(offline=True, color_scheme=scheme, viewport=viewport)
         contexts.append(context)
@@ -119,6 +120,19 @@ def colors(page: Any, layer: float, step: float) -> list[int]:
         }""",
         [layer, step],
     )
+
+
+@pytest.mark.parametrize("history", [histories.run_history(), histories.hostile_history()], ids=["usual", "hostile"])
+def test_the_page_of_a_comparison(opened: Open, history: History) -> None:
+    """Every chart of two runs held against each other is drawn, nothing in a name runs, and axe-core finds nothing."""
+    report = contrast_runs(history, history, where=("a", "b"))
+    page = opened(difference_page(report, difference_verdict(report), MADE))
+    assert is_drawn(page)
+    assert page.locator("figure").count() == 2
+    assert page.evaluate("window.ran") is None
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(page)
+    assert found.violations_count == 0, found.generate_report()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
