@@ -24,23 +24,27 @@ BATCH = 4096 // SEQUENCE
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama: `tokens` is what its probe holds, `gain` the spread of its initial weights times sqrt(width)."""
+    """A Llama: `tokens` is what its probe holds, in sequences of `sequence`; its MLPs are `inner` times as wide as the
+    stream; `gain` is the spread of its initial weights times sqrt(width).
+    """
 
     width: int = 512
     blocks: int = 12
     tokens: int = 90_112
     vocabulary: int = 1024
     gain: float = 1.0
+    sequence: int = SEQUENCE
+    inner: int = 4
 
     def model(self) -> Any:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
-            intermediate_size=4 * self.width,
+            intermediate_size=self.inner * self.width,
             num_hidden_layers=self.blocks,
             num_attention_heads=max(1, self.width // 64),
-            max_position_embeddings=SEQUENCE,
+            max_position_embeddings=self.sequence,
             initializer_range=self.gain / self.width**0.5,
             bos_token_id=0,
             eos_token_id=0,
@@ -50,7 +54,7 @@ class Shape:
     @property
     def counts(self) -> tuple[int, int]:
         """Sequences in select and in confirm, in the contract's proportions."""
-        count = self.tokens // SEQUENCE
+        count = self.tokens // self.sequence
         return count // 11, 2 * count // 11
 
 
@@ -61,10 +65,10 @@ def earning(folder: Path, shape: Shape, device: str) -> Probe:
     the race clears it at once.
     """
     model = shape.model().to(device)
-    ids = torch.randint(shape.vocabulary, (shape.tokens // SEQUENCE, 1), device=device)
+    ids = torch.randint(shape.vocabulary, (shape.tokens // shape.sequence, 1), device=device)
     current, cache = ids, None
     with torch.no_grad():
-        for _ in range(SEQUENCE - 1):
+        for _ in range(shape.sequence - 1):
             out = model(current, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             current = torch.multinomial(torch.softmax(out.logits[:, -1], -1), 1)
@@ -79,7 +83,7 @@ def idle(folder: Path, shape: Shape) -> Probe:
     No block earns anything, as before the first steps of a run: every margin stays open, the race's worst case.
     """
     shape.model().save_pretrained(folder)
-    ids = np.random.default_rng(0).integers(0, shape.vocabulary, size=(shape.tokens // SEQUENCE, SEQUENCE))
+    ids = np.random.default_rng(0).integers(0, shape.vocabulary, size=(shape.tokens // shape.sequence, shape.sequence))
     return _split(ids, shape)
 
 
