@@ -7,6 +7,7 @@ plugins` and otherwise left alone.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -23,7 +24,7 @@ STRENGTHS: tuple[Strength, ...] = ("specific", "generic", "declined", "begun")
 
 @dataclass(frozen=True)
 class Installed:
-    """One installed plug-in; `problem` is None when it loads."""
+    """One installed plug-in; `problem` is None when it loads, and the package that it writes with is there."""
 
     kind: str
     name: str
@@ -157,11 +158,20 @@ def _problem(kind: str, point: EntryPoint) -> str | None:
     return None
 
 
+def _lack(kind: str, point: EntryPoint) -> str | None:
+    """The package of an extra that a plug-in which loads needs and has not, with the way to install it."""
+    package, command = getattr(_load(kind, point), "needs", ("", ""))
+    if not package or importlib.util.find_spec(package) is not None:
+        return None
+    return f"the package {package} is not installed -> {command}"
+
+
 def installed() -> tuple[Installed, ...]:
     """Every installed plug-in of every kind, each loaded once to see whether it does."""
     found = []
     for kind in KINDS:
         for point in sorted(_installed(kind), key=lambda point: point.name):
             distribution = point.dist.name if point.dist is not None else "unknown distribution"
-            found.append(Installed(kind, point.name, f"{distribution}: {point.value}", _problem(kind, point)))
+            problem = _problem(kind, point) or _lack(kind, point)
+            found.append(Installed(kind, point.name, f"{distribution}: {point.value}", problem))
     return tuple(found)

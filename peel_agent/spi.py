@@ -183,6 +183,9 @@ class TrackerPlugin(Protocol):
     """`peel_agent.trackers`: opens a Tracker from its own table of the configuration, `[tracker.<name>]`.
 
     One whose trackers are Showing has an attribute `shows_pages` that is true.
+
+    One that writes with a package of an extra has an attribute `needs`: the package's name, and the command that
+    installs it. `peel-agent plugins` then says whether it is there.
     """
 
     name: str
@@ -214,7 +217,7 @@ class SinkPlugin(Protocol):
     """`peel_agent.sinks`: opens a Sink from a `[[sink]]` table of the configuration.
 
     One whose place takes silence for the end of an alert has an attribute `resend_seconds`: it is given all that fires,
-    as a group that is `standing`, so often.
+    as a group that is `standing`, so often. `needs` as of a TrackerPlugin.
     """
 
     name: str

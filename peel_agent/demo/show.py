@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -51,9 +52,14 @@ confirm_tokens = 16384
 def run_demo(keep: Path | None, *, healthy: bool, bits: str | None = None) -> int:
     """Runs the demo in `keep` (default: a new temporary folder, kept too), or goes on with the one begun there.
 
-    Returns 0 when the finding is the right one. Raises ConfigurationError for a folder with another demo in it, and
-    Interrupted for Ctrl-C.
+    Returns 0 when the finding is the right one. Raises ConfigurationError for a folder with another demo in it and
+    without the extra, and Interrupted for Ctrl-C.
     """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigurationError(
+            "the demo's training needs the package accelerate, which is not installed",
+            remedy='pip install "peel-agent[demo]"',
+        )
     folder = (keep or Path(tempfile.mkdtemp(prefix="peel-demo-"))).resolve()
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ CONTEXT_BYTES = 2 * GIB
 RESIDUE_SECONDS = 2
 """How long after a lease the utilisation that NVML reports is still that of our own child (it averages over <= 1 s)."""
 
-INSTALL = "install peel-agent with the extra [nvidia] and NVIDIA's driver, or use cpu"
+INSTALL = 'pip install "peel-agent[nvidia]", with NVIDIA\'s driver on this machine, or use cpu'
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, DRIVER_NOT_LOADED, NO_LIBRARY, NO_FUNCT
 LOST, MISMATCH, WRONG_VERSION = 15, 18, 25
 """NVML's return codes (nvml.h, nvmlReturn_t)."""
 
+COMMAND = 'pip install "peel-agent[nvidia]"'
+
 WORDS = {
     NO_PERMISSION: "this user may not read it",
     DRIVER_NOT_LOADED: "the NVIDIA driver is not loaded",
@@ -74,7 +76,7 @@ def look() -> Look:
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:
-        return Look(blind="GPUs are not looked at: nvidia-ml-py is not installed", is_absent=True)
+        return Look(blind=f"GPUs are not looked at: nvidia-ml-py is not installed ({COMMAND})", is_absent=True)
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:

@@ -110,7 +110,7 @@ def _named_device(select: str, seen: tuple[SeenDevice, ...]) -> Check:
         return failed("device", error)
     device = next((one for one in seen if one.uuid == lease.visible), None)
     if device is None:
-        return Check("device", None, lease.reason, "install peel-agent[nvidia], so that it can be watched")
+        return Check("device", None, lease.reason, 'pip install "peel-agent[nvidia]", so that it can be watched')
     busy = _why_busy(device)
     if busy is not None:
         words = f"{device.label}, as [device] select says, is not free: {busy}"

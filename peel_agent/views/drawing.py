@@ -22,7 +22,7 @@ IMAGE_SCALE = 1.5
 CARD = {"width": 520, "height": 400}
 """Pixels of the image in a tracker's card, which is about square and small."""
 
-EXTRA = "pip install 'peel-agent[report]'"
+EXTRA = 'pip install "peel-agent[report]"'
 
 
 def vega_script() -> str:

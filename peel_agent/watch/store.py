@@ -102,7 +102,7 @@ class Store:
         if importlib.util.find_spec(self._library) is None:
             raise ConfigurationError(
                 f"{self.url} cannot be read: {self._library} is not installed",
-                remedy=f"pip install peel-agent[{extra}]",
+                remedy=f'pip install "peel-agent[{extra}]"',
             )
         self._options = _constructor_options(self._library, options or {})
         self._opened: Any = None

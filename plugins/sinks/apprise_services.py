@@ -20,6 +20,7 @@ from .taken import Taken
 from .wording import headline, paragraphs
 
 LONGEST_TIMEOUT = 300.0
+INSTALL = 'pip install "peel-agent[apprise]"'
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _library() -> Any:
     except ImportError:
         raise DestinationDenied(
             "the apprise sink needs the package apprise, which is not installed",
-            remedy='pip install "peel-agent[apprise]"',
+            remedy=INSTALL,
         ) from None
     log = logging.getLogger("apprise")  # it would tell of every attempt, in words of its own
     log.propagate = False
@@ -159,6 +160,7 @@ def _name(number: int, url: str) -> str:
 class ApprisePlugin:
     name = "apprise"
     settings = AppriseSettings
+    needs = ("apprise", INSTALL)
 
     def connect(self, settings: AppriseSettings, *, state_dir: Path) -> AppriseSink:  # noqa: ARG002 -- the protocol's
         return AppriseSink(settings)

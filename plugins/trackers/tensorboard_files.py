@@ -85,6 +85,7 @@ class TensorboardTracker:
 class TensorboardPlugin:
     name = "tensorboard"
     settings = TensorboardSettings
+    needs = ("tensorboard", INSTALL)
 
     def connect(self, settings: TensorboardSettings, *, checkpoint_dir: str, state_dir: Path) -> TensorboardTracker:
         return TensorboardTracker(settings.log_dir or state_dir / "tensorboard", _run_name(checkpoint_dir))

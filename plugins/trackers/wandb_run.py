@@ -153,6 +153,7 @@ class WandbTracker:
 class WandbPlugin:
     name = "wandb"
     settings = WandbSettings
+    needs = ("wandb", INSTALL)
 
     def connect(self, settings: WandbSettings, *, checkpoint_dir: str, state_dir: Path) -> WandbTracker:
         return WandbTracker(settings, checkpoint_dir, state_dir)

@@ -149,3 +149,15 @@ def test_listing(broken: None) -> None:
         ("sinks", "jsonl"),
         ("engines", "local"),
     }
+
+
+def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a plug-in's package is missing, the list has it as not usable, with the command; none counts as broken."""
+    lacking = {("trackers", "tensorboard"), ("trackers", "wandb"), ("sinks", "apprise")}
+    monkeypatch.setattr("peel_agent.registry.importlib.util.find_spec", lambda _name: None)
+    for one in registry.installed():
+        if (one.kind, one.name) in lacking:
+            assert one.problem == f'the package {one.name} is not installed -> pip install "peel-agent[{one.name}]"'
+        else:
+            assert one.problem is None
+    assert [problem for kind in KINDS for problem in registry.problems(kind)] == []

@@ -179,7 +179,7 @@ def test_without_the_extra_it_says_how_to_install_it(package: str, monkeypatch: 
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigurationError, match=package) as caught:
         report_page(histories.run_history(), MADE)
-    assert caught.value.remedy == "pip install 'peel-agent[report]'"
+    assert caught.value.remedy == 'pip install "peel-agent[report]"'
 
 
 LEAST = histories.report(100, layers=0)

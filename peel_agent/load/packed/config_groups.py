@@ -45,7 +45,7 @@ def library(module: str) -> Any:
     except ImportError as error:
         raise refused(
             f"the checkpoint is compressed, and compressed-tensors cannot be imported: {error}",
-            remedy="pip install peel-agent[compressed-tensors]",
+            remedy='pip install "peel-agent[compressed-tensors]"',
         ) from error
 
 

@@ -22,7 +22,7 @@ _SLOW = ("tokenizer.model", "spiece.model", "vocab.json")
 """What transformers makes a tokenizer from, where there is no tokenizer.json."""
 _BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json")
 
-_LIBRARY = "pip install peel-agent[sentencepiece]"
+_LIBRARY = 'pip install "peel-agent[sentencepiece]"'
 _SAVE_FAST = (
     "save a tokenizer.json where transformers can load it: "
     "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
