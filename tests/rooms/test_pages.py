@@ -227,7 +227,7 @@ def test_without_the_extra_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPa
     tracking = TrackerSettings(use=("mlflow",))
     assert showing(tracking) == ()
     (words,) = notes(tracking, alone=True)
-    assert "vl_convert is not installed -> pip install 'peel-agent[report]'" in words
+    assert 'vl_convert is not installed -> pip install "peel-agent[report]"' in words
     for quiet in (dataclasses.replace(tracking, report=False), TrackerSettings(use=("jsonl",))):
         assert notes(quiet, alone=True) == ()
 

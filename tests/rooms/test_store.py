@@ -625,7 +625,7 @@ class TestConfiguration:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ConfigurationError) as raised:
             Store(url)
-        assert f"pip install peel-agent{extra}" in str(raised.value)
+        assert f'pip install "peel-agent{extra}"' in str(raised.value)
 
     def test_a_bucket_that_is_not_there(self, side: Side) -> None:
         """That is the configuration's fault; a folder without objects is one that the training has yet to write."""
