@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,13 @@ def probe(fit: int = 40, select: int = 10, confirm: int = 15) -> Probe:
     return Probe(token_ids(fit, 1), token_ids(select, 2), token_ids(confirm, 3), fingerprint="zoo")
 
 
-def build(kind: str, steps: int = 80) -> Any:
-    """A model of the zoo after a few optimiser steps, in float32 on the CPU."""
+def build(kind: str, steps: int = 80, idle: Sequence[str] = ()) -> Any:
+    """A model of the zoo after a few optimiser steps, in float32 on the CPU; `idle` parameters stay 0."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for name in idle:
+        model.get_parameter(name).requires_grad_(False).zero_()
+    optimiser = torch.optim.AdamW([own for own in model.parameters() if own.requires_grad], lr=5e-3)
     ids = torch.from_numpy(token_ids(64, 0))
     for _ in range(steps):
         optimiser.zero_grad()

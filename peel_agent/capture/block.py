@@ -14,9 +14,14 @@ from torch.func import functional_call
 from peel_agent.precision import Quantisers
 from peel_agent.records import Anatomy, Features, Gradient, Observation, PartName, Projection, WeightSet
 
+Handed = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""What the model hands to a block beside the stream: positions, masks; by position and by name."""
+
 
 class ResidentBlock:
     """See records.Block. All tensors are float32; gradients are recorded by `run_with` and `backward` only.
+
+    `handed` gives what the model hands to this block for sequences of a length.
 
     The module stays on the meta device and is called with the block's own tensors, so that a block's weights take
     memory exactly as long as somebody holds the block.
@@ -31,16 +36,14 @@ class ResidentBlock:
         stored: Mapping[str, Tensor],
         quantisers: Quantisers,
         anatomy: Anatomy,
-        arguments: tuple[Any, ...],
-        keywords: Mapping[str, Any],
+        handed: Callable[[int], Handed],
         initialise: Callable[[nn.Module], None],
     ) -> None:
         self.index = index
         self.name = name
         self._module = module
         self._anatomy = anatomy
-        self._arguments = arguments
-        self._keywords = dict(keywords)
+        self._handed = handed
         self._initialise = initialise
         self._quantisers = quantisers
         sets = {key: quantisers.of(f"{name}.{key}", weight) for key, weight in stored.items()}
@@ -100,7 +103,8 @@ class ResidentBlock:
 
     def _call(self, h: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         state = {**self.parameters, **parameters}
-        returned = functional_call(self._module, state, (h, *self._arguments), self._keywords)
+        arguments, keywords = self._handed(h.shape[1])
+        returned = functional_call(self._module, state, (h, *arguments), dict(keywords))
         output: Tensor = returned[0] if isinstance(returned, tuple) else returned
         return output
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peel_agent.capture.block import ResidentBlock
+from peel_agent.capture.block import Handed, ResidentBlock
 from peel_agent.errors import ConfigurationError
 from peel_agent.precision import Quantisers, quantise
 from peel_agent.records import FULL_PRECISION, Block, Chunk, Probe, Projection, Snapshot, TokenIds
@@ -63,11 +63,12 @@ class BlockwiseTrace:
         self._model = snapshot.model
         self._body = snapshot.body
         self._initialise = snapshot.initialise
-        self.chunk = Chunk(max(1, CHUNK_TOKENS // probe.sequence_length))
+        self.chunk = Chunk(max(1, CHUNK_TOKENS // probe.sequence_length), probe.sequence_length)
         container = self._model.get_submodule(snapshot.anatomy.blocks)
         assert isinstance(container, nn.ModuleList)
         self._blocks = list(container)
         self._taps = [_Tap() for _ in self._blocks]
+        self._handed: dict[int, list[Handed]] = {}
         for index, tap in enumerate(self._taps):
             container[index] = tap
         self.block_names = tuple(f"{snapshot.anatomy.blocks}.{index}" for index in range(len(self._blocks)))
@@ -121,16 +122,21 @@ class BlockwiseTrace:
 
     def embed(self, ids: TokenIds) -> Tensor:
         step = self.chunk.sequences
-        parts = [self._rehearse(ids[start : start + step]) for start in range(0, len(ids), step)]
-        self._rehearse(ids[:1])
-        return torch.cat(parts)
+        return torch.cat([self._rehearse(ids[start : start + step]) for start in range(0, len(ids), step)])
+
+    def _handed_at(self, length: int) -> list[Handed]:
+        """What each block is handed for sequences of this length: masks and positions hang on nothing else."""
+        if length not in self._handed:
+            self._rehearse(self.probe.fit[:1, :length])
+            self._handed[length] = [(tap.arguments, tap.keywords) for tap in self._taps]
+        return self._handed[length]
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         for index in range(len(self._blocks))[start:stop]:
             yield self._block(index)
 
     def _block(self, index: int) -> Block:
-        module, tap = self._blocks[index], self._taps[index]
+        module = self._blocks[index]
         return ResidentBlock(
             index=index,
             name=self.block_names[index],
@@ -138,8 +144,7 @@ class BlockwiseTrace:
             stored=self._read(module, self.block_names[index] + "."),
             quantisers=self._quantisers,
             anatomy=self._snapshot.anatomy,
-            arguments=tap.arguments,
-            keywords=tap.keywords,
+            handed=lambda length: self._handed_at(length)[index],
             initialise=self._initialise,
         )
 

@@ -33,6 +33,7 @@ def _check_least(own: Settings | RunSettings) -> None:
         "probe.fit_tokens": (probe.fit_tokens, 1),
         "probe.select_tokens": (probe.select_tokens, 1),
         "probe.confirm_tokens": (probe.confirm_tokens, 1),
+        "peel.budget_passes": (own.peel.budget_passes, 0),
         "tracker.max_series": (own.tracker.max_series, 10),
     }
     if probe.sequence_length is not None:

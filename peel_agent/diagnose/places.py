@@ -37,6 +37,14 @@ class Place:
         return self.layer.margin if self.part is None else self.layer.parts[self.part].margin
 
     @property
+    def compared(self) -> tuple[int | None, Estimate] | None:
+        """The margin to be held against those of other checkpoints, and on how many first tokens it was measured."""
+        first = self.layer.first if self.part is None else self.layer.parts[self.part].first
+        if first is not None:
+            return first.tokens, first.margin
+        return None if self.margin is None else (None, self.margin)
+
+    @property
     def change(self) -> Change | None:
         return self.layer.change if self.part is None else self.layer.parts[self.part].change
 
@@ -74,6 +82,12 @@ class Case:
             for layer in report.layers
             if layer.name == place.layer.name and _has(layer, place.part)
         )
+
+    def comparable(self, place: Place) -> tuple[Estimate, ...]:
+        """The margins of the place in earlier reports that were measured as it is now, oldest first."""
+        now = place.compared
+        before = (one.compared for one in self.before(place)) if now is not None else ()
+        return tuple(own[1] for own in before if own is not None and now is not None and own[0] == now[0])
 
     def peers(self, place: Place) -> tuple[Place, ...]:
         """The same place of the other blocks that have it."""

@@ -132,16 +132,15 @@ def dropped(case: Case, place: Place) -> Finding | None:
     still = _still_dropped(case, place)
     if still is not None:
         return still
-    margins = [one.margin for one in case.before(place)[-limits.DROP_CHECKPOINTS :]]
-    before = [margin for margin in margins if margin is not None]
-    fall = drop(place.margin, before)
-    if fall is None or fall < limits.DROPPED or _peers_kept(case, place) < limits.KEPT:
+    now = place.compared
+    before = list(case.comparable(place)[-limits.DROP_CHECKPOINTS :])
+    fall = None if now is None else drop(now[1], before)
+    if now is None or fall is None or fall < limits.DROPPED or _peers_kept(case, place) < limits.KEPT:
         return None
-    assert place.margin is not None
     was, since = median(margin.value for margin in before), case.step_before()
     words = f"{place.words} does far less than up to step {since}: {_loss_without(place)}, and did by {was:.4f}"
     return Finding(
-        "dropped", place.subject, words, {"margin": place.margin.value, "margin_before": was}, causes.DROPPED, since
+        "dropped", place.subject, words, {"margin": now[1].value, "margin_before": was}, causes.DROPPED, since
     )
 
 
@@ -149,18 +148,19 @@ def _still_dropped(case: Case, place: Place) -> Finding | None:
     """The finding of the report before, while the margin has not come half of the way back."""
     layers = case.history[-1].layers if case.history else ()
     told = next((layer.finding for layer in layers if layer.name == place.layer.name), None)
-    if told is None or told.kind != "dropped" or told.subject != place.subject or place.margin is None:
+    now = place.compared
+    if told is None or told.kind != "dropped" or told.subject != place.subject or now is None:
         return None
-    if place.margin.value > limits.DROPPED * told.evidence["margin_before"]:
+    if now[1].value > limits.DROPPED * told.evidence["margin_before"]:
         return None
     words = f"{place.words} still does far less than up to step {told.since_step}: {_loss_without(place)}, and "
     words += f"did by {told.evidence['margin_before']:.4f}"
-    return replace(told, words=words, evidence={**told.evidence, "margin": place.margin.value})
+    return replace(told, words=words, evidence={**told.evidence, "margin": now[1].value})
 
 
-def drop(now: Estimate | None, before: list[Estimate]) -> float | None:
+def drop(now: Estimate, before: list[Estimate]) -> float | None:
     """What a margin certainly fell by, (least lower limit before - upper limit now), over the median before."""
-    if now is None or not before:
+    if not before:
         return None
     typical = median(one.value for one in before)
     return (min(one.low for one in before) - now.high) / typical if typical > 0.0 else None
@@ -170,10 +170,9 @@ def _peers_kept(case: Case, place: Place) -> float:
     """The median, over the other blocks, of the margin as a fraction of what it was at the report before."""
     kept = []
     for peer in case.peers(place):
-        earlier = case.before(peer)
-        was = earlier[-1].margin if earlier else None
-        if peer.margin is not None and was is not None and was.value > 0.0:
-            kept.append(peer.margin.value / was.value)
+        now, before = peer.compared, case.comparable(peer)
+        if now is not None and before and before[-1].value > 0.0:
+            kept.append(now[1].value / before[-1].value)
     return usual(kept, 1.0)
 
 

@@ -103,6 +103,7 @@ def peel(
         skipped=skipped,
         timing=stopwatch.timing(),
         sketches=comparison.sketches() if comparison else None,
+        passes=raced.passes,
         bound_label=bounds.memory.label if bounds.memory else None,
         bound_step=bounds.memory.step if bounds.memory else None,
         losses=sequence_losses_of(trace.probe.fingerprint, swept.trained[selecting:], raced.margins, rooms),
@@ -126,9 +127,9 @@ def _layers(
     swept = raced.swept
     left_out: tuple[Skipped, ...] = ()
     if comparison is None:
-        measured = Measured(raced.margins, rooms, {}, {})
+        measured = Measured(raced.margins, rooms, {}, {}, raced.first)
     else:
-        measured = Measured(raced.margins, rooms, comparison.changes(), raced.progress)
+        measured = Measured(raced.margins, rooms, comparison.changes(), raced.progress, raced.first)
         left_out += comparison.skipped
     if not (plan.references or measured):
         return (), left_out

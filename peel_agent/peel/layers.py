@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from peel_agent.peel.headroom.headroom import Headroom
 from peel_agent.peel.margins.margin import Margin, Place, far_under, of_target, statuses
 from peel_agent.peel.sweep.forward import Visited
 from peel_agent.peel.sweep.splices import TARGETS
 from peel_agent.peel.sweep.visits import Dead
-from peel_agent.records import Change, Estimate, LayerReport, PartName, PartReport, Status
+from peel_agent.records import Change, Estimate, FirstMargin, LayerReport, PartName, PartReport, Status
 
 PARTS: tuple[PartName, ...] = ("attention", "mlp")
 
@@ -23,6 +23,13 @@ class Measured:
     headrooms: Mapping[int, Headroom]
     changes: Mapping[Place, Change]
     progress: Mapping[Place, Estimate]
+    first: Mapping[Place, Margin] = field(default_factory=dict)
+    """Margins as the first heat had them."""
+
+    def first_margin(self, place: Place) -> FirstMargin | None:
+        """The margin of the first heat, if that was on cuts."""
+        first = self.first.get(place)
+        return None if first is None or first.cut is None else FirstMargin(first.cut, first.estimate)
 
     def __bool__(self) -> bool:
         return bool(self.margins or self.headrooms or self.changes)
@@ -76,6 +83,8 @@ def _layer_report(
         optimization_share=optimisation,
         change=measured.changes.get(place),
         progress=measured.progress.get(place),
+        cut=margin.cut if margin else None,
+        first=measured.first_margin(place),
     )
 
 
@@ -91,4 +100,6 @@ def _part_report(
         change=measured.changes.get(place),
         progress=measured.progress.get(place),
         dead=dead.words if dead else None,
+        cut=margin.cut if margin else None,
+        first=measured.first_margin(place),
     )

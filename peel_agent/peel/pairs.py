@@ -34,6 +34,7 @@ def sequence_losses_of(
             for index, own in headrooms.items()
             for target, losses in own.by_sequence.items()
         },
+        cuts={_key(place): own.cut for place, own in margins.items() if own.cut is not None},
     )
 
 
@@ -47,13 +48,18 @@ def _known(losses: Losses) -> tuple[float | None, ...]:
 
 
 def paired_differences(a: SequenceLosses, b: SequenceLosses) -> PairedDifferences:
-    """The differences b - a of what both have, over the sequences that both were measured on.
+    """The differences b - a of what both have, over the sequences that both were measured on, as far as they
+    were on the same tokens of these.
 
     ValueError for two that were measured on different probes.
     """
     if a.probe != b.probe or len(a.loss) != len(b.loss):
         raise ValueError(f"two probes cannot be paired: {a.probe} and {b.probe}")
-    margins = {place: _of_margins(a.margins[place], b.margins[place]) for place in a.margins if place in b.margins}
+    margins = {
+        place: _of_margins(own, b.margins[place])
+        for place, own in a.margins.items()
+        if place in b.margins and a.cuts.get(place) == b.cuts.get(place)
+    }
     headroom = {place: _difference(a.headroom[place], b.headroom[place]) for place in a.headroom if place in b.headroom}
     loss = _difference(a.loss, b.loss)
     assert loss is not None  # confirm has more sequences than that

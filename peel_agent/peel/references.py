@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peel_agent.peel.numerics.least_squares import Gram, Solution, shortfall
+from peel_agent.peel.numerics.least_squares import RIDGES, Gram, Solution, shortfall
 from peel_agent.peel.numerics.losses import logits
+from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.streams import Streams, pieces, through
 from peel_agent.precision import round_in_gram
 from peel_agent.records import Block, Chunk, Projection, Trace, WeightSet
@@ -137,6 +138,20 @@ REFIT_TOKENS_PER_COLUMN = 4
 def refit_tokens(columns: int) -> int:
     """The fit tokens on which a stand-in of so many columns is solved."""
     return max(REFIT_TOKENS, REFIT_TOKENS_PER_COLUMN * columns)
+
+
+def refit_work(trace: Trace, block: Block, meter: Meter) -> float:
+    """What one refit costs in forward passes: features, sums, solutions, and each ridge tried on `select`."""
+    probe, width = trace.probe, trace.width
+    tokens = refit_tokens(columns_of_refit(block))
+    fit, select = min(tokens, probe.fit.size), probe.select.size
+    passes = (2 + len(RIDGES)) * meter.blocks(select, probe.sequence_length) + 2 * meter.blocks(
+        fit, probe.sequence_length
+    )
+    for columns in (_columns(block.attention_projection), _columns(block.mlp_projection)):
+        passes += meter.products(fit, columns, columns + width)
+        passes += len(RIDGES) * meter.products(columns, columns, columns / 3 + width)
+    return passes
 
 
 def refit_fault(trace: Trace) -> str | None:

@@ -274,9 +274,17 @@ class Block(Protocol):
 
 @dataclass
 class Chunk:
-    """How many sequences are run at once: the one thing here that changes, for when memory runs out it is halved."""
+    """How many sequences are run at once, and how long those are: of shorter ones more are run.
+
+    The one thing here that changes, for when memory runs out it is halved.
+    """
 
     sequences: int
+    length: int | None = None
+
+    def of(self, length: int) -> int:
+        """How many sequences of this length."""
+        return self.sequences * max(1, (self.length or length) // length)
 
     def halve(self) -> bool:
         """Whether there was anything left to halve."""

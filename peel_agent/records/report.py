@@ -36,6 +36,8 @@ class Plan:
     """Whether so few sequences are scored that it is unsure which reference is best: intervals then allow for it."""
     seconds: float | None = None
     """The time budget; what it does not suffice for is left out and said."""
+    passes: float | None = None
+    """The same for margins and progress, in plain forward passes over the whole probe."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,17 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class FirstMargin:
+    """A margin on the first so many tokens of sequences, on which every block is measured at first.
+
+    It is compared over time: what is published may be of more tokens at one checkpoint than at another.
+    """
+
+    tokens: int
+    margin: Estimate
+
+
+@dataclass(frozen=True)
 class PartReport:
     """One part of a block; `headroom`, `change` and `progress` as for the whole block.
 
@@ -131,6 +144,8 @@ class PartReport:
     change: Change | None = None
     progress: Estimate | None = None
     dead: str | None = None
+    cut: int | None = None
+    first: FirstMargin | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +174,10 @@ class LayerReport:
     finding: Finding | None = None
     hint: str | None = None
     """Why an `undecided` block was left so, and what would tell more."""
+    cut: int | None = None
+    """The margin is of the first so many tokens of each sequence, None of whole sequences."""
+    first: FirstMargin | None = None
+    """The margin on cuts that are the same for every block and checkpoint; None where whole sequences came first."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +271,8 @@ class Findings:
     skipped: tuple[Skipped, ...]
     timing: Timing
     sketches: Sketches | None = None
+    passes: float = 0.0
+    """What margins and progress cost, in plain forward passes over the whole probe, by counted work."""
     bound_label: str | None = None
     bound_step: int | None = None
     losses: SequenceLosses | None = None

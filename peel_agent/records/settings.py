@@ -56,13 +56,17 @@ QUANTITIES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class PeelSettings:
-    """`[peel]`: what to compute; what `time_budget_seconds` do not suffice for is left out and said."""
+    """`[peel]`: what to compute; what `time_budget_seconds` do not suffice for is left out and said.
+
+    So is what `budget_passes` do not suffice for, of margins and progress: plain forward passes over the whole probe.
+    """
 
     effort: str = "standard"
     quantities: tuple[str, ...] | None = None
     maps: str | tuple[tuple[int, ...], ...] = "ends"
     solver: str = "closed_form"
     time_budget_seconds: float | None = None
+    budget_passes: float = 8.0
 
     @property
     def computed(self) -> tuple[str, ...]:

@@ -27,10 +27,10 @@ from peel_agent.peel import peel
 from peel_agent.peel.bounds.chains import chain_ends, hidden_states_of
 from peel_agent.peel.bounds.maps import PAPER_26_BLOCKS
 from peel_agent.peel.bounds.solvers import SOLVERS
-from peel_agent.peel.margins.race import first_heat
 from peel_agent.peel.numerics.least_squares import Gram
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.sweep.forward import sweep
+from peel_agent.peel.sweep.heats import nowhere
 from peel_agent.pipeline import locate, scan
 from peel_agent.records import Before, ModelSettings, PeelSettings, Plan, Probe, ProbeSettings
 from tests.bench.naive import naive_chain
@@ -125,7 +125,7 @@ def trie_against_naive(device: str, counts: tuple[int, ...] = (1, 2, 4, 8)) -> d
         def trie(count: int) -> None:
             maps = PAPER_26_BLOCKS[:count]
             stopwatch = Stopwatch(time.perf_counter)
-            swept = sweep(trace, BOUNDS, first_heat(trace.probe), hidden_states_of(maps, solver), stopwatch)
+            swept = sweep(trace, BOUNDS, nowhere(trace), hidden_states_of(maps, solver), stopwatch)
             chain_ends(trace, maps, swept.hidden, solver, stopwatch)
 
         forward = forward_seconds(path, probe, device)

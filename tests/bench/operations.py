@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peel_agent.before import open_before
 from peel_agent.capture.trace import BlockwiseTrace
 from peel_agent.peel import peel
-from peel_agent.peel.margins.race import first_heat
+from peel_agent.peel.margins.heats import usual_sequences
 from peel_agent.pipeline import locate
 from peel_agent.records import Before, ModelSettings, Plan, Probe
 from tests.bench.shapes import Shape, earning, idle, trace_at
@@ -60,9 +60,8 @@ class Size:
 
     @property
     def heat(self) -> int:
-        """Tokens of the race's first heat."""
-        empty = (np.empty((count, 0), np.int64) for count in (self.fit, self.select, self.confirm))
-        return self.context * len(first_heat(Probe(*empty, "")))
+        """Tokens of the race's first heat where it takes whole sequences."""
+        return self.context * sum(usual_sequences(self.select, self.confirm))
 
     def through_block(self, tokens: float) -> float:
         """A block on so many tokens: two for each weight, and attention's two products of context by width."""

@@ -24,6 +24,7 @@ from peel_agent.peel.numerics.losses import sequence_losses
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.numerics.streams import score_ids
 from peel_agent.peel.sweep.forward import sweep
+from peel_agent.peel.sweep.heats import nowhere
 from peel_agent.records import BoundMemory, Estimate, Findings, Plan, Probe
 from tests import zoo
 from tests.oracles import bounds as bounds_oracle
@@ -79,7 +80,7 @@ def sweep_of(trace: Any) -> Any:
 
 
 def sweep_keeping(trace: Any, keep: frozenset[int]) -> Any:
-    return sweep(trace, bounds_only("ends"), np.arange(0), keep, Stopwatch(itertools.count().__next__))
+    return sweep(trace, bounds_only("ends"), nowhere(trace), keep, Stopwatch(itertools.count().__next__))
 
 
 def test_prefixes_are_solved_once(pair: tuple[Any, Any]) -> None:

@@ -14,6 +14,7 @@ from peel_agent.records import (
     Change,
     CheckpointInfo,
     Estimate,
+    FirstMargin,
     LayerReport,
     ModelInfo,
     PartReport,
@@ -337,3 +338,28 @@ def test_drop_is_the_oracles(now: tuple[float, ...], before: list[tuple[float, .
     ours = drop(Estimate(*now), [Estimate(*one) for one in before])
     theirs = drop_oracle(Interval(*now), [Interval(*one) for one in before])
     assert ours == (None if theirs is None else pytest.approx(theirs, abs=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("tokens_before", "tokens_now", "margin_now", "dropped"),
+    [
+        pytest.param(None, 64, 0.01, False, id="cuts came only now"),
+        pytest.param(64, None, 0.01, False, id="cuts came before"),
+        pytest.param(64, 128, 0.01, False, id="longer cuts"),
+        pytest.param(64, 64, 0.01, True, id="the same cuts"),
+        pytest.param(64, 64, 0.06, False, id="the same cuts, and only whole sequences give less"),
+    ],
+)
+def test_another_way_of_measuring_is_no_drop(
+    tokens_before: int | None, tokens_now: int | None, margin_now: float, dropped: bool
+) -> None:
+    """A margin is held against earlier ones on the same tokens only, whatever is published beside it."""
+
+    def reported(step: int, tokens: int | None, margin: float) -> PeelReport:
+        first = None if tokens is None else FirstMargin(tokens, estimate(margin))
+        margin_of_block = 0.06 if step < 300 else 0.01
+        return report(step, layer(2, margin=estimate(margin_of_block), first=first), first=step == 100)
+
+    before = [reported(step, tokens_before, 0.06) for step in (100, 200)]
+    diagnosed = told(*before, reported(300, tokens_now, margin_now))
+    assert ("dropped" in findings(diagnosed).values()) == dropped

@@ -18,9 +18,9 @@ from peel_agent.capture import open_trace
 from peel_agent.load import open_snapshot
 from peel_agent.peel import peel
 from peel_agent.peel.headroom.gradients import backwards, descents
-from peel_agent.peel.margins.race import first_heat
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.sweep.forward import sweep
+from peel_agent.peel.sweep.heats import nowhere
 from peel_agent.pipeline import locate
 from peel_agent.precision import quantise
 from peel_agent.records import Findings, Plan, Probe, WeightSet
@@ -105,7 +105,7 @@ def test_typical_additions(case: Case) -> None:
     """What the parts of each block add to the stream, by whose median a step is as long as it is, is the oracle's."""
     probe = case.trace.probe
     stopwatch = Stopwatch(itertools.count().__next__)
-    swept = sweep(case.trace, Plan(frozenset(), (), ()), first_heat(probe), frozenset(), stopwatch)
+    swept = sweep(case.trace, Plan(frozenset(), (), ()), nowhere(case.trace), frozenset(), stopwatch)
     score = np.concatenate([probe.select, probe.confirm])
     for part, expected in oracle.typical_additions(case.decoder, score).items():
         sizes = [visited.added[part] for visited in swept.visited]

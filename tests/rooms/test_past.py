@@ -56,6 +56,7 @@ from tests.oracles import past as oracle
 from tests.oracles import sketch as sketch_oracle
 from tests.oracles.intervals import Interval
 
+heats_module = importlib.import_module("peel_agent.peel.margins.heats")
 race_module = importlib.import_module("peel_agent.peel.margins.race")  # the package exports the function of that name
 comparison_module = importlib.import_module("peel_agent.peel.past.comparison")
 
@@ -350,7 +351,7 @@ def raced(trace: BlockwiseTrace, before: Path) -> Race:
     selecting = len(trace.probe.select)
     return Race(
         found.progress,
-        {(v.block, v.target): (own - found.swept.trained)[selecting:] for v, own in found.swept.progress.items()},
+        {(v.block, v.target): own.losses[selecting:] for v, own in found.excesses.items() if v.reference == "earlier"},
     )
 
 
@@ -373,9 +374,10 @@ def test_what_seems_worse_is_measured_in_full(
     path = zoo.save(before, tmp_path / "before")
     trace = zoo.trace_of(zoo.save(now, tmp_path / "now"), probe)
     if not others_open:
-        monkeypatch.setattr(race_module, "contenders", lambda *_: ())
+        monkeypatch.setattr(race_module, "still_open", lambda *_: ())
     found = raced(trace, path)
-    monkeypatch.setattr(race_module, "HEAT_FRACTION", 1)
+    monkeypatch.setattr(heats_module, "HEAT_FRACTION", 1)
+    monkeypatch.setattr(heats_module, "WHOLE_PASSES", 1000.0)
     monkeypatch.setattr(comparison_module, "BUDGET_PASSES", 1000.0)
     full = raced(trace, path).differences
     few = {place: estimate(full[place][:rows]) for place in found.progress}
@@ -574,6 +576,8 @@ def probe_file(folder: Path) -> Path:
 
 
 SIZES = {"fit_tokens": 12 * 80, "select_tokens": 12 * 40, "confirm_tokens": 12 * 160}
+ENOUGH = 100.0
+"""Forward passes for models so narrow that solving costs more than running them."""
 
 
 def measured(
@@ -582,7 +586,7 @@ def measured(
     return measure(
         locate(now),
         probe=ProbeSettings(path=probe_file(now.parent), **SIZES),
-        peeling=PeelSettings(quantities=("margin",)),
+        peeling=PeelSettings(quantities=("margin",), budget_passes=ENOUGH),
         model=ModelSettings(),
         device="cpu",
         clock=time.perf_counter,
@@ -664,7 +668,9 @@ def test_what_is_earlier_is_compared(pair: tuple[Any, Any], tmp_path: Path) -> N
     """`since` an earlier checkpoint gives change and progress of every block, and says of which step that was."""
     now, before = pair
     paths = zoo.save(now, tmp_path, step=20), zoo.save(before, tmp_path, step=10)
-    report = peel_agent.scan(paths[0], probe=probe_file(tmp_path), since=paths[1], quantities=("margin",), **SIZES)
+    report = peel_agent.scan(
+        paths[0], probe=probe_file(tmp_path), since=paths[1], quantities=("margin",), budget_passes=ENOUGH, **SIZES
+    )
     assert report.since_step == 10
     assert check_changes(report.layers, expected_changes("llama", now, before)) == 3 * zoo.BLOCKS
     assert all(place.progress is not None for layer in report.layers for place in places(layer).values())

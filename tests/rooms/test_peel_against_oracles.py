@@ -38,9 +38,9 @@ class Case:
         probe = self.trace.probe
         self.parts = (probe.fit, probe.select, probe.confirm)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(
-                importlib.import_module("peel_agent.peel.margins.race"), "HEAT_FRACTION", 1
-            )  # one heat: everything
+            heats = importlib.import_module("peel_agent.peel.margins.heats")
+            patched.setattr(heats, "HEAT_FRACTION", 1)  # one heat: everything
+            patched.setattr(heats, "WHOLE_PASSES", 1000.0)
             self.findings: Findings = peel(self.trace, PLAN, itertools.count().__next__)
 
 

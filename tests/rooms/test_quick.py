@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import peel_agent
 from peel_agent.load import ProbeSizes, load_probe
 from peel_agent.peel.layers import Measured, layer_reports
 from peel_agent.peel.margins.margin import Margin, Place, margin
+from peel_agent.peel.numerics.losses import Excess
 from peel_agent.peel.sweep.forward import Visited
 from peel_agent.probing import QUICK_FIT_TOKENS, QUICK_FIT_TOKENS_PER_COLUMN, quick_sizes
 from peel_agent.publish import headline, plain_text, publication, report_sheet
@@ -94,8 +96,8 @@ def text(rows: int, seed: int) -> Any:
     return ids
 
 
-def model_of(kind: str, width: int, steps: int) -> Any:
-    """Three blocks, trained for so many steps."""
+def model_of(kind: str, width: int, steps: int, idle: Sequence[str] = ()) -> Any:
+    """Three blocks, trained for so many steps; `idle` parameters stay 0."""
     torch.manual_seed(0)
     shared: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "bos_token_id": 0}
     if kind == "llama":
@@ -110,7 +112,9 @@ def model_of(kind: str, width: int, steps: int) -> Any:
     else:
         config = GPT2Config(**shared, n_embd=width, n_layer=3, n_head=4, eos_token_id=0, **NO_DROPOUT)
     model = AutoModelForCausalLM.from_config(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for name in idle:
+        model.get_parameter(name).requires_grad_(False).zero_()
+    optimiser = torch.optim.AdamW([own for own in model.parameters() if own.requires_grad], lr=3e-3)
     for step in range(steps):
         ids = torch.from_numpy(text(8, step))
         optimiser.zero_grad()
@@ -189,10 +193,9 @@ SELECTING = 4
 def test_the_interval_spans_what_may_be_the_best(other: Any, spans: bool) -> None:
     """On few sequences the reference that is picked may not be the best: the interval covers each that may be."""
     references = {"skip": TRAINED + 0.45 + 0.01 * NOISE, "affine": other}
-    alone = {name: margin(TRAINED, {name: own}, SELECTING, complete=True).estimate for name, own in references.items()}
-    sure, unsure = (
-        margin(TRAINED, references, SELECTING, complete=True, unsure_of_best=unsure) for unsure in (False, True)
-    )
+    excesses = {name: Excess(own - TRAINED) for name, own in references.items()}
+    alone = {name: margin({name: own}, SELECTING, complete=True).estimate for name, own in excesses.items()}
+    sure, unsure = (margin(excesses, SELECTING, complete=True, unsure_of_best=unsure) for unsure in (False, True))
     assert sure.best == unsure.best == "skip"
     assert sure.estimate == alone["skip"]
     covered = alone.values() if spans else [alone["skip"]]

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from peel_agent.errors import NoWitness
 from peel_agent.peel.headroom.headroom import headrooms
-from peel_agent.peel.margins.race import first_heat
 from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.past.comparison import EARLIER
-from peel_agent.peel.sweep.forward import carry, sweep
+from peel_agent.peel.sweep.forward import sweep
+from peel_agent.peel.sweep.heats import Heat, nowhere
+from peel_agent.peel.sweep.lanes import carry
 from peel_agent.peel.sweep.splices import Variant, with_weights
 from peel_agent.precision import latents_of
 from peel_agent.records import Block, Estimate, Past, Plan, Progress, Projection, Trace, WeightSet
@@ -36,7 +38,7 @@ def improve(trace: Trace, index: int, clock: Callable[[], float], progress: Prog
     """The better block `index`; NoWitness when its win cannot be told from 0."""
     stopwatch = Stopwatch(clock, progress)
     nothing = Plan(frozenset(), (), "direct")
-    swept = sweep(trace, nothing, first_heat(trace.probe), frozenset(), stopwatch)
+    swept = sweep(trace, nothing, nowhere(trace), frozenset(), stopwatch)
     trained, added = swept.trained, [visited.added for visited in swept.visited]
     rooms, skipped = headrooms(trace, trained, added, stopwatch, only=index)
     if index not in rooms:
@@ -61,12 +63,13 @@ def earlier_block(
     """Block `index` as it was at an earlier checkpoint; NoWitness when its win cannot be told from 0."""
     stopwatch = Stopwatch(clock, progress)
     nothing = Plan(frozenset(), (), "direct")
-    trained = sweep(trace, nothing, first_heat(trace.probe), frozenset(), stopwatch).trained
+    trained = sweep(trace, nothing, nowhere(trace), frozenset(), stopwatch).trained
     (block,) = trace.blocks(index, index + 1)
     variant = Variant(index, "block", EARLIER)
-    rows = np.arange(len(trace.probe.select), len(trained))
+    confirm = Heat(np.arange(len(trace.probe.select), len(trained)), trace.probe.sequence_length)
     splices = {variant: with_weights(lambda: past.block(index).effective)}
-    won = estimate(trained[rows] - carry(trace, splices, rows, stopwatch)[variant])
+    (carried,) = carry(trace, [(confirm, splices)], stopwatch, Meter(trace, block))
+    won = estimate(-carried[variant].losses[confirm.rows])
     if not won.low > 0.0:
         raise NoWitness(
             f"{block.name} of the earlier checkpoint is not proven better: {won} nats per token",
@@ -74,7 +77,7 @@ def earlier_block(
         )
     stored = _without_same(block, past.block(index).stored)
     weights = {f"{block.name}.{key}": weight.contiguous() for key, weight in stored.items()}
-    return Improvement(weights, estimate(trained[rows]), won)
+    return Improvement(weights, estimate(trained[confirm.rows]), won)
 
 
 def _storable(projection: Projection | None, own: WeightSet) -> Projection | None:

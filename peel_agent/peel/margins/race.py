@@ -1,43 +1,64 @@
-"""Margins by a race (method.md 8): every reference is scored on a few sequences first. A block or part that even the
-least of its references leaves above its threshold is cleared; at the others, the references that may still be the best
-are scored on everything. So nothing is accused on a few sequences.
+"""Margins by a race (method.md 8): every reference is scored on a few tokens first. A block or part that even the least
+of its references leaves above its threshold is cleared. The others go on to more tokens, with those references that may
+still be the best, and at last to whole sequences, all of them: nothing is accused on less. What the budget does not
+suffice for stays open, and is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peel_agent.peel.margins.margin import Margin, Place, by_place, margins_of, may_be_better, of_target, thresholds
+from peel_agent.peel.margins.heats import first_heat, longer_heats
+from peel_agent.peel.margins.margin import (
+    Margin,
+    Place,
+    Threshold,
+    by_place,
+    margins_of,
+    may_be_better,
+    of_target,
+    thresholds,
+)
 from peel_agent.peel.numerics.intervals import estimate
-from peel_agent.peel.numerics.losses import Losses
+from peel_agent.peel.numerics.losses import Excess
+from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.past.comparison import EARLIER, Comparison
-from peel_agent.peel.sweep.forward import Sweep, carry, sweep
+from peel_agent.peel.sweep.forward import Sweep, sweep
+from peel_agent.peel.sweep.heats import Heat
+from peel_agent.peel.sweep.lanes import carry, restream, union
 from peel_agent.peel.sweep.splices import TARGETS, Variant
-from peel_agent.records import Estimate, Plan, Probe, Skipped, Trace
-
-HEAT_FRACTION = 8
-"""The first heat takes one in so many sequences of select and of confirm,"""
+from peel_agent.peel.sweep.stand_ins import variants_per_block
+from peel_agent.records import Estimate, Plan, Skipped, Trace
 
 LEAST_WORSE, MOST_WORSE = 3, 8
 """So many blocks and parts that seem to have got worse are measured on all of confirm."""
 
-HEAT_SELECT_SEQUENCES = 4
-HEAT_CONFIRM_SEQUENCES = 8
-"""but never fewer than these: an interval needs them."""
+RESERVED = 0.5
+"""At most this fraction of what is left of the budget is kept for whole sequences while cuts are run."""
 
 
 @dataclass(frozen=True)
 class Raced:
-    """The sweep that solved the stand-ins, the margin of every block and part, and the progress of each."""
+    """The sweep that solved the stand-ins, what each of them costs as far as it was measured, the margin of every block
+    and part and its first one, on tokens that are the same at every checkpoint, and the progress of each; and all that
+    was spent, in plain forward passes.
+    """
 
     swept: Sweep
+    excesses: Mapping[Variant, Excess]
     margins: Mapping[Place, Margin]
+    first: Mapping[Place, Margin]
     progress: Mapping[Place, Estimate]
+    passes: float
+
+
+Entry = tuple[Place, Heat, tuple[Variant, ...]]
+"""A place, and those of its variants that are to be scored on a heat."""
 
 
 def race(
@@ -52,55 +73,149 @@ def race(
 
     The sweep keeps the hidden states `keep`.
     """
-    rows = first_heat(trace.probe)
-    swept = sweep(trace, plan, rows, keep, stopwatch, comparison=comparison)
+    meter = Meter(trace, next(iter(trace.blocks(stop=1))), plan.passes)
+    heat = first_heat(trace, meter, variants_per_block(plan))
+    swept = sweep(trace, plan, heat, keep, stopwatch, meter=meter, comparison=comparison)
     if not np.isfinite(swept.trained).all():
-        return Raced(swept, {}, {})  # there is nothing to hold against anything
-    raced = _raced(trace, plan, swept, comparison)
-    again = contenders(swept.variants, raced.margins) if len(rows) < len(swept.trained) else ()
-    worse = seeming_worse(raced.progress)
-    rest = _unmeasured(swept, rows, len(trace.probe.select), again=bool(again), worse=bool(worse))
-    if not len(rest):
-        return raced
-    work = len(rest) * sum(len(trace.block_names) - variant.block for variant in (*again, *worse))
-    if not stopwatch.affords(work * swept.seconds_per_work):
-        left_out = Skipped("open margins on all sequences", stopwatch.refusal())
-        return replace(raced, swept=replace(swept, skipped=(*swept.skipped, left_out)))
-    carried = carry(trace, {variant: swept.solved[variant] for variant in (*again, *worse)}, rest, stopwatch)
-    merged = {variant: losses.copy() for variant, losses in {**swept.variants, **swept.progress}.items()}
-    for variant, losses in carried.items():
-        merged[variant][rest] = losses
-    stand_ins = {variant: merged[variant] for variant in swept.variants}
-    earlier = {variant: merged[variant] for variant in swept.progress}
-    return _raced(trace, plan, replace(swept, variants=stand_ins, progress=earlier), comparison)
+        return Raced(swept, {}, {}, {}, {}, meter.spent)  # there is nothing to hold against anything
+    run = _Race(trace, plan, swept, stopwatch, meter)
+    first = run.margins()
+    for longer in longer_heats(trace.probe, heat):
+        run.clear_on(longer)
+    run.measure_in_full()
+    return Raced(
+        replace(swept, skipped=(*swept.skipped, *run.left_out())),
+        {**run.stand_ins, **run.earlier},
+        run.margins(),
+        first,
+        # What was measured before the comparison fell counts for nothing: its files may be torn.
+        run.progress() if comparison is not None and comparison.stands else {},
+        meter.spent,
+    )
 
 
-def _raced(trace: Trace, plan: Plan, swept: Sweep, comparison: Comparison | None) -> Raced:
-    selecting = len(trace.probe.select)
-    margins = margins_of(swept.trained, swept.variants, plan.references, selecting, unsure_of_best=plan.few_sequences)
-    progress: dict[Place, Estimate] = {}
-    # What was measured before the comparison fell counts for nothing: its files may be torn.
-    for variant, losses in swept.progress.items() if comparison is not None and comparison.stands else ():
-        measured = np.isfinite(losses[selecting:])
-        if measured.any():
-            progress[variant.block, variant.target] = estimate((losses - swept.trained)[selecting:][measured])
-    return Raced(swept, margins, progress)
+class _Race:
+    """What is known so far: `stand_ins` and `earlier` are what variants cost, each on the last tokens it was run on."""
 
+    def __init__(self, trace: Trace, plan: Plan, swept: Sweep, stopwatch: Stopwatch, meter: Meter) -> None:
+        self.stand_ins = dict(swept.variants)
+        self.earlier = dict(swept.progress)
+        self._trace, self._plan, self._swept, self._stopwatch, self._meter = trace, plan, swept, stopwatch, meter
+        self._selecting = len(trace.probe.select)
+        self._refused: dict[Place, str] = {}
 
-def _unmeasured(
-    swept: Sweep, rows: NDArray[np.int64], selecting: int, *, again: bool, worse: bool
-) -> NDArray[np.int64]:
-    """Where references that are measured `again`, and places that seem `worse`, have not been measured yet.
+    def margins(self) -> dict[Place, Margin]:
+        return margins_of(
+            self.stand_ins, self._plan.references, self._selecting, unsure_of_best=self._plan.few_sequences
+        )
 
-    Progress may have been measured on fewer `rows` than references were, and on none of select, where nothing is
-    chosen by it.
-    """
-    everything = np.arange(len(swept.trained))
-    rest = np.setdiff1d(everything, rows) if again else everything[:0]
-    if not worse:
-        return rest
-    measured = np.asarray(np.isfinite(np.stack(list(swept.progress.values()))).any(axis=0))
-    return np.union1d(rest, everything[selecting:][~measured[selecting:]])
+    def progress(self) -> dict[Place, Estimate]:
+        measured = {variant: own.losses[self._selecting :] for variant, own in self.earlier.items()}
+        return {
+            (variant.block, variant.target): estimate(losses[np.isfinite(losses)])
+            for variant, losses in measured.items()
+            if np.isfinite(losses).any()
+        }
+
+    def clear_on(self, heat: Heat) -> None:
+        """Runs open places on a heat of cuts: not those that seem to be below, which only whole sequences can tell.
+
+        The highest margins come first, for they are cleared soonest, while enough is left for those that seem below.
+        """
+        margins = self.margins()
+        suspects = seeming_below(margins)
+        straddling = [place for place in still_open(margins) if place not in suspects]
+        straddling.sort(key=lambda place: -margins[place].estimate.value)
+        whole = self._whole(suspects, margins)
+        self._carry([(place, heat, self._contending(place, margins)) for place in straddling], reserved=whole)
+
+    def measure_in_full(self) -> None:
+        """Measures open places on whole sequences, the lowest margins first, and those that seem to have got worse."""
+        margins = self.margins()
+        worse = seeming_worse(self.progress())
+        confirm = np.arange(self._selecting, len(self._swept.trained))
+        entries = [
+            ((variant.block, variant.target), self._unmeasured(self.earlier[variant], confirm), (variant,))
+            for variant in worse
+        ]
+        lowest = sorted(still_open(margins), key=lambda place: margins[place].estimate.high)
+        self._refused = self._carry([*entries, *self._whole(lowest, margins)])
+
+    def left_out(self) -> tuple[Skipped, ...]:
+        """What stayed open, and on what the margins are that were cleared on cuts."""
+        found = []
+        for why in dict.fromkeys(self._refused.values()):
+            names = [self._name(place) for place, reason in self._refused.items() if reason == why]
+            found.append(Skipped(f"open margins on all sequences: {', '.join(names)}", why))
+        cuts = [own.cut for place, own in self.margins().items() if own.cut is not None and place not in self._refused]
+        if cuts:
+            what = f"whole sequences for the margins of {len(cuts)} blocks and parts"
+            why = f"the first {min(cuts)} tokens of sequences clear them, and their margins are of those"
+            found.append(Skipped(what, why))
+        return tuple(found)
+
+    def _name(self, place: Place) -> str:
+        name = self._trace.block_names[place[0]]
+        return name if place[1] == "block" else f"{name}/{place[1]}"
+
+    def _contending(self, place: Place, margins: Mapping[Place, Margin]) -> tuple[Variant, ...]:
+        return contenders(self.stand_ins, {place: margins[place]})
+
+    def _whole(self, places: Iterable[Place], margins: Mapping[Place, Margin]) -> list[Entry]:
+        """On all sequences; without those of select where there is nothing to be chosen."""
+        everything = np.arange(len(self._swept.trained))
+        found = []
+        for place in places:
+            own = self._contending(place, margins)
+            rows = everything if len(own) > 1 else everything[self._selecting :]
+            found.append((place, self._unmeasured(self.stand_ins[own[0]], rows), own))
+        return found
+
+    def _unmeasured(self, own: Excess, rows: NDArray[np.int64]) -> Heat:
+        """These rows as whole sequences, without those that were measured so already."""
+        known = own.measured.nonzero()[0] if own.cut is None else rows[:0]
+        return Heat(np.setdiff1d(rows, known), self._trace.probe.sequence_length)
+
+    def _carry(self, entries: Sequence[Entry], reserved: Sequence[Entry] = ()) -> dict[Place, str]:
+        """Runs as many entries as are afforded, in their order; says of the others why not."""
+        entries = [entry for entry in entries if len(entry[1].rows)]
+        kept = min(self._price(reserved), RESERVED * self._meter.left) if reserved else 0.0
+        taken = len(entries)
+        while taken and self._refusal(self._price(entries[:taken]) + kept) is not None:
+            taken -= 1
+        lanes: dict[tuple[int, ...], tuple[Heat, list[Variant]]] = {}
+        for _, heat, variants in entries[:taken]:
+            lanes.setdefault(tuple(heat.rows), (heat, []))[1].extend(variants)
+        if lanes:
+            chosen = [(heat, {own: self._swept.solved[own] for own in variants}) for heat, variants in lanes.values()]
+            for found in carry(self._trace, chosen, self._stopwatch, self._meter):
+                self._learn(found)
+        rest = entries[taken:]
+        why = self._refusal(self._price(rest[:1]) + kept) if rest else None
+        return {place: why or "" for place, _, _ in rest}
+
+    def _learn(self, found: Mapping[Variant, Excess]) -> None:
+        for variant, new in found.items():
+            known = self.earlier if variant.reference == EARLIER else self.stand_ins
+            old = known[variant]
+            both = np.where(new.measured, new.losses, old.losses) if old.cut == new.cut else new.losses
+            known[variant] = replace(new, losses=both)
+
+    def _price(self, entries: Sequence[Entry]) -> float:
+        """In plain forward passes, the trained streams included."""
+        if not entries:
+            return 0.0
+        tails = sum(
+            self._meter.tail(place[0], len(variants) * heat.tokens, heat.length) for place, heat, variants in entries
+        )
+        return restream(union([heat for _, heat, _ in entries]), self._meter) + tails
+
+    def _refusal(self, passes: float) -> str | None:
+        """Why so many forward passes are not afforded; None when they are."""
+        if not self._meter.affords(passes):
+            return self._meter.refusal()
+        afforded = self._stopwatch.affords(passes * self._swept.seconds_per_pass)
+        return None if afforded else self._stopwatch.refusal()
 
 
 def seeming_worse(progress: Mapping[Place, Estimate]) -> tuple[Variant, ...]:
@@ -114,33 +229,37 @@ def seeming_worse(progress: Mapping[Place, Estimate]) -> tuple[Variant, ...]:
     return tuple(Variant(*place, EARLIER) for place in lowest[: min(MOST_WORSE, max(LEAST_WORSE, certain))])
 
 
-def first_heat(probe: Probe) -> NDArray[np.int64]:
-    """Places of the score sequences in the first heat, select first: all of them, if few would be spared."""
-    selecting, confirming = len(probe.select), len(probe.confirm)
-    select = min(selecting, max(HEAT_SELECT_SEQUENCES, selecting // HEAT_FRACTION))
-    confirm = min(confirming, max(HEAT_CONFIRM_SEQUENCES, confirming // HEAT_FRACTION))
-    if 4 * (select + confirm) > 3 * (selecting + confirming):
-        select, confirm = selecting, confirming
-    return np.concatenate([np.arange(select), selecting + np.arange(confirm)])
-
-
-def contenders(variants: Mapping[Variant, Losses], margins: Mapping[Place, Margin]) -> tuple[Variant, ...]:
-    """What is to be measured on everything: at each open place, the references that may yet be its best."""
-    found = []
+def contenders(variants: Mapping[Variant, Excess], margins: Mapping[Place, Margin]) -> tuple[Variant, ...]:
+    """The references of these places that may yet be the best."""
     losses = by_place(variants)
-    for place in still_open(margins):
-        best = losses[place][margins[place].best]
-        for name, own in losses[place].items():
-            if may_be_better(own, best):
-                found.append(Variant(*place, name))
-    return tuple(found)
+    return tuple(
+        Variant(*place, name)
+        for place, own in margins.items()
+        for name, found in losses[place].items()
+        if may_be_better(found, losses[place][own.best])
+    )
 
 
 def still_open(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
-    """The blocks and parts that are not above their threshold with every one of their references."""
-    found = []
+    """The blocks and parts that are not above their threshold with every reference that may be the best, unless they
+    were measured in full.
+    """
+    return tuple(place for place, own, limits in _held_against(margins) if own.least <= limits.above and not own.whole)
+
+
+def seeming_below(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
+    """The open blocks and parts that are under their threshold as far as they were measured."""
+    return tuple(
+        place for place, own, limits in _held_against(margins) if own.estimate.high < limits.above and not own.whole
+    )
+
+
+def _held_against(margins: Mapping[Place, Margin]) -> list[tuple[Place, Margin, Threshold]]:
+    found: list[tuple[Place, Margin, Threshold]] = []
     for target in TARGETS:
         own = of_target(margins, target)
-        limits = thresholds(list(own.values()))
-        found += [(index, target) for index, limit in zip(own, limits, strict=True) if own[index].least <= limit]
-    return tuple(found)
+        found += [
+            ((index, target), own[index], limits)
+            for index, limits in zip(own, thresholds(list(own.values())), strict=True)
+        ]
+    return found

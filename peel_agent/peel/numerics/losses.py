@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,6 +14,26 @@ from peel_agent.peel.numerics.streams import pieces
 from peel_agent.records import Projection, TokenIds, Trace
 
 Losses = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Excess:
+    """How much more a variant's loss is than the trained model's, per score sequence [N], NaN where not measured.
+
+    On the first `cut` tokens of each sequence, None for whole sequences.
+    """
+
+    losses: Losses
+    cut: int | None = None
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        return np.isfinite(self.losses)
+
+    def alike(self, other: Excess) -> bool:
+        """Whether both were measured on the same tokens."""
+        return self.cut == other.cut and bool((self.measured == other.measured).all())
+
 
 LOGIT_ROWS = 2048
 """Positions whose logits are held at once."""

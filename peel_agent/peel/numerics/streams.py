@@ -42,14 +42,14 @@ class Streams:
 
 
 def pieces(function: Callable[..., Result], chunk: Chunk, *streams: Tensor) -> Iterator[Result]:
-    """Results of `function` for one piece after another of streams [N, ...] of one length, `chunk` sequences each.
+    """Results of `function` for one piece after another of streams [N, S, ...] of one length, a `chunk` each.
 
     When a piece does not fit into the device's memory the chunk is halved, for everything that comes after too, and
     the same sequences are run again; a single sequence that does not fit is torch's own error.
     """
     start = 0
     while start < len(streams[0]):
-        stop = start + chunk.sequences
+        stop = start + chunk.of(streams[0].shape[1])
         try:
             result = function(*(stream[start:stop] for stream in streams))
         except RuntimeError as error:

@@ -122,14 +122,13 @@ def _rounded(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mappin
     return {name: own.to(dtype) if own.is_floating_point() else own for name, own in weights.items()}
 
 
-def affordable(sequences: int, rows: int, depth: int) -> tuple[tuple[Target, ...], int]:
+def affordable(each: float, rows: int) -> tuple[tuple[Target, ...], int]:
     """What progress is measured on first: of which places, on how many of `rows` sequences.
 
-    One sequence spliced at every block costs about depth / 2 blocks for each of them; at most BUDGET_PASSES plain
-    forward passes over the `sequences` of the whole probe are spent.
+    `each` are the forward passes for one sequence spliced at every block; at most BUDGET_PASSES are spent.
     """
     for targets in (TARGETS, TARGETS[:1]):
-        most = int(BUDGET_PASSES * sequences / (len(targets) * (depth + 1) / 2))
+        most = int(BUDGET_PASSES / (len(targets) * each))
         if most >= min(rows, LEAST_ROWS):
             return targets, min(rows, most)
     return TARGETS[:1], min(rows, LEAST_ROWS)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from peel_agent.peel.references import Affine, columns_of_refit, pick_affine, refit, refit_tokens
+from peel_agent.peel.references import (
+    Affine,
+    columns_of_refit,
+    pick_affine,
+    refit,
+    refit_tokens,
+)
 from peel_agent.peel.sweep import splices
 from peel_agent.peel.sweep.splices import TARGETS, Splice, Target, Variant
 from peel_agent.peel.sweep.visits import Visit
@@ -29,6 +35,12 @@ def stand_ins_of(
         (reaching,) = refit(previous.block, inputs, [aim], trace.chunk)
         stand_ins[Variant(index, "block", "previous")] = splices.previous(reaching.attention, reaching.mlp)
     return stand_ins
+
+
+def variants_per_block(plan: Plan) -> int:
+    """How many stand-ins leave at a block, at most."""
+    everywhere = len({"skip", "affine"} & set(plan.references))
+    return (len(TARGETS) if plan.parts else 1) * everywhere + int("previous" in plan.references)
 
 
 def _affine_maps(trace: Trace, visit: Visit) -> dict[Target, Affine]:

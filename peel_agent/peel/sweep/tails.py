@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peel_agent.peel.numerics.losses import Losses, sequence_losses
+from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.streams import rewrite
 from peel_agent.peel.sweep.splices import Site, Splice, Variant
 from peel_agent.records import Block, TokenIds, Trace
@@ -22,14 +23,14 @@ from peel_agent.records import Block, TokenIds, Trace
 class Tails:
     """Streams spliced so far, and the losses of those that have reached the head.
 
-    `ids` [n, S] are the score sequences on which variants are scored, `share` is the most elements that streams may
-    hold between two blocks. `spliced` counts sequences added so far, `work` those run through a block.
+    `ids` [n, S] are the tokens on which variants are scored, `share` is the most elements that streams may hold between
+    two blocks. What they cost is told to the `meter` as it is done; `work` is that, in plain forward passes.
     """
 
-    def __init__(self, trace: Trace, ids: TokenIds, share: int) -> None:
+    def __init__(self, trace: Trace, ids: TokenIds, share: int, meter: Meter | None = None) -> None:
         self.losses: dict[Variant, Losses] = {}
-        self.spliced = 0
-        self.work = 0
+        self.work = 0.0
+        self._meter = meter
         self._trace = trace
         self._ids = ids
         self._share = share
@@ -37,20 +38,26 @@ class Tails:
 
     @property
     def waiting(self) -> int:
-        """Sequences on their way, over all variants."""
-        return sum(len(bundle) for _, bundle in self._bundles)
+        """Tokens on their way, over all variants."""
+        return sum(len(bundle) for _, bundle in self._bundles) * int(self._ids.shape[1])
+
+    @property
+    def ahead(self) -> float:
+        """What it costs to run those on their way through one more block."""
+        return 0.0 if self._meter is None else self._meter.blocks(self.waiting, self._ids.shape[1])
 
     def advance(self, block: Block) -> None:
         """Runs the block on every stream that was spliced before it."""
         for _, bundle in self._bundles:
             rewrite(block.run, bundle, self._trace.chunk)
-        self.work += self.waiting
+        self._count(self.ahead)
 
     def splice(self, found: Mapping[Variant, Splice], site: Site) -> None:
         """Adds the streams that leave the trained one at this site; runs all to the end when they hold too much."""
         if found:
             self._bundles.append((tuple(found), torch.cat([splice(site) for splice in found.values()])))
-            self.spliced += len(found) * len(self._ids)
+            if self._meter is not None:  # a stand-in costs a block at most
+                self._count(self._meter.blocks(len(found) * self._ids.size, self._ids.shape[1]))
         if sum(bundle.numel() for _, bundle in self._bundles) > self._share:  # a share of 0 lets none wait
             for block in self._trace.blocks(site.block.index + 1):
                 self.advance(block)
@@ -58,7 +65,14 @@ class Tails:
 
     def score(self) -> None:
         """Scores the streams, which have passed the last block, with the trained head."""
+        if self._meter is not None:
+            self._count(self._meter.head(self.waiting))
         for variants, bundle in self._bundles:
             for variant, stream in zip(variants, bundle.split(len(self._ids)), strict=True):
                 self.losses[variant] = sequence_losses(self._trace, stream, self._ids)
         self._bundles = []
+
+    def _count(self, passes: float) -> None:
+        self.work += passes
+        if self._meter is not None:
+            self._meter.spend(passes)

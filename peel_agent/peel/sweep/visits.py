@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peel_agent.peel.numerics.least_squares import Gram, shortfall
+from peel_agent.peel.numerics.least_squares import RIDGES, Gram, shortfall
+from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.streams import Streams, pieces
 from peel_agent.records import Block, PartName, Plan, Skipped, Trace
 
@@ -73,6 +74,21 @@ def visit_block(trace: Trace, block: Block, before: Streams, plan: Plan, skipped
     after = Streams(torch.cat(outputs), torch.cat(scored), before.selecting)
     dead = {part: why for part, signs in alive.items() if (why := _dead(block, part, signs)) is not None}
     return Visit(block, before, torch.cat(mids), after, dead, input_gram, mid_gram)
+
+
+def trained_work(trace: Trace, plan: Plan, meter: Meter) -> float:
+    """What a visit costs in forward passes: the trained streams through one block, the sums for its affine maps and
+    their solutions, one a ridge, each tried on `select`.
+    """
+    probe, columns, width = trace.probe, trace.width + 1, trace.width
+    tokens = probe.fit.size + probe.select.size + probe.confirm.size
+    passes = meter.blocks(tokens, probe.sequence_length)
+    if "affine" in plan.references and shortfall(probe.fit.size, columns) is None:
+        for targets in (2 * width, width) if plan.parts else (width,):
+            passes += meter.products(probe.fit.size, columns, columns + targets)
+            passes += len(RIDGES) * meter.products(probe.select.size + columns, columns, targets)
+            passes += len(RIDGES) * meter.products(columns, columns, columns) / 3
+    return passes
 
 
 def _looked_into(block: Block, h: Tensor) -> tuple[Tensor, Tensor, dict[PartName, _Signs]]:

@@ -1,0 +1,85 @@
+"""How many tokens margins are measured on: few at first, and more where a few decide nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from peel_agent.peel.numerics.meter import Meter
+from peel_agent.peel.sweep.heats import Heat, cut_is_exact
+from peel_agent.records import Probe, Trace
+
+HEAT_FRACTION = 8
+"""The first heat takes one in so many sequences of select and of confirm,"""
+
+HEAT_SELECT_SEQUENCES = 4
+HEAT_CONFIRM_SEQUENCES = 8
+"""but never fewer than these: an interval needs them."""
+
+WHOLE_PASSES = 2.0
+"""Where these would cost more plain forward passes over the whole probe, it takes the first tokens of alone,"""
+
+CUT_PASSES = 1.0
+"""for so many forward passes,"""
+
+CUT_SEQUENCES = 16
+"""and of so many sequences when each cut is then long enough,"""
+
+LEAST_CUT = 64
+"""as this is; never fewer than half as many tokens, nor of fewer than HEAT_CONFIRM_SEQUENCES."""
+
+GROWTH = 4
+"""The next heat has so many times the tokens."""
+
+
+def first_heat(trace: Trace, meter: Meter, variants: int) -> Heat:
+    """The tokens on which all of so many variants a block are scored, select first where it is among them."""
+    probe = trace.probe
+    length = probe.sequence_length
+    selecting, confirming = len(probe.select), len(probe.confirm)
+    select, confirm = usual_sequences(selecting, confirming)
+    affordable = _sequences(meter, variants, length, WHOLE_PASSES)
+    fewest = min(selecting, HEAT_SELECT_SEQUENCES) + min(confirming, HEAT_CONFIRM_SEQUENCES)
+    if affordable < fewest and length > LEAST_CUT:
+        cut = _cut(probe, meter, variants)
+        if cut.length < length and cut_is_exact(trace, cut.length):
+            return cut
+    if affordable < select + confirm:
+        confirm = max(min(confirming, HEAT_CONFIRM_SEQUENCES), min(confirm, affordable * 2 // 3))
+        select = max(min(selecting, HEAT_SELECT_SEQUENCES), min(select, affordable - confirm))
+        if 4 * (select + confirm) > 3 * (selecting + confirming):  # little would be spared
+            select, confirm = selecting, confirming
+    return Heat(np.concatenate([np.arange(select), selecting + np.arange(confirm)]), length)
+
+
+def usual_sequences(selecting: int, confirming: int) -> tuple[int, int]:
+    """How many of select and of confirm are taken where whole sequences are: all of them, if few would be spared."""
+    select = min(selecting, max(HEAT_SELECT_SEQUENCES, selecting // HEAT_FRACTION))
+    confirm = min(confirming, max(HEAT_CONFIRM_SEQUENCES, confirming // HEAT_FRACTION))
+    return (select, confirm) if 4 * (select + confirm) <= 3 * (selecting + confirming) else (selecting, confirming)
+
+
+def longer_heats(probe: Probe, first: Heat) -> Iterator[Heat]:
+    """Cuts between the first heat and whole sequences, each GROWTH times as large."""
+    rows = len(probe.select) + np.arange(min(CUT_SEQUENCES, len(probe.confirm)))
+    tokens = GROWTH * first.tokens
+    while first.length < probe.sequence_length and 2 * tokens <= len(rows) * probe.sequence_length:
+        yield Heat(rows, tokens // len(rows))
+        tokens *= GROWTH
+
+
+def _sequences(meter: Meter, variants: int, length: int, passes: float) -> int:
+    """How many sequences of a length so many forward passes are enough for."""
+    each = variants * sum(meter.tail(block, length, length) for block in range(meter.depth))
+    return int(passes / each) if each > 0.0 else sys.maxsize
+
+
+def _cut(probe: Probe, meter: Meter, variants: int) -> Heat:
+    """The longest first tokens that CUT_PASSES are enough for."""
+    many, few = (min(count, len(probe.confirm)) for count in (CUT_SEQUENCES, HEAT_CONFIRM_SEQUENCES))
+    count = many if _sequences(meter, variants, LEAST_CUT, CUT_PASSES) >= many else few
+    lengths = range(LEAST_CUT // 2, probe.sequence_length + 1)
+    fits = [length for length in lengths if _sequences(meter, variants, length, CUT_PASSES) >= count]
+    return Heat(len(probe.select) + np.arange(count), max(fits, default=LEAST_CUT // 2))

@@ -1,0 +1,115 @@
+"""Variants of one kind on one heat, beside the trained streams that they leave; and variants carried once more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peel_agent.peel.numerics.losses import Excess, sequence_losses
+from peel_agent.peel.numerics.meter import Meter
+from peel_agent.peel.numerics.stopwatch import Stopwatch
+from peel_agent.peel.numerics.streams import pieces
+from peel_agent.peel.sweep.heats import Heat
+from peel_agent.peel.sweep.splices import Site, Splice, Variant
+from peel_agent.peel.sweep.tails import Tails
+from peel_agent.records import Block, Trace
+
+TAIL_SHARE = 1
+"""Spliced streams may take so many times the memory of one hidden state over `fit`."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One block on the trained streams, [n, S, d] each: h enters it, mid is between its parts, and the block before
+    with what enters that one.
+    """
+
+    block: Block
+    h: Tensor
+    mid: Tensor
+    before: tuple[Block, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Variants that are all scored on one heat; `at` is where its tokens are in the trained streams at hand."""
+
+    trace: Trace
+    heat: Heat
+    at: Heat
+    tails: Tails
+    meter: Meter
+
+    @classmethod
+    def of(cls, trace: Trace, heat: Heat, meter: Meter, at: Heat | None = None) -> Lane:
+        share = TAIL_SHARE * trace.probe.fit.size * trace.width
+        return cls(trace, heat, at or heat, Tails(trace, heat.ids(trace.probe), share, meter), meter)
+
+    def take(self, splices: Mapping[Variant, Splice], trained: Trained) -> None:
+        """Runs the block on every stream that was spliced before it, and adds those that leave at it."""
+        self.tails.advance(trained.block)
+        if splices:
+            before = None if trained.before is None else (trained.before[0], self.at.of(trained.before[1]))
+            site = Site(trained.block, self.at.of(trained.h), self.at.of(trained.mid), before, self.trace.chunk)
+            self.tails.splice(splices, site)
+
+    def passes_ahead(self, block: int, variants: int) -> float:
+        """What is left to do, in forward passes, if this block, where so many variants leave, were the last to have
+        any.
+        """
+        ahead = self.meter.depth - block
+        scored = self.tails.waiting + variants * self.heat.tokens
+        return ahead * self.meter.blocks(scored, self.heat.length) + self.meter.head(scored)
+
+    def excesses(self, last: Tensor) -> dict[Variant, Excess]:
+        """What the losses of each variant are more than the trained model's, whose last stream this is."""
+        self.tails.score()
+        if not self.tails.losses:
+            return {}
+        probe = self.trace.probe
+        trained = sequence_losses(self.trace, self.at.of(last), self.heat.ids(probe))
+        cut = self.heat.length if self.heat.length < probe.sequence_length else None
+        count = len(probe.select) + len(probe.confirm)
+        return {
+            variant: Excess(self.heat.spread(losses - trained, count), cut)
+            for variant, losses in self.tails.losses.items()
+        }
+
+
+def carry(
+    trace: Trace, entries: Sequence[tuple[Heat, Mapping[Variant, Splice]]], stopwatch: Stopwatch, meter: Meter
+) -> list[dict[Variant, Excess]]:
+    """Variants that an earlier sweep solved, each on its heat: what their losses are more than the trained model's."""
+    every = union([heat for heat, _ in entries])
+    depth = len(trace.block_names)
+    with stopwatch("score"):
+        lanes = [
+            Lane.of(trace, heat, meter, Heat(np.searchsorted(every.rows, heat.rows), heat.length))
+            for heat, _ in entries
+        ]
+        h = trace.embed(every.ids(trace.probe))
+        meter.spend(restream(every, meter))
+        before: tuple[Block, Tensor] | None = None
+        stopwatch.progress("open margins, blocks", 0, depth)
+        for block in trace.blocks():
+            seen = list(pieces(block.observe, trace.chunk, h))
+            trained = Trained(block, h, torch.cat([one.mid for one in seen]), before)
+            for lane, (_, splices) in zip(lanes, entries, strict=True):
+                lane.take({variant: own for variant, own in splices.items() if variant.block == block.index}, trained)
+            before, h = (block, h), torch.cat([one.output for one in seen])
+            stopwatch.progress("open margins, blocks", block.index + 1, depth)
+        return [lane.excesses(h) for lane in lanes]
+
+
+def union(heats: Sequence[Heat]) -> Heat:
+    """What holds the tokens of all these heats."""
+    return Heat(np.unique(np.concatenate([heat.rows for heat in heats])), max(heat.length for heat in heats))
+
+
+def restream(every: Heat, meter: Meter) -> float:
+    """What the trained streams cost once more, in forward passes."""
+    return meter.blocks(every.tokens, every.length, meter.depth) + meter.head(every.tokens)
