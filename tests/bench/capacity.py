@@ -93,7 +93,7 @@ class Price:
     forward: float
     operations: float
     early: float
-    """Operations at most while no block earns anything yet."""
+    """Operations while no block earns anything yet."""
     seconds: float
     early_seconds: float
 
@@ -161,7 +161,7 @@ def law_table(known: Mapping[str, Law]) -> str:
 
 
 def price_table(prices: Mapping[str, Mapping[str, Price]]) -> str:
-    rows = [["model", "effort", "forward passes", "operations", "one device", "at most, early in the run"]]
+    rows = [["model", "effort", "forward passes", "operations", "one device", "early in the run"]]
     for name in (model.name for model in MODELS):
         for effort, own in prices.items():
             one = own[name]

@@ -184,7 +184,7 @@ class Law:
     worst: float = 0.0
 
     def operations(self, size: Size, *, early: bool = False) -> float:
-        """With every block earning; `early` in a run at most, where every stand-in is measured on all sequences."""
+        """With every block earning; with `early` no block does yet, and every stand-in is measured on all sequences."""
         heat = size.score if early else size.heat
         return sum(factor * TERMS[term](size, heat) for term, factor in self.factors.items())
 

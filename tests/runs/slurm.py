@@ -16,6 +16,7 @@ from tests.waiting import wait_for
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel")
 
+# A requeued job waits for cred_expire (120 s by default): started sooner, the node refuses it as one that was killed.
 CONFIGURATION = """\
 ClusterName=here
 SlurmctldHost={host}(127.0.0.1)
@@ -24,7 +25,7 @@ SlurmdPort={ports[1]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
 CredType=cred/munge
 StateSaveLocation={folder}/controller
 SlurmdSpoolDir={folder}/node

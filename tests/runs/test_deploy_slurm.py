@@ -134,7 +134,6 @@ def test_as_a_job_of_its_own(site: Cluster, place: Place) -> None:
     wait_for(lambda: site.restarts(agent) == 1 and site.state(agent) == "PENDING")
     assert "ending; what is not done yet is kept" in site.said(agent)
     site.do("scancel", second)
-    site.do("scontrol", "update", f"jobid={agent}", "starttime=now")  # SLURM has it wait for two minutes
     wait_for(lambda: place.peeled() == [10, 20, 30], 400)
     assert site.state(agent) == "RUNNING", site.said(agent)
     go.touch()
