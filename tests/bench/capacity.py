@@ -17,7 +17,7 @@ from typing import Any
 
 from peel_agent.load import ProbeSizes
 from peel_agent.probing import QUICK_SEQUENCE_LENGTH, quick_sizes
-from peel_agent.records import ProbeSettings
+from peel_agent.records import PeelSettings, ProbeSettings
 from tests.bench.fleet import HOUR, Record, Training, Week, quantile, simulate
 from tests.bench.operations import HELD_OUT, SEEN, Counted, Law, Size, count, laws
 
@@ -37,6 +37,9 @@ BYTES = 2
 
 EFFORTS: Mapping[str, tuple[str, ...]] = {"quick": ("quick",), "standard": ("margins", "bounds")}
 """The plans that an effort consists of."""
+
+LIMITED = ("quick", "margins")
+"""Plans that `[peel] budget_passes` limits."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,14 @@ def read_counts(path: Path = COUNTS) -> tuple[list[Counted], list[Counted]]:
 def price(model: Model, effort: str, known: Mapping[str, Law], reads: Mapping[str, float]) -> Price:
     """Computed from the law; reading and starting included."""
     size = model.size(effort)
-    operations = sum(known[plan].operations(size) for plan in EFFORTS[effort])
-    early = sum(known[plan].operations(size, early=True) for plan in EFFORTS[effort])
+    limit = PeelSettings().budget_passes * size.forward()
+
+    def cost(plan: str, *, early: bool) -> float:
+        by_law = known[plan].operations(size, early=early)
+        return min(by_law, limit) if plan in LIMITED else by_law
+
+    operations = sum(cost(plan, early=False) for plan in EFFORTS[effort])
+    early = sum(cost(plan, early=True) for plan in EFFORTS[effort])
     waiting = START + sum(reads[plan] for plan in EFFORTS[effort]) * BYTES * model.parameters / BANDWIDTH
     return Price(operations / size.forward(), operations, early, operations / RATE + waiting, early / RATE + waiting)
 
@@ -226,7 +235,7 @@ def chart(weeks: Mapping[str, Week]) -> dict[str, Any]:
     return {
         "background": "white",
         "config": {"axis": axis, "legend": {"labelFontSize": 12}},
-        "resolve": {"scale": {"color": "independent"}},
+        "resolve": {"scale": {"color": "independent", "strokeDash": "independent"}},
         "vconcat": [
             panel(lag, "Age of the oldest checkpoint in a run's queue", {"type": "line"}, {
                 "x": {"field": "day", "type": "quantitative", "title": "day"},
