@@ -1,4 +1,8 @@
-"""The engine of one machine: a child process for each request, which gives back all memory when it ends."""
+"""The engine of one machine: a process for each request, which gives back all memory when it ends.
+
+On the CPU it is forked from one that has read in torch and transformers. With a GPU it is started by itself: what has
+touched a GPU's driver cannot be forked.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from peel_agent import errors
 from peel_agent.errors import GaveWay, PeelError, WorkerError
 from peel_agent.records import Peeled, Request, plain, restored
 from peel_agent.spi import Engine, EnginePlugin
+from peel_plugins.engines.forked import ForkedWorker, WorkerServers
 
 KILL_SECONDS = 2.0
 """A child in the middle of a system call on a dead mount cannot be killed: it is waited for no longer than this."""
@@ -30,12 +35,16 @@ def command() -> list[str]:
     return [sys.executable, "-P", "-m", "peel_agent.worker"]
 
 
+Child = subprocess.Popen[str] | ForkedWorker
+
+
 class LocalEngine:
     """Children of this process, each with the environment that `environment` gives for its lease."""
 
     def __init__(self, environment: Callable[[str], Mapping[str, str]]) -> None:
         self._environment = environment
-        self._children: dict[str, subprocess.Popen[str] | None] = {}
+        self._servers = WorkerServers()
+        self._children: dict[str, Child | None] = {}
         """By the checkpoint's fingerprint; None for one that is about to be started."""
         self._gave_way: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -73,6 +82,7 @@ class LocalEngine:
             children = [child for child in self._children.values() if child is not None]
         for child in children:
             child.kill()
+        self._servers.close()
         deadline = time.monotonic() + seconds
         for child in children:
             try:
@@ -90,14 +100,7 @@ class LocalEngine:
 
     def _ask(self, request: Request) -> Peeled:
         fingerprint = request.ref.fingerprint
-        child = subprocess.Popen(  # noqa: S603 - our own interpreter
-            command(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self._environment(request.lease.visible),
-            start_new_session=True,  # the kernel shares processors out by session: see worker.give_way
-        )
+        child = self._start(request)
         with self._lock:
             self._children[fingerprint] = child
             if self._closed or fingerprint in self._gave_way:
@@ -113,7 +116,22 @@ class LocalEngine:
             raise GaveWay(gave_way, remedy="nothing to do: it is peeled again later")
         return _peeled(told, status)
 
-    def _forget(self, fingerprint: str, child: subprocess.Popen[str]) -> str | None:
+    def _start(self, request: Request) -> Child:
+        environment = self._environment(request.lease.visible)
+        if not request.lease.visible:
+            forked = self._servers.start(environment, request.nice)
+            if forked is not None:
+                return forked
+        return subprocess.Popen(  # noqa: S603 - our own interpreter
+            command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,  # the kernel shares processors out by session: see worker.give_way
+        )
+
+    def _forget(self, fingerprint: str, child: Child) -> str | None:
         """Why this child was ended by us, if it was; the checkpoint may be another child's by now."""
         closed = "the agent ends" if self._closed else None
         if self._children.get(fingerprint) is not child:
@@ -122,7 +140,7 @@ class LocalEngine:
         return self._gave_way.pop(fingerprint, closed)
 
 
-def _status(child: subprocess.Popen[str]) -> int:
+def _status(child: Child) -> int:
     try:
         return child.wait(KILL_SECONDS)
     except subprocess.TimeoutExpired as error:

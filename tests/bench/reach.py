@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import zoo
 from tests.runs.command import environment_of
-from tests.runs.sidecar import Sidecar
+from tests.runs.sidecar import Sidecar, workers_of
 from tests.servers import free_port, mlflow_server
 
 TRAINING = """
@@ -104,12 +104,9 @@ def beside(folder: Path, uri: str) -> None:
 def _worker(sidecar: Sidecar) -> psutil.Process:
     """The peeling child, once there is one."""
     assert sidecar.process is not None
-    agent = psutil.Process(sidecar.process.pid)
-    while True:
-        for child in agent.children():
-            if "peel_agent.worker" in child.cmdline():
-                return child
+    while not (workers := workers_of(sidecar.process.pid)):
         time.sleep(0.1)
+    return workers[0]
 
 
 def _alternate(worker: psutil.Process) -> list[tuple[float, float, bool]]:

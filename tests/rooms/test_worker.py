@@ -134,6 +134,7 @@ class Children:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.script, self.started = folder / "worker", folder / "started"
         monkeypatch.setattr(local, "command", lambda: [str(self.script)])
+        monkeypatch.setattr(local.WorkerServers, "start", lambda *_: None)  # each is started by itself
         self.engine = LocalEngine(lambda visible: {"PATH": "/bin:/usr/bin", "CUDA_VISIBLE_DEVICES": visible})
 
     def does(self, script: str) -> None:

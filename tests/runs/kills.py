@@ -143,9 +143,9 @@ class Killed:
         if kind == "worker" and any(deaths >= DEATHS_ALLOWED for (deaths,) in self.read("SELECT deaths FROM jobs")):
             return None
         try:
-            for child in psutil.Process(agent.pid).children():
-                if f"peel_agent.{kind}" in child.cmdline():
-                    return child.pid
+            processes = psutil.Process(agent.pid).children(recursive=True)
+            named = [one.pid for one in processes if any(f"peel_agent.{kind}" in word for word in one.cmdline())]
+            return self.random.choice(named) if named else None  # a worker, or what it was forked from
         except psutil.Error:
             pass
         return None

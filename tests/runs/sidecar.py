@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from peel_agent.errors import LedgerError
 from peel_agent.ledger import open_beside
@@ -33,6 +35,17 @@ path = "{state}"
 [health]
 listen = ""
 """
+
+
+def workers_of(agent: int) -> list[psutil.Process]:
+    """The processes that peel for this agent: started by themselves, or forked from its worker server."""
+    server, workers = "peel_agent.worker_server", []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(agent).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                forked = server in process.cmdline() and process.ppid() != agent
+                workers += [process] if forked or "peel_agent.worker" in process.cmdline() else []
+    return workers
 
 
 def read_ledger(state: Path, sql: str) -> list[Any]:

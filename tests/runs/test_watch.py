@@ -16,6 +16,7 @@ import pytest
 from tests import servers
 from tests.runs.command import environment_of, peel_agent, published, reports_of
 from tests.runs.conftest import HELD_BACK, Train
+from tests.runs.sidecar import workers_of
 from tests.waiting import wait_for
 
 FAST = ("--quantities", "margin", "--sequence-length", "64")
@@ -214,8 +215,7 @@ def test_a_killed_worker_is_tried_again(
     children: list[psutil.Process] = []
 
     def started() -> bool:
-        everyone = psutil.Process(process.pid).children()
-        children[:] = [child for child in everyone if "peel_agent.worker" in child.cmdline()]
+        children[:] = workers_of(process.pid)
         return bool(children)
 
     wait_for(started)
