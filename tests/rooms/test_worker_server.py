@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,15 @@ def has_ended(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def processes() -> list[psutil.Process]:
+    """The servers and workers that run, the server first."""
+    running = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            running += [process] if any("worker_server" in word for word in process.cmdline()) else []
+    return running
 
 
 class Servers:
@@ -61,12 +71,6 @@ class Servers:
         error = self.engine.submit(REQUEST).exception(240)
         assert isinstance(error, PeelError)
         return error
-
-    @property
-    def process(self) -> psutil.Process:
-        """The server that runs."""
-        (process,) = psutil.Process().children()
-        return process
 
 
 @pytest.fixture
@@ -145,7 +149,7 @@ def test_many_forked_workers_at_once(servers: Servers) -> None:
     for name in "abc":
         ref = dataclasses.replace(REQUEST.ref, fingerprint=name)
         answers[name] = servers.engine.submit(dataclasses.replace(REQUEST, ref=ref))
-    wait_for(lambda: len(psutil.Process().children(recursive=True)) == 4)
+    wait_for(lambda: len(processes()) == 4)
     assert servers.started == 1
     servers.engine.give_way("b", "somebody is on the GPU")
     error = answers["b"].exception(240)
@@ -156,17 +160,17 @@ def test_many_forked_workers_at_once(servers: Servers) -> None:
     assert (servers.engine.memory_bytes() or 0) > 0
     servers.engine.close(240)
     assert all(isinstance(answers[name].exception(240), GaveWay) for name in "ac")
-    assert not psutil.Process().children(recursive=True)
+    assert processes() == []
 
 
 def test_a_server_that_dies(servers: Servers) -> None:
     """Its workers count as dead, end within moments, and the next request starts another server."""
     servers.does("sys.stdin.read()\nfrom peel_agent.worker import end_with_parent\nend_with_parent()\ntime.sleep(600)")
     answer = servers.engine.submit(REQUEST)
-    wait_for(lambda: len(psutil.Process().children(recursive=True)) == 2)
-    (worker,) = servers.process.children()
+    wait_for(lambda: len(processes()) == 2)
+    server, worker = processes()
     wait_for(lambda: worker.num_threads() == 2)  # it watches its parent
-    servers.process.kill()
+    server.kill()
     error = answer.exception(240)
     assert isinstance(error, WorkerError)
     assert "SIGKILL" in error.what
@@ -196,7 +200,7 @@ def test_a_server_that_nobody_asks_ends(servers: Servers) -> None:
     """Its memory is given back, and the next request starts another."""
     servers.does("return 7", "server.KEEP_SECONDS = 0.2")
     assert "exit status 7" in servers.error().what
-    wait_for(lambda: not psutil.Process().children())
+    wait_for(lambda: processes() == [])
     assert "exit status 7" in servers.error().what
     assert servers.started == 2
 
@@ -208,7 +212,7 @@ def test_an_engine_is_closed_while_its_server_begins(servers: Servers) -> None:
     wait_for(lambda: servers.started == 1)
     servers.engine.close(240)
     assert isinstance(answer.exception(240), GaveWay)
-    assert not psutil.Process().children()
+    assert processes() == []
     assert servers.started == 1
 
 
