@@ -8,19 +8,21 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from peel_agent.demo.text import corpus
-from peel_agent.errors import ConfigurationError
+from peel_agent.errors import ConfigurationError, PeelError
+from peel_agent.ledger import Outbox, open_beside
 from peel_agent.publish import plain_text, report_from_json, report_sheet
 from peel_agent.records import ACCUSING, PeelReport
 from peel_agent.signals import Interrupted
@@ -33,6 +35,7 @@ STALL_SECONDS = 900.0
 """The demo gives up when neither the training nor the sidecar has given a sign of life for so long."""
 
 LOOK_SECONDS = 0.5
+SEND_SECONDS = 60.0
 
 OPTIONS = "demo.json"
 
@@ -78,6 +81,8 @@ def run_demo(keep: Path | None, *, healthy: bool, bits: str | None = None) -> in
             _sidecar(folder, checkpoints, run_id, signs, bits=bits) as sidecar,
         ):
             why_not = _wait_for_last(folder, signs, training, sidecar)
+            if why_not is None:
+                _wait_until_sent(folder)
     except KeyboardInterrupt:
         _tell_so_far(folder)
         at = f" at training step {signs.step} of {STEPS}" if signs.step else ""
@@ -239,6 +244,19 @@ def _wait_for_last(
             return f"neither the training nor the sidecar has given a sign of life for {STALL_SECONDS:.0f} s"
         time.sleep(LOOK_SECONDS)
     return None
+
+
+def _wait_until_sent(folder: Path) -> None:
+    """Until MLflow has all of it, the page too; what takes longer is kept, and sent when somebody goes on."""
+    deadline = time.monotonic() + SEND_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with closing(open_beside(folder / "state")) as database:
+                if not any(owed for owed, _ in Outbox(database).owed().values()):
+                    return
+        except (PeelError, sqlite3.Error):  # damaged, or moved away: then nothing can be waited for
+            return
+        time.sleep(LOOK_SECONDS)
 
 
 def _last(folder: Path) -> Path | None:
