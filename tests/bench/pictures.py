@@ -36,7 +36,8 @@ def main(folder: Path) -> None:
         taken = folder / "taken.png"
         open_charts(page, uri, run)
         page.get_by_placeholder("Search metric charts").fill("peel/")
-        image = page.locator("[role=slider]").first.locator("xpath=ancestor::*[.//img][1]//img").first
+        slider = page.locator("[role=slider]").first
+        image = slider.locator("xpath=ancestor::*[.//img][1]//img").last
         image.wait_for()
         image.scroll_into_view_if_needed()  # MLflow lists the run's parameters before it
         page.wait_for_timeout(5000)  # every chart is drawn
