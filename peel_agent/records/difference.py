@@ -137,8 +137,8 @@ class DifferenceReport:
     """Two checkpoints, or two runs at their last checkpoints and at every common step.
 
     `first_by_weights` is the first block with a tensor that is not equal, `first_by_margin` the first one whose
-    interval of the difference of margins, its own or a part's, does not hold 0; both by index. `notes` say what differs
-    of the two besides.
+    margin, its own or a part's, differs by an interval that holds for all of them at once; both by index.
+    `notes` say what differs of the two besides.
     """
 
     kind: Literal["checkpoints", "runs"]

@@ -75,12 +75,16 @@ def test_a_pair_is_preferred_and_told() -> None:
         ({"at2": sure(0.005)}, WeightDifference((4, 5), compared=9), None, 4),
         ({"at2": sure(0.02), "at4": sure(-0.2)}, WeightDifference((1,), compared=9), 2, 1),
         ({"at3": sure(0.005), "at3_mlp": sure(-0.02)}, EQUAL, 3, None),
+        ({"at2": sure(0.011)}, EQUAL, 2, None),
+        ({f"at{index}": sure(0.011) for index in range(4)}, EQUAL, None, None),  # one of so many may be by chance
     ],
 )
 def test_the_first_block_that_differs(
     margins: dict[str, PairedDifference], weights: WeightDifference, by_margin: int | None, by_weights: int | None
 ) -> None:
-    """By weights the first unequal one; by margin the first of which an interval, its own or a part's, leaves out 0."""
+    """By weights the first unequal one; by margin the first of which an interval that is widened for their number does
+    not hold 0, its own or a part's.
+    """
     report = held(paired=paired(sure(0.0), **margins), weights=weights)
     assert (report.first_by_margin, report.first_by_weights) == (by_margin, by_weights)
     for index, how in ((by_margin, "for certain by margin"), (by_weights, "by weights")):
