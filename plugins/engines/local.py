@@ -22,7 +22,8 @@ from peel_agent import errors
 from peel_agent.errors import GaveWay, PeelError, WorkerError
 from peel_agent.records import Peeled, Request, plain, restored
 from peel_agent.spi import Engine, EnginePlugin
-from peel_plugins.engines.forked import ForkedWorker, WorkerServers
+
+from .forked import ForkedWorker, WorkerServers
 
 KILL_SECONDS = 2.0
 """A child in the middle of a system call on a dead mount cannot be killed: it is waited for no longer than this."""
