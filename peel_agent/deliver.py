@@ -125,7 +125,12 @@ class Carrier:
         file = self._folder / "reports" / str(body["report"])
         try:
             report = report_from_json(json.loads(file.read_text(encoding="utf-8")))
-            sent = publication_of_the_past(report, committed_at=body["committed_at"], max_series=body["max_series"])
+            sent = publication_of_the_past(
+                report,
+                committed_at=body["committed_at"],
+                max_series=body["max_series"],
+                charted=self._outbox.series(self.lane.run),
+            )
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DeliveryError(
                 f"the report {file} cannot be read: {error}", remedy="put it back, then peel-agent deliveries resend"

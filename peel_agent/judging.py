@@ -92,6 +92,7 @@ class Judging:
         earlier = tuple(lineage(map(report_from_json, self._ledger.history()), ref.step)) if observed else ()
         states = self._states()
         loss = self._ledger.alerting.training_loss() if observed else ()
+        charted = self._ledger.series()
         is_over = ref.step is None and self._ledger.alerting.observed(now).ended is not None
         try:
             report = diagnose(peeled.report, earlier)
@@ -101,7 +102,11 @@ class Judging:
             verdict = self._told(states, self._moment(ref, report, now)) if observed else Verdict(states, ())
             report = dataclasses.replace(report, alerts=verdict.notices)
             sent = publication(
-                report, verdict, committed_at=ref.committed_at, max_series=self._settings.tracker.max_series
+                report,
+                verdict,
+                committed_at=ref.committed_at,
+                max_series=self._settings.tracker.max_series,
+                charted=charted,
             )
             sent = dataclasses.replace(sent, training_ended=is_over)
         except Exception as error:  # it is pure: what fails once fails for ever, and must not hold up the next
@@ -118,6 +123,7 @@ class Judging:
             debts=self._debts(sent, verdict, ref.fingerprint, ref.committed_at),
             observed=observed,
             sketches=peeled.sketches,
+            charted=sent.metrics,
         )
         self._known = verdict.states
         if observed:

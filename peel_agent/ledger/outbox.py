@@ -8,7 +8,7 @@ from typing import Any
 
 from peel_agent.ledger.alerting import Alerting
 from peel_agent.ledger.database import Database
-from peel_agent.ledger.run import tally
+from peel_agent.ledger.run import series, tally
 
 
 @dataclass(frozen=True, order=True)
@@ -42,6 +42,10 @@ class Outbox:
     def alerting(self, run: str) -> Alerting:
         """What is kept of a run for its rules."""
         return Alerting(self._database, run)
+
+    def series(self, run: str) -> frozenset[str]:
+        """The keys of all metrics that a run was ever published under."""
+        return series(self._database, run)
 
     def lanes(self) -> tuple[Lane, ...]:
         """Those that owe anything."""

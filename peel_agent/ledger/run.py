@@ -141,6 +141,10 @@ class RunLedger:
         forms = (read_json(self.reports_dir / name) for (name,) in reversed(rows))
         return tuple(form for form in forms if form is not None)
 
+    def series(self) -> frozenset[str]:
+        """The keys of all metrics that this run was ever published under."""
+        return series(self._database, self.run)
+
     def _rows(self, sql: str, *values: Any) -> list[Any]:
         return self._database.query(sql, (self.run, *values))
 
@@ -226,11 +230,12 @@ class RunLedger:
         debts: Iterable[Debt],
         observed: bool = False,
         sketches: Sketches | None = None,
+        charted: Iterable[str] = (),
     ) -> Path:
         """Makes one peeled checkpoint final, and returns the path of its report.
 
         `alert_lines` maps notice ids to lines; `debts` are what destinations are to get. The next checkpoint is held
-        against one that was `observed`, by its files or its `sketches`.
+        against one that was `observed`, by its files or its `sketches`. `charted` are the keys of its metrics.
         """
         path = self.reports_dir / self._report_name(ref)
         write_durably(path, report + "\n")
@@ -243,6 +248,7 @@ class RunLedger:
             if observed:
                 kept = (self.run, ref.fingerprint, ref.step, None if sketches is None else json.dumps(plain(sketches)))
                 db.execute("INSERT OR REPLACE INTO last_observed VALUES (?, ?, ?, ?)", kept)
+            db.executemany("INSERT OR IGNORE INTO series VALUES (?, ?)", [(self.run, key) for key in charted])
             self._owe(db, debts)
         return path
 
@@ -355,3 +361,8 @@ def tally(db: sqlite3.Connection, run: str, what: str, amount: float = 1.0) -> N
         "INSERT INTO tallies VALUES (?, ?, ?) ON CONFLICT (run, what) DO UPDATE SET amount = amount + excluded.amount",
         (run, what, amount),
     )
+
+
+def series(database: Database, run: str) -> frozenset[str]:
+    """The keys of all metrics that a run was ever published under."""
+    return frozenset(key for (key,) in database.query("SELECT key FROM series WHERE run = ?", (run,)))

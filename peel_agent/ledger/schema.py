@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 _CHECKPOINTS = """
 CREATE TABLE checkpoints (
@@ -26,6 +26,7 @@ CREATE TABLE rule_states (
 );
 """
 _NEW_IN_6 = "ALTER TABLE rule_states ADD COLUMN kind TEXT NOT NULL DEFAULT '';\n"
+_NEW_IN_7 = "CREATE TABLE series (run TEXT NOT NULL, key TEXT NOT NULL, PRIMARY KEY (run, key));\n"
 _ALERTS = """
 CREATE TABLE alerts (
     position INTEGER PRIMARY KEY, run TEXT NOT NULL, id TEXT NOT NULL, line TEXT NOT NULL, UNIQUE (run, id)
@@ -63,7 +64,17 @@ CREATE TABLE training_loss (run TEXT NOT NULL, step INTEGER NOT NULL, value REAL
 CREATE TABLE training (run TEXT PRIMARY KEY, status TEXT NOT NULL);
 """
 
-TABLES = _CHECKPOINTS + _RULE_STATES_5 + _ALERTS + _BOUND_MEMORY + _LAST_OBSERVED + _NEW_IN_4 + _NEW_IN_5 + _NEW_IN_6
+TABLES = (
+    _CHECKPOINTS
+    + _RULE_STATES_5
+    + _ALERTS
+    + _BOUND_MEMORY
+    + _LAST_OBSERVED
+    + _NEW_IN_4
+    + _NEW_IN_5
+    + _NEW_IN_6
+    + _NEW_IN_7
+)
 
 UNCLAIMED = ""
 """The run of what a ledger of one watched place held: the first run that watches that place takes it over."""
@@ -114,6 +125,7 @@ INSERT INTO rule_states
     FROM old_rule_states;
 DROP TABLE old_rule_states;{_NEW_IN_5}""",
     5: _NEW_IN_6,
+    6: _NEW_IN_7,
 }
 """What brings a ledger of each version to the next one; 2 is that of the first version that was released."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from math import inf
 
 from peel_agent.publish.form import report_line
@@ -14,10 +13,18 @@ from peel_agent.records import LayerReport, PeelReport, Publication, RuleState, 
 ALERTS_FIRING = "peel/alerts_firing"
 
 
-def publication(report: PeelReport, verdict: Verdict, *, committed_at: float, max_series: int) -> Publication:
+def publication(
+    report: PeelReport,
+    verdict: Verdict,
+    *,
+    committed_at: float,
+    max_series: int,
+    charted: frozenset[str] = frozenset(),
+) -> Publication:
     """What is sent for one checkpoint, with the names of the contract.
 
-    `committed_at` is the checkpoint's own time in Unix seconds.
+    `committed_at` is the checkpoint's own time in Unix seconds. `charted` are the keys that the run's earlier
+    checkpoints were sent under: with those of this one they are never more than `max_series`.
 
     A checkpoint without a step has no place in a series: it is a file named by its fingerprint, without metrics and
     tags. ValueError when the report holds a NaN or an infinity.
@@ -28,27 +35,31 @@ def publication(report: PeelReport, verdict: Verdict, *, committed_at: float, ma
     return Publication(
         step=step or 0,
         timestamp_ms=round(committed_at * 1000),
-        metrics=_metrics(report, verdict, max_series) if step is not None else {},
+        metrics=_metrics(report, verdict, max_series, charted) if step is not None else {},
         tags=_tags(report, verdict) if step is not None else {},
         files=files,
         headline=headline(report) if step is not None else "",
     )
 
 
-def publication_of_the_past(report: PeelReport, *, committed_at: float, max_series: int) -> Publication:
-    """The same of a checkpoint whose alerts are over: without them, and without their count."""
-    sent = publication(report, Verdict((), ()), committed_at=committed_at, max_series=max_series)
-    metrics = {key: value for key, value in sent.metrics.items() if key != ALERTS_FIRING}
-    return dataclasses.replace(sent, metrics=metrics)
+def publication_of_the_past(
+    report: PeelReport, *, committed_at: float, max_series: int, charted: frozenset[str]
+) -> Publication:
+    """The same of a checkpoint whose alerts are over: without them and their count, and under no new key."""
+    sent = publication(report, Verdict((), ()), committed_at=committed_at, max_series=max_series, charted=charted)
+    shown = (charted or frozenset(sent.metrics)) - {ALERTS_FIRING}
+    return dataclasses.replace(sent, metrics={key: value for key, value in sent.metrics.items() if key in shown})
 
 
-def _metrics(report: PeelReport, verdict: Verdict, max_series: int) -> dict[str, float]:
-    """Summaries, then layers from the worst on, then maps: what does not fit is cut from the end, by whole kinds."""
-    firing = {ALERTS_FIRING: float(len(verdict.firing))}
-    every = firing | series_of(report)
-    if len(every) <= max_series:
-        return every
-    return dict(islice((firing | _summaries(report) | dict(_layer_series(report))).items(), max_series))
+def _metrics(report: PeelReport, verdict: Verdict, max_series: int, charted: frozenset[str]) -> dict[str, float]:
+    """Summaries, then layers from the worst on, then margins of parts, then maps, as far as there is room.
+
+    What was charted once stays: a curve without holes says more than another layer at each checkpoint.
+    """
+    every = {ALERTS_FIRING: float(len(verdict.firing))} | series_of(report)
+    new = [key for key in every if key not in charted]
+    shown = charted.union(new[: max(0, max_series - len(charted))])
+    return {key: value for key, value in every.items() if key in shown}
 
 
 def series_of(report: PeelReport) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,3 +280,22 @@ def test_with_once_nothing_is_awaited(desk: Desk) -> None:
     desk.judging.tick(desk.now)
     told = [f"{one['state']} {one['rule']}" for group in desk.owed("mail") for one in group["notices"]]
     assert told == ["firing late", "firing many", "firing error"]
+
+
+def test_a_run_that_is_full_is_charted_under_the_keys_that_it_has(tmp_path: Path) -> None:
+    """The ledger knows them after a restart too, whichever layers are the worst by then."""
+    keys = []
+    for step in range(1, 5):
+        desk = Desk(tmp_path)
+        desk.judging._settings = dataclasses.replace(
+            desk.judging._settings, tracker=TrackerSettings(use=("jsonl",), max_series=12)
+        )
+        ref = checkpoint(step, 1000.0 + step)
+        layers = tuple(layer(index, "b" if index == step else "a") for index in range(8))
+        seen = report(step, *layers, fingerprint=ref.fingerprint)
+        desk.judging.finish(ref, Peeled(seen, None), observed=True, now=1000.0 + step)
+        keys.append(set([one for one in desk.owed("jsonl") if one["lane"] == "numbers"][-1]["metrics"]))
+        assert desk.run.series() == keys[0]
+        desk.ledger.close()
+    assert len(keys[0]) == 12
+    assert keys == keys[:1] * 4

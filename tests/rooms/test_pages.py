@@ -242,7 +242,7 @@ def test_a_new_tracker_gets_what_was_before(desk: Desk, gallery: Gallery) -> Non
     assert desk.owe_past() == 0, "it is known now"
     assert all(outcome.sent for outcome in desk.send("numbers")[:-1])
     numbers, gallery.taken = gallery.taken, []
-    expected = publication_of_the_past(histories.report(200), committed_at=200.0, max_series=20)
+    expected = publication_of_the_past(histories.report(200), committed_at=200.0, max_series=20, charted=frozenset())
     assert [one.step for one in numbers] == [100, 200, 300, 0, 9]
     assert dataclasses.replace(expected, files={}) == numbers[1]
     assert len(expected.metrics) == 19, "all that fits but the count of alerts, which nobody kept"

@@ -7,6 +7,7 @@ import json
 import re
 from math import nan
 
+import numpy as np
 import pytest
 
 from peel_agent.publish import publication, report_line, series_of
@@ -163,6 +164,35 @@ def test_never_more_keys_than_max_series(max_series: int) -> None:
     metrics = published(deep(6), max_series=max_series).metrics
     everything = 9 + 12 + 1
     assert len(metrics) == (everything if max_series >= everything else min(max_series, 21))
+
+
+def test_a_run_keeps_to_max_series_whatever_layers_are_the_worst() -> None:
+    """Over 50 checkpoints whose worst layers are others each time, all keys together are at most so many, and a layer
+    that is charted once is charted to the end.
+    """
+    random, charted, keys = np.random.default_rng(0), frozenset[str](), []
+    for _ in range(50):
+        margins = random.permutation(60) / 60
+        layers = tuple(layer(index, float(margins[index]), 0.5) for index in range(60))
+        metrics = published(dataclasses.replace(FULL, layers=layers), max_series=100, charted=charted).metrics
+        keys.append(set(metrics))
+        charted |= frozenset(metrics)
+    assert len(charted) == 100
+    assert all(set(SUMMARIES) < one for one in keys)
+    assert keys == [set(charted)] * 50
+
+
+def test_a_series_that_comes_later_is_charted_while_there_is_room() -> None:
+    """Headroom that is asked for in the middle of a run has its keys; a run that is full gets no further one."""
+    without = dataclasses.replace(FULL, layers=tuple(layer(index, 0.5) for index in range(6)))
+    both = dataclasses.replace(FULL, layers=tuple(layer(index, 0.5, 0.1) for index in range(6)))
+    charted = frozenset(published(without).metrics)
+    assert set(published(both, charted=charted).metrics) - charted == {
+        f"peel/headroom/L{index:03d}" for index in range(6)
+    }
+    room = published(both, charted=charted, max_series=len(charted) + 2).metrics
+    assert len(set(room) - charted) == 2
+    assert set(published(both, charted=charted, max_series=3).metrics) == charted  # a limit that was lowered
 
 
 def test_margins_of_parts_are_cut_before_anything_of_a_layer() -> None:
