@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,12 +81,12 @@ class _Job:
         from peel_agent.load import differing_weights
         from peel_agent.peel import paired_differences
 
-        one, other = self._opened(a), self._opened(b)
-        notes = check_vocabularies(one, other)
-        tokens = probe_for_both(one, other, self.probe, quick=self.peeling.effort == "quick")
+        snapshot_a, snapshot_b = self._opened(a), self._opened(b)
+        notes = check_vocabularies(snapshot_a, snapshot_b)
+        tokens = probe_for_both(snapshot_a, snapshot_b, self.probe, quick=self.peeling.effort == "quick")
         first, second = self._measured(a, tokens, "A"), self._measured(b, tokens, "B")
         try:
-            weights = differing_weights(one, other, lambda done, total: self.progress("weights", done, total))
+            weights = differing_weights(snapshot_a, snapshot_b, partial(self.progress, "weights"))
         except OSError as error:
             raise _gone(error) from error
         for ref in (a, b):
@@ -132,7 +133,7 @@ def _gone(error: OSError) -> TornCheckpoint:
 
 
 def check_vocabularies(a: Snapshot, b: Snapshot) -> list[str]:
-    """What is not certain of the two vocabularies; OtherArchitecture when they differ."""
+    """What cannot be told of the two vocabularies, in sentences; OtherArchitecture when they differ."""
     from peel_agent.load import difference_of_vocabularies
 
     remedy = "losses per token of two vocabularies mean two things: compare checkpoints of one vocabulary"
@@ -140,14 +141,14 @@ def check_vocabularies(a: Snapshot, b: Snapshot) -> list[str]:
         raise OtherArchitecture(
             f"{b.ref.label} has a vocabulary of {b.vocabulary:,}, {a.ref.label} one of {a.vocabulary:,}", remedy=remedy
         )
-    one, other = tokenizer_of(a), tokenizer_of(b)
-    if one is None and other is None:
+    tokenizer_a, tokenizer_b = tokenizer_of(a), tokenizer_of(b)
+    if tokenizer_a is None and tokenizer_b is None:
         return ["neither has a tokenizer.json: that a token id means the same in both is taken for granted"]
-    if one is None or other is None:
-        which = "A" if one is None else "B"
+    if tokenizer_a is None or tokenizer_b is None:
+        which = "A" if tokenizer_a is None else "B"
         return [f"{which} has no tokenizer.json: that a token id means the same in both is taken for granted"]
     try:
-        words = difference_of_vocabularies(one, other)
+        words = difference_of_vocabularies(tokenizer_a, tokenizer_b)
     except ValueError as error:
         return [printable(f"the tokenizers could not be compared: {error}")]
     if words is not None:
@@ -159,7 +160,7 @@ def check_probe_of_runs(probe: ProbeSettings, measured: ProbeInfo) -> None:
     """Raises ConfigurationError unless the reports of a run were measured on this very probe."""
     from peel_agent.load import load_probe
 
-    found = load_probe(
+    given = load_probe(
         probe_path(probe),
         _sizes_of(measured),
         vocabulary=2**31,
@@ -168,7 +169,7 @@ def check_probe_of_runs(probe: ProbeSettings, measured: ProbeInfo) -> None:
         dtype=probe.dtype,
         text_key=probe.text_key,
     )
-    if found.fingerprint != measured.fingerprint:
+    if given.fingerprint != measured.fingerprint:
         raise ConfigurationError(
             f"the runs were measured on another probe than {probe.path}: theirs is {measured.fingerprint}, in "
             f"sequences of {measured.sequence_length}",

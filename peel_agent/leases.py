@@ -33,11 +33,11 @@ class Turn:
 
 
 def next_turn(waiting: Sequence[Turn]) -> Turn:
-    """Who of those that wait, in the order in which they began to, gets the next device.
+    """The run that gets the next device; `waiting` is in the order in which the runs began to wait.
 
-    A run that nothing is known of comes first, then the worst margin; of equals who waits longest. Of n runs none
-    waits for more than (PATIENCE + 1) n peels of others: who was passed by PATIENCE n times is before all that came
-    later. At least a third of the devices' time so goes evenly to all, whatever their margins.
+    A run that was never peeled comes first, then the worst margin; of equals the one that waits longest. Of n runs none
+    waits for more than (PATIENCE + 1) n peels of others: one that was passed by PATIENCE n times goes before all that
+    came later. So at least a third of the devices' time goes evenly to all, whatever their margins.
     """
     overdue = [turn for turn in waiting if turn.passed >= PATIENCE * len(waiting)]
     return overdue[0] if overdue else min(waiting, key=_urgency)
@@ -49,7 +49,7 @@ def _urgency(turn: Turn) -> tuple[bool, float]:
 
 @dataclass
 class _Seat:
-    """What is known of a run that waits, and how often each other asked since it asked last."""
+    """What is known of a run that waits, and how often each other run asked since it asked last."""
 
     worst_margin: float | None = None
     passed: int = 0
@@ -99,7 +99,7 @@ class Leases:
             return lease
 
     def _is_next(self, run: str) -> bool:
-        """Whether no other run goes before; one that was passed by too often without asking has gone away."""
+        """Whether no other run goes before; one that did not ask again for too long is dropped: it has gone away."""
         while (first := next_turn(self._turns()).run) != run:
             if self._out:  # it may still ask in time
                 return False
@@ -114,7 +114,7 @@ class Leases:
         return [Turn(run, seat.worst_margin, seat.passed) for run, seat in self._waiting.items()]
 
     def forget(self, run: str) -> None:
-        """It does not ask any more."""
+        """The run does not ask any more."""
         with self._lock:
             self._waiting.pop(run, None)
 

@@ -204,14 +204,9 @@ def _measure_decoder(
     from peel_agent.peel import peel
 
     start = clock()
+    sets, factory = model.precision, model.factory
     snapshot = open_snapshot(
-        ref.in_place(),
-        form,
-        registry.family,
-        sets=model.precision,
-        patch=patch,
-        factory=model.factory,
-        stored=weights,
+        ref.in_place(), form, registry.family, sets=sets, patch=patch, factory=factory, stored=weights
     )
     is_given = tokens is not None
     tokens = tokens or probe_for(snapshot, probe, quick=peeling.effort == "quick")

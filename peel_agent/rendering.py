@@ -34,7 +34,7 @@ MOST_REPORTS = 400
 """Checkpoints that a page is made of, so that the last of a long run costs no more than one in the middle."""
 
 MOST_SECONDS = 600
-"""Then it is ended."""
+"""A child that has not made the page by then is ended."""
 
 NICENESS = 19
 
@@ -72,7 +72,7 @@ def pages(order: Order) -> Pages | None:
     if child.returncode != 0:
         raise DestinationUnavailable(
             f"the page of the run could not be made: what makes it ended with status {child.returncode}",
-            remedy="its last words are in the log above; [tracker] report = false goes without; it is tried again",
+            remedy="its last words are in the log above; it is tried again; [tracker] report = false turns it off",
         )
     answer = restored(Answer, json.loads(child.stdout))
     if answer.lacks:

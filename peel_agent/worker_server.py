@@ -6,8 +6,8 @@ computes nothing, so that it never grows. It ends when its agent does, and when 
 KEEP_SECONDS.
 
 A message of the agent is one datagram: a JSON object {"environment": {name: value}} with four file descriptors, which
-are the worker's stdin, stdout and stderr and a pipe for what becomes of it: a line with its process id, then one with
-its exit status (negative: the signal that ended it). See peel_plugins/engines/forked.py for the other end.
+are the worker's stdin, stdout and stderr and a pipe for its outcome: a line with its process id, then one with its exit
+status (negative: the signal that ended it). See peel_plugins/engines/forked.py for the other end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from peel_agent.worker import STALL_SECONDS, be_ended_first, give_way, main, quiet_libraries
 
 KEEP_SECONDS = 60.0
-"""An agent that waits for its next checkpoint for longer has its memory back."""
+"""An agent that waits longer than this for its next checkpoint gets the memory back."""
 
 LARGEST_MESSAGE = 1 << 20
 DESCRIPTORS = 4
@@ -35,11 +35,11 @@ DESCRIPTORS = 4
 
 @dataclass(frozen=True)
 class Forked:
-    """A worker that was forked: when nobody holds the other end of the pipe `alive` any more, it has ended."""
+    """A worker that was forked. The pipe `alive` closes when it ends; its exit status is written to `outcome`."""
 
     pid: int
     alive: int
-    told: int
+    outcome: int
 
 
 class WorkerServer:
@@ -70,18 +70,18 @@ class WorkerServer:
         if not message:
             return False
         environment = json.loads(message)["environment"]
-        *standard, told = descriptors
+        *standard, outcome = descriptors
         alive, held = os.pipe()
         pid = os.fork()
         if pid == 0:
-            for descriptor in (alive, told):
+            for descriptor in (alive, outcome):
                 os.close(descriptor)
             self._become_worker(standard, environment)
         for descriptor in (*standard, held):
             os.close(descriptor)
-        self._workers[alive] = Forked(pid, alive, told)
+        self._workers[alive] = Forked(pid, alive, outcome)
         self._selector.register(alive, selectors.EVENT_READ)
-        _tell(told, pid)
+        _write_line(outcome, pid)
         return True
 
     def _become_worker(self, standard: list[int], environment: dict[str, str]) -> None:
@@ -94,10 +94,10 @@ class WorkerServer:
             for descriptor, original in zip(range(3), standard, strict=True):
                 os.dup2(original, descriptor)
                 os.close(original)
-            for worker in self._workers.values():  # what these tell must end with the server, not with us
+            for worker in self._workers.values():  # the pipes of other workers must close with the server, not with us
                 os.close(worker.alive)
-                os.close(worker.told)
-            _take(environment)
+                os.close(worker.outcome)
+            _adopt(environment)
             sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - the process's own, to its end
             status = main()
         except SystemExit as end:
@@ -114,23 +114,23 @@ class WorkerServer:
         self._selector.unregister(worker.alive)
         os.close(worker.alive)
         _, status = os.waitpid(worker.pid, 0)
-        _tell(worker.told, os.waitstatus_to_exitcode(status))
-        os.close(worker.told)
+        _write_line(worker.outcome, os.waitstatus_to_exitcode(status))
+        os.close(worker.outcome)
 
     def _kill_all(self) -> None:
         for worker in self._workers.values():
             os.kill(worker.pid, signal.SIGKILL)
 
 
-def _take(environment: dict[str, str]) -> None:
-    """What a process gets when it is started, one that is forked takes."""
+def _adopt(environment: dict[str, str]) -> None:
+    """Makes this the environment, as of a process that was started with it."""
     os.environ.clear()
     os.environ.update(environment)
 
 
-def _tell(told: int, number: int) -> None:
+def _write_line(outcome: int, number: int) -> None:
     with suppress(BrokenPipeError):  # nobody waits for it any more
-        os.write(told, f"{number}\n".encode())
+        os.write(outcome, f"{number}\n".encode())
 
 
 def read_in() -> None:

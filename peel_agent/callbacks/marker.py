@@ -39,7 +39,8 @@ class Marker:
             os.close(os.open(folder / self._name, os.O_CREAT | os.O_WRONLY, 0o644))
         except OSError as error:
             _log.warning(
-                "%s cannot be marked with %s: %s; a sidecar with [watch] ready_markers will not read it",
+                "%s cannot be marked with %s: %s; a sidecar with [watch] ready_markers will not read it until you make "
+                "that empty file by hand",
                 folder, self._name, error,
             )  # fmt: skip
 
@@ -50,4 +51,8 @@ class Marker:
         try:
             (folder / self._name).unlink(missing_ok=True)
         except OSError as error:
-            _log.warning("the marker of an earlier save, %s, cannot be removed: %s", folder / self._name, error)
+            _log.warning(
+                "the marker of an earlier save, %s, cannot be removed: %s; remove it by hand, or a sidecar may "
+                "read the checkpoint before it is whole",
+                folder / self._name, error,
+            )  # fmt: skip

@@ -53,7 +53,10 @@ class PeelAgentCallback(TrainerCallback):  # type: ignore[misc] # transformers i
         if args.should_save and _is_whole(folder):
             self._marker.write(folder)
         elif args.should_save:
-            _log.warning("there is no whole checkpoint in %s: nothing is marked there", folder)
+            _log.warning(
+                "there is no whole checkpoint in %s: nothing is marked there; look above for why the save failed",
+                folder,
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Marks what Trainer saved without `on_save`, as it does when it is told to end (`enable_jit_checkpoint`)."""

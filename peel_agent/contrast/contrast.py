@@ -37,13 +37,14 @@ def contrast(
     weights: WeightDifference = NOT_COMPARED,
     notes: Iterable[str] = (),
 ) -> DifferenceReport:
-    """Both reports, which are of one probe; without `paired` the two were not measured on the same sequences at once.
+    """The differences b - a of two reports on one probe. Without `paired` only their intervals are known, and not the
+    losses on each sequence.
 
     Blocks are held against each other by index, as far as both have them.
     """
     values = _Values(paired)
     pairs = list(zip(a.report.layers, b.report.layers, strict=False))
-    layers = tuple(_layer(one, other, values, weights) for one, other in pairs)
+    layers = tuple(_layer(layer_a, layer_b, values, weights) for layer_a, layer_b in pairs)
     kind: Literal["checkpoints", "runs"] = "checkpoints" if a.run is None else "runs"
     return DifferenceReport(
         kind=kind,
@@ -61,7 +62,7 @@ def contrast(
 
 
 def unpaired(a: Estimate, b: Estimate) -> Estimate:
-    """B - a with an interval that is wide enough however the two hang together: both half-widths count in full.
+    """B - a; the half-widths of both intervals are added, which is wide enough however the two are correlated.
 
     Of two numbers that were measured on the same sequences the paired interval is narrower, mostly by far.
     """
@@ -79,8 +80,8 @@ def excludes_zero(estimate: Estimate | None) -> bool:
 def first_by_margin(layers: Sequence[LayerDifference]) -> int | None:
     """The first block of which the margin, or that of a part, differs for certain.
 
-    Each interval is widened for the number of margins that are compared (Bonferroni): of two models that do not differ
-    one in twenty has such a block, however deep they are.
+    Each interval is widened for the number of margins that are compared (Bonferroni): of twenty pairs of models that do
+    not differ, at most about one is said to have such a block, however deep they are.
     """
     differences = [place.margin.difference for layer in layers for place in layer.places.values()]
     wider = _widening(sum(difference is not None for difference in differences))
@@ -91,7 +92,7 @@ def first_by_margin(layers: Sequence[LayerDifference]) -> int | None:
 
 
 def _widening(count: int) -> float:
-    """How many times as wide an interval of 95 % is that holds for all of `count` normal numbers at once."""
+    """The factor on 95 % intervals with which `count` of them hold all at once, 95 % of the time (normal numbers)."""
     normal = NormalDist()
     return normal.inv_cdf(1.0 - ERRORS / 2.0 / max(1, count)) / normal.inv_cdf(1.0 - ERRORS / 2.0)
 
@@ -121,12 +122,12 @@ class _Values:
             return None
         return self._both(a, b, self.paired.headroom.get(place) if self.paired is not None else None)
 
-    def _both(self, a: Estimate | None, b: Estimate | None, found: PairedDifference | None) -> Both:
+    def _both(self, a: Estimate | None, b: Estimate | None, known: PairedDifference | None) -> Both:
         if a is None or b is None:
             return Both(a, b, None)
         if self.paired is None:
             return Both(a, b, unpaired(a, b))
-        return Both(a, b, None) if found is None else Both(a, b, found.value, found.sequences)
+        return Both(a, b, None) if known is None else Both(a, b, known.value, known.sequences)
 
 
 def _layer(a: LayerReport, b: LayerReport, values: _Values, weights: WeightDifference) -> LayerDifference:
@@ -149,29 +150,29 @@ def _place(place: str, a: LayerReport | PartReport, b: LayerReport | PartReport,
     )
 
 
-def _compared(one: Comparable) -> Compared:
-    return Compared(one.where, one.report.checkpoint, one.report.model, one.report.skipped, one.run)
+def _compared(side: Comparable) -> Compared:
+    return Compared(side.where, side.report.checkpoint, side.report.model, side.report.skipped, side.run)
 
 
 def _of_two_models(a: Comparable, b: Comparable) -> list[str]:
     """What differs of the two besides their numbers."""
-    one, other = a.report, b.report
+    model_a, model_b = a.report.model, b.report.model
     pairs: Mapping[str, tuple[str, str]] = {
-        "formats": (one.checkpoint.format, other.checkpoint.format),
-        "families": (one.model.family, other.model.family),
-        "precisions": (one.model.precision, other.model.precision),
+        "formats": (a.report.checkpoint.format, b.report.checkpoint.format),
+        "families": (model_a.family, model_b.family),
+        "precisions": (model_a.precision, model_b.precision),
     }
     notes = [
         f"their {what} differ: A {first}, B {second}" for what, (first, second) in pairs.items() if first != second
     ]
-    shallow, deep = sorted((one.model.blocks, other.model.blocks))
+    shallow, deep = sorted((model_a.blocks, model_b.blocks))
     if shallow != deep:
         last = f"blocks {shallow} to {deep - 1} of" if deep - shallow > 1 else f"block {shallow} of"
-        which = "A" if one.model.blocks == deep else "B"
+        which = "A" if model_a.blocks == deep else "B"
         notes.append(
-            f"A has {one.model.blocks} blocks and B {other.model.blocks}: {last} {which} "
+            f"A has {model_a.blocks} blocks and B {model_b.blocks}: {last} {which} "
             f"{'have' if deep - shallow > 1 else 'has'} none to be held against"
         )
-    elif one.model.parameters != other.model.parameters:
-        notes.append(f"A has {one.model.parameters:,} parameters and B {other.model.parameters:,}")
+    elif model_a.parameters != model_b.parameters:
+        notes.append(f"A has {model_a.parameters:,} parameters and B {model_b.parameters:,}")
     return [printable(note) for note in notes]

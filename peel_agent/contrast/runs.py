@@ -27,9 +27,11 @@ def contrast_runs(a: History, b: History, *, where: tuple[str, str]) -> Differen
         notes.append(f"the last checkpoint of A is {_step(last_a)}, that of B {_step(last_b)}")
     if not common:
         notes.append("the two runs have no step in common: only their last checkpoints are held against each other")
-    left = [sum(own.probe != last_a.probe for own in one.reports) for one in (a, b)]
+    left_out = [sum(report.probe != last_a.probe for report in history.reports) for history in (a, b)]
     notes += [
-        f"{count} reports of {name} are of another probe" for name, count in zip("AB", left, strict=True) if count
+        f"{count} reports of {name} are of another probe, and are left out"
+        for name, count in zip("AB", left_out, strict=True)
+        if count
     ]
     ends = [
         Comparable(place, last, printable(history.name))
@@ -40,23 +42,23 @@ def contrast_runs(a: History, b: History, *, where: tuple[str, str]) -> Differen
 
 def _last(history: History) -> PeelReport:
     """The report of the last step; the last one at all, where none has a step."""
-    stepped = [one for one in history.reports if one.checkpoint.step is not None]
-    return max(stepped, key=lambda one: one.checkpoint.step or 0, default=history.reports[-1])
+    stepped = [report for report in history.reports if report.checkpoint.step is not None]
+    return max(stepped, key=lambda report: report.checkpoint.step or 0, default=history.reports[-1])
 
 
 def _by_step(history: History, last: PeelReport) -> Mapping[int, PeelReport]:
     """The last report of each step, of those on the probe of the last one."""
     return {
-        one.checkpoint.step: one
-        for one in history.reports
-        if one.checkpoint.step is not None and one.probe == last.probe
+        report.checkpoint.step: report
+        for report in history.reports
+        if report.checkpoint.step is not None and report.probe == last.probe
     }
 
 
 def _at(step: int, a: PeelReport, b: PeelReport) -> StepDifference:
-    one = contrast(Comparable("", a, ""), Comparable("", b, ""), paired=None)
-    places = [place for layer in one.layers for place in layer.places.values()]
-    return StepDifference(step, one.loss, sum(place.status_changed for place in places), one.first_by_margin)
+    there = contrast(Comparable("", a, ""), Comparable("", b, ""), paired=None)
+    places = [place for layer in there.layers for place in layer.places.values()]
+    return StepDifference(step, there.loss, sum(place.status_changed for place in places), there.first_by_margin)
 
 
 def _step(report: PeelReport) -> str:

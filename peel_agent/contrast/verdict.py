@@ -36,16 +36,11 @@ def _subjects(layer: LayerDifference) -> list[tuple[str, PlaceDifference]]:
     return [(layer.name, layer.block), *((f"{layer.name}/{name}", part) for name, part in layer.parts.items())]
 
 
-def unit(report: DifferenceReport) -> str:
-    """Of losses, margins and their differences."""
-    return "nats per token" if report.probe.sequence_length > 1 else "squared error a sample"
-
-
 def how_sure(report: DifferenceReport, both: Both) -> str:
-    """What the interval of a difference is."""
+    """How the interval of a difference was made."""
     if report.pairing == "by sequence":
         return f"paired over {both.sequences} sequences"
-    return "not paired: both intervals added"
+    return "not paired: the half-widths of both intervals added"
 
 
 def _loss(report: DifferenceReport) -> str:
@@ -56,9 +51,9 @@ def _loss(report: DifferenceReport) -> str:
     if not report.weights.blocks and not report.weights.outside and report.weights.why_not is None and _same(report):
         return "A and B hold the same weights."
     if not excludes_zero(difference):
-        return f"The losses of A and B cannot be told apart: B - A is {difference} {unit(report)}, {sure}."
+        return f"The losses of A and B cannot be told apart: B - A is {difference} {report.probe.unit}, {sure}."
     which = "higher" if difference.value > 0.0 else "lower"
-    return f"B has a {which} loss than A: B - A is {difference} {unit(report)}, {sure}."
+    return f"B has a {which} loss than A: B - A is {difference} {report.probe.unit}, {sure}."
 
 
 def _same(report: DifferenceReport) -> bool:

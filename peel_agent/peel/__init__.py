@@ -19,6 +19,7 @@ from peel_agent.peel.layers import Measured, layer_reports
 from peel_agent.peel.margins.race import Raced, race
 from peel_agent.peel.numerics.intervals import estimate
 from peel_agent.peel.numerics.least_squares import tokens_needed
+from peel_agent.peel.numerics.losses import Losses
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.numerics.streams import out_of_memory
 from peel_agent.peel.pairs import paired_differences, sequence_losses_of
@@ -65,24 +66,14 @@ def peel(
     keep = hidden_states_of(chained(maps, depth, solver), solver) | {depth} if maps else frozenset[int]()
     raced = race(trace, plan, keep, stopwatch, comparison=comparison)
     swept = raced.swept
-    if not np.isfinite(swept.trained).all():
-        raise CheckpointError(
-            "the loss of this checkpoint is not a finite number",
-            remedy="its weights hold NaN or infinity, or the training diverged: take an earlier checkpoint",
-        )
+    _check_finite(swept.trained)
     selecting = len(trace.probe.select)
     skipped += swept.skipped
     bounds = NONE
     if maps:
+        hidden, trained = swept.hidden, swept.trained
         bounds = measure_bounds(
-            trace,
-            maps,
-            solver=solver,
-            hidden=swept.hidden,
-            trained=swept.trained,
-            earlier=earlier,
-            stopwatch=stopwatch,
-            step=step,
+            trace, maps, solver=solver, hidden=hidden, trained=trained, earlier=earlier, stopwatch=stopwatch, step=step
         )
     rooms, left_out = _headrooms(trace, plan, raced, stopwatch)
     layers, further = _layers(trace, plan, raced, rooms, comparison)
@@ -108,6 +99,14 @@ def peel(
         bound_step=bounds.memory.step if bounds.memory else None,
         losses=sequence_losses_of(trace.probe.fingerprint, swept.trained[selecting:], raced.margins, rooms),
     )
+
+
+def _check_finite(trained: Losses) -> None:
+    if not np.isfinite(trained).all():
+        raise CheckpointError(
+            "the loss of this checkpoint is not a finite number",
+            remedy="its weights hold NaN or infinity, or the training diverged: take an earlier checkpoint",
+        )
 
 
 def _headrooms(

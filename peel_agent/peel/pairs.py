@@ -15,26 +15,26 @@ from peel_agent.peel.numerics.losses import Losses
 from peel_agent.records import Estimate, PairedDifference, PairedDifferences, SequenceLosses
 
 FEWEST = 2
-"""Sequences of a paired interval."""
+"""A paired interval needs so many sequences."""
 
 
 def sequence_losses_of(
     probe: str, trained: Losses, margins: Mapping[Place, Margin], headrooms: Mapping[int, Headroom]
 ) -> SequenceLosses:
-    """What to pair a checkpoint by: `trained` are its losses [n] on confirm."""
+    """What a checkpoint is paired with another by: `trained` are its losses [n] on confirm."""
     return SequenceLosses(
         probe=probe,
         loss=tuple(trained.tolist()),
         margins={
-            _key(place): {name: _known(losses) for name, losses in own.by_sequence.items()}
-            for place, own in margins.items()
+            _key(place): {name: _known(losses) for name, losses in margin.by_sequence.items()}
+            for place, margin in margins.items()
         },
         headroom={
             _key((index, target)): tuple(losses.tolist())
-            for index, own in headrooms.items()
-            for target, losses in own.by_sequence.items()
+            for index, headroom in headrooms.items()
+            for target, losses in headroom.by_sequence.items()
         },
-        cuts={_key(place): own.cut for place, own in margins.items() if own.cut is not None},
+        cuts={_key(place): margin.cut for place, margin in margins.items() if margin.cut is not None},
     )
 
 
@@ -56,17 +56,17 @@ def paired_differences(a: SequenceLosses, b: SequenceLosses) -> PairedDifference
     if a.probe != b.probe or len(a.loss) != len(b.loss):
         raise ValueError(f"two probes cannot be paired: {a.probe} and {b.probe}")
     margins = {
-        place: _of_margins(own, b.margins[place])
-        for place, own in a.margins.items()
+        place: _of_margins(stand_ins, b.margins[place])
+        for place, stand_ins in a.margins.items()
         if place in b.margins and a.cuts.get(place) == b.cuts.get(place)
     }
     headroom = {place: _difference(a.headroom[place], b.headroom[place]) for place in a.headroom if place in b.headroom}
     loss = _difference(a.loss, b.loss)
-    assert loss is not None  # confirm has more sequences than that
+    assert loss is not None  # confirm has more sequences than FEWEST
     return PairedDifferences(
         loss,
-        {place: own for place, own in margins.items() if own is not None},
-        {place: own for place, own in headroom.items() if own is not None},
+        {place: difference for place, difference in margins.items() if difference is not None},
+        {place: difference for place, difference in headroom.items() if difference is not None},
     )
 
 
@@ -77,13 +77,14 @@ def _of_margins(
 
     The first stand-in of each side is the one that was picked.
     """
-    spanned = [_difference(one, other) for one, other in product(a.values(), b.values())]
-    known = [own for own in spanned if own is not None]
+    spanned = [_difference(of_a, of_b) for of_a, of_b in product(a.values(), b.values())]
+    known = [difference for difference in spanned if difference is not None]
     if not known or spanned[0] is None:
         return None
     value = spanned[0].value.value
-    low, high = min(own.value.low for own in known), max(own.value.high for own in known)
-    return PairedDifference(Estimate(value, low, high), min(own.sequences for own in known))
+    low = min(difference.value.low for difference in known)
+    high = max(difference.value.high for difference in known)
+    return PairedDifference(Estimate(value, low, high), min(difference.sequences for difference in known))
 
 
 def _difference(a: Sequence[float | None], b: Sequence[float | None]) -> PairedDifference | None:

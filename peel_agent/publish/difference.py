@@ -42,9 +42,8 @@ def difference_line(report: DifferenceReport) -> str:
 
 def difference_sheet(report: DifferenceReport) -> Sheet:
     """The comparison in words and tables: losses, blocks and parts, headroom, common steps, what was not compared."""
-    unit = "nats per token" if report.probe.sequence_length > 1 else "squared error a sample"
     parts: list[Lines | Grid] = [
-        Lines((_side("A", report.a), _side("B", report.b), _probe(report, unit)), "faint"),
+        Lines((_side("A", report.a), _side("B", report.b), _probe(report)), "faint"),
         Lines((_loss_line(report.loss), *_weight_lines(report))),
     ]
     if report.layers:
@@ -82,16 +81,16 @@ def _side(name: str, side: Compared) -> str:
     )
 
 
-def _probe(report: DifferenceReport, unit: str) -> str:
+def _probe(report: DifferenceReport) -> str:
     probe = report.probe
     how = (
-        "differences are paired by sequence, over those that both were measured on; A and B are each as `scan` has it"
+        "differences are paired by sequence, over those that both were measured on; A and B are each what `scan` gives"
         if report.pairing == "by sequence"
-        else "differences are not paired: the two intervals are added, which is wide enough"
+        else "differences are not paired: the half-widths of both intervals are added, which is mostly far too wide"
     )
     return (
         f"probe {probe.fingerprint}: {probe.confirm_tokens:,} confirm tokens in sequences of {probe.sequence_length}; "
-        f"{unit}; {how}"
+        f"{probe.unit}; {how}"
     )
 
 
@@ -132,12 +131,12 @@ def _headrooms(layer: LayerDifference) -> list[tuple[str, ...]]:
         (
             layer.name,
             "" if name == "block" else name,
-            _text(own.headroom.difference),
-            _value(own.headroom.a),
-            _value(own.headroom.b),
+            _text(place.headroom.difference),
+            _value(place.headroom.a),
+            _value(place.headroom.b),
         )
-        for name, own in layer.places.items()
-        if own.headroom is not None
+        for name, place in layer.places.items()
+        if place.headroom is not None
     ]
 
 

@@ -73,11 +73,10 @@ def _zone(report: PeelReport) -> str:
 def report_sheet(report: PeelReport) -> Sheet:
     """The report for people: what was measured, one line a block, one line a map, and what was left out."""
     model, probe = report.model, report.probe
-    unit = "nats per token" if probe.sequence_length > 1 else "squared error a sample"
     about = (
         f"{report.checkpoint.path}: {model.family}, {model.blocks} blocks, {model.parameters:,} parameters, "
         f"{model.precision}; probe {probe.fingerprint}: {probe.fit_tokens:,} fit, {probe.select_tokens:,} select, "
-        f"{probe.confirm_tokens:,} confirm tokens in sequences of {probe.sequence_length}; {unit}"
+        f"{probe.confirm_tokens:,} confirm tokens in sequences of {probe.sequence_length}; {probe.unit}"
     )
     parts: list[Lines | Grid] = [Lines((headline(report),)), Lines((about,), "faint")]
     if report.layers:

@@ -224,6 +224,11 @@ class ProbeInfo:
     confirm_tokens: int
     sequence_length: int
 
+    @property
+    def unit(self) -> str:
+        """Of losses, bounds, margins and their differences; the samples of a fully connected network have length 1."""
+        return "nats per token" if self.sequence_length > 1 else "squared error a sample"
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -58,7 +58,7 @@ QUANTITIES: Mapping[str, tuple[str, ...]] = {
 class PeelSettings:
     """`[peel]`: what to compute; what `time_budget_seconds` do not suffice for is left out and said.
 
-    So is what `budget_passes` do not suffice for, of margins and progress: plain forward passes over the whole probe.
+    `budget_passes` is the same for margins and progress alone, in plain forward passes over the whole probe.
     """
 
     effort: str = "standard"

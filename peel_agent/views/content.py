@@ -12,7 +12,6 @@ from peel_agent.views.lifetimes import Lifetime, lifetimes
 from peel_agent.views.specs import Chart
 from peel_agent.views.table import Table
 from peel_agent.views.timeline import Timeline, timeline
-from peel_agent.views.verdict import unit
 
 SMALLEST_RANGE = 0.05
 """Of the colours, in nats per token: less than that between layers is not made to look like much."""
@@ -56,7 +55,7 @@ def content_of(history: History) -> Content:
 
 
 def _charts(line: Timeline, held: Mapping[str, Table], layers: list[int], newest: PeelReport) -> list[Chart]:
-    domain, words = line.domain, unit(newest)
+    domain, words = line.domain, newest.probe.unit
     drawn: list[Chart] = []
     if line.by_step:
         has_bound = any(report.bound is not None for report in line.by_step.values())

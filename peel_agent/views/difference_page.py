@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from peel_agent.errors import printable
 from peel_agent.records import Both, Compared, DifferenceReport, LayerDifference, PlaceDifference, plain
 from peel_agent.views.difference_charts import places_chart, step_chart
-from peel_agent.views.frame import MOST_ROWS, Made, Shown, cell, page
+from peel_agent.views.frame import Made, Shown, page, probe_words, shown
 from peel_agent.views.specs import Chart
 from peel_agent.views.table import DIGITS, Table, Value
 
@@ -33,15 +33,11 @@ def difference_page(report: DifferenceReport, verdict: str, made: Made) -> str:
         situation=_situation(report),
         found="Statuses that changed",
         findings=_changed(report),
-        charts=[(chart, _shown(tables[chart.key])) for chart in charts],
+        charts=[(chart, _beside(tables[chart.key])) for chart in charts],
         notes=[printable(note) for note in report.notes],
         unchecked=_unchecked(report),
         reproduce=_reproduce(report, made),
     )
-
-
-def _unit(report: DifferenceReport) -> str:
-    return "nats per token" if report.probe.sequence_length > 1 else "squared error a sample"
 
 
 def _form(
@@ -53,7 +49,7 @@ def _form(
         **plain(report),
         "made": plain(made),
         "verdict": verdict,
-        "unit": _unit(report),
+        "unit": report.probe.unit,
         "significant_digits": DIGITS,
         "tables": {name: table.form() for name, table in tables.items()},
         "charts": {chart.key: {"tables": list(chart.tables), "spec": chart.spec} for chart in charts},
@@ -69,7 +65,7 @@ def _tables(report: DifferenceReport) -> dict[str, Table]:
             if place.headroom is not None:
                 headrooms.append(_row(layer, part, place, place.headroom))
     steps: list[tuple[Value, ...]] = [
-        (one.step, *_numbers(one.loss), one.statuses_changed, one.first_by_margin) for one in report.steps
+        (step.step, *_numbers(step.loss), step.statuses_changed, step.first_by_margin) for step in report.steps
     ]
     return {
         "margins": Table(_PLACES, margins),
@@ -98,22 +94,17 @@ def _ends(both: Both) -> tuple[Value, Value, Value]:
 def _charts(report: DifferenceReport, tables: Mapping[str, Table]) -> list[Chart]:
     charts = []
     if len(report.steps) > 1:
-        steps = [one.step for one in report.steps]
-        charts.append(step_chart((float(min(steps)), float(max(steps))), _unit(report)))
+        steps = [common.step for common in report.steps]
+        charts.append(step_chart((float(min(steps)), float(max(steps))), report.probe.unit))
     if any(row[3] is not None for row in tables["margins"].rows):
-        charts.append(places_chart("margins", "What each block earns", "margins", _unit(report)))
+        charts.append(places_chart("margins", "What each block earns", "margins", report.probe.unit))
     if any(row[3] is not None for row in tables["headroom"].rows):
-        charts.append(places_chart("headroom", "What each block could still win", "headroom", _unit(report)))
+        charts.append(places_chart("headroom", "What each block could still win", "headroom", report.probe.unit))
     return charts
 
 
-def _shown(table: Table) -> Shown:
-    """A table beside a chart."""
-    kept = [place for place, name in enumerate(table.columns) if name not in _HIDDEN]
-    rows = tuple(tuple(cell(row[place]) for place in kept) for row in table.rows[-MOST_ROWS:])
-    left = len(table.rows) - len(rows)
-    note = f"The last {len(rows)} of {len(table.rows):,} rows; the data of this page has all." if left else ""
-    return Shown(tuple(table.columns[place].replace("_", " ") for place in kept), rows, note)
+def _beside(table: Table) -> Shown:
+    return shown(table, [name for name in table.columns if name not in _HIDDEN])
 
 
 def _called(side: Compared) -> str:
@@ -123,7 +114,7 @@ def _called(side: Compared) -> str:
 def _situation(report: DifferenceReport) -> list[str]:
     """The losses, and which of the weights differ."""
     loss, weights = report.loss, report.weights
-    sentences = [f"Loss of A {loss.a}, of B {loss.b} {_unit(report)}."]
+    sentences = [f"Loss of A {loss.a}, of B {loss.b} {report.probe.unit}."]
     if weights.why_not is not None:
         sentences.append(f"Weights were not compared: {weights.why_not}.")
     else:
@@ -132,7 +123,8 @@ def _situation(report: DifferenceReport) -> list[str]:
         sentences.append(f"Blocks whose weights differ in some value: {len(weights.blocks)}{of}{outside}.")
     if report.pairing == "none":
         sentences.append(
-            "Two runs are known by their reports alone, so nothing is paired: the intervals are those of both added."
+            "Of two runs only the reports are there, so nothing is paired: each difference has the half-widths of both "
+            "intervals added."
         )
     return sentences
 
@@ -160,15 +152,10 @@ def _unchecked(report: DifferenceReport) -> list[tuple[str, str]]:
 
 
 def _reproduce(report: DifferenceReport, made: Made) -> list[tuple[str, str]]:
-    probe = report.probe
     rows = [
         ("this page", made.command),
         *((name, _side(side)) for name, side in (("A", report.a), ("B", report.b))),
-        (
-            "probe",
-            f"{probe.fingerprint}: {probe.fit_tokens:,} tokens to fit, {probe.select_tokens:,} to select, "
-            f"{probe.confirm_tokens:,} to confirm, in sequences of {probe.sequence_length}",
-        ),
+        ("probe", probe_words(report.probe)),
         ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
         ("made", made.at),
     ]

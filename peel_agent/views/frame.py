@@ -15,9 +15,10 @@ from importlib.resources import files
 from typing import Any
 
 from peel_agent.errors import ConfigurationError, printable
+from peel_agent.records import ProbeInfo
 from peel_agent.views.drawing import EXTRA, vega_script
 from peel_agent.views.specs import Chart
-from peel_agent.views.table import Value
+from peel_agent.views.table import Table, Value
 
 MOST_ROWS = 200
 """Of a table beside a chart; the embedded data has all."""
@@ -58,7 +59,10 @@ def page(
     reproduce: Sequence[tuple[str, str]],
     alerts: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """The page of these texts, and of `data`, which has the charts' tables. Raises as `vega_script`."""
+    """The page of these texts, and of `data`, which has the charts' tables.
+
+    `found` is the heading above the `findings`, each a subject, words and causes. Raises as `vega_script`.
+    """
     scripts = {"vega": vega_script(), "own": _asset("page.js")}
     style = _asset("page.css")
     text = _template().render(
@@ -121,6 +125,23 @@ def _clean_all(value: Any) -> Any:
     if isinstance(value, dict):
         return {printable(str(key)): _clean_all(one) for key, one in value.items()}
     return [_clean_all(one) for one in value] if isinstance(value, list) else value
+
+
+def shown(table: Table, columns: Sequence[str]) -> Shown:
+    """Some columns of a table beside a chart, the last MOST_ROWS of its rows."""
+    places = [table.columns.index(name) for name in columns]
+    rows = tuple(tuple(cell(row[place]) for place in places) for row in table.rows[-MOST_ROWS:])
+    left = len(table.rows) - len(rows)
+    note = f"The last {len(rows)} of {len(table.rows):,} rows; the data of this page has all." if left else ""
+    return Shown(tuple(name.replace("_", " ") for name in columns), rows, note)
+
+
+def probe_words(probe: ProbeInfo) -> str:
+    """What somebody needs to know of a probe who wants the same numbers."""
+    return (
+        f"{probe.fingerprint}: {probe.fit_tokens:,} tokens to fit, {probe.select_tokens:,} to select, "
+        f"{probe.confirm_tokens:,} to confirm, in sequences of {probe.sequence_length}"
+    )
 
 
 def cell(value: Value) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 from peel_agent.errors import printable
 from peel_agent.records import History, Skipped, plain
 from peel_agent.views.content import Content, content_of
-from peel_agent.views.frame import MOST_ROWS, Made, Shown, cell, page
+from peel_agent.views.frame import MOST_ROWS, Made, Shown, cell, page, probe_words, shown
 from peel_agent.views.specs import Chart
-from peel_agent.views.table import DIGITS, Table
-from peel_agent.views.verdict import situation, unit, verdict
+from peel_agent.views.table import DIGITS
+from peel_agent.views.verdict import situation, verdict
 
 SCHEMA = "peel-agent/history/1"
 
@@ -47,7 +47,7 @@ def _form(history: History, content: Content, made: Made) -> dict[str, Any]:
         "run": {"name": history.name, "place": history.place},
         "made": plain(made),
         "verdict": verdict(newest),
-        "unit": unit(newest),
+        "unit": newest.probe.unit,
         "significant_digits": DIGITS,
         "drawn": {"checkpoints": len(content.line.by_step), "in_detail": len(content.line.drawn)},
         "newest": {name: plain(getattr(newest, name)) for name in ("checkpoint", "model", "probe", "skipped")},
@@ -61,7 +61,7 @@ def _form(history: History, content: Content, made: Made) -> dict[str, Any]:
 
 def _beside(chart: Chart, content: Content) -> Shown:
     """What a chart shows, for those who do not see it."""
-    own = {
+    columns_of = {
         "loss": ("checkpoints", ("step", "loss", "loss_low", "loss_high", "bound", "gap", "zone", "below")),
         "alerts": ("alerts", ("rule", "subject", "severity", "since", "until", "state")),
         "gaps": ("gaps", ("step", "cause", "path", "why")),
@@ -72,16 +72,8 @@ def _beside(chart: Chart, content: Content) -> Shown:
         return _margins(content)
     if chart.key == "layer":
         return _newest_cells(content)
-    name, columns = own[chart.key]
-    return _shown(content.tables[name], columns)
-
-
-def _shown(table: Table, columns: tuple[str, ...]) -> Shown:
-    places = [table.columns.index(name) for name in columns]
-    rows = tuple(tuple(cell(row[place]) for place in places) for row in table.rows[-MOST_ROWS:])
-    left = len(table.rows) - len(rows)
-    note = f"The last {len(rows)} of {len(table.rows):,} rows; the data of this page has all." if left else ""
-    return Shown(tuple(name.replace("_", " ") for name in columns), rows, note)
+    name, columns = columns_of[chart.key]
+    return shown(content.tables[name], columns)
 
 
 def _margins(content: Content) -> Shown:
@@ -177,17 +169,13 @@ def _unchecked(history: History, content: Content) -> list[tuple[str, str]]:
 
 def _reproduce(history: History, content: Content, made: Made) -> list[tuple[str, str]]:
     """What somebody needs who wants the same numbers."""
-    newest, probe, model = content.newest, content.newest.probe, content.newest.model
+    newest, model = content.newest, content.newest.model
     scans = [notice.command for notice in history.notices if notice.command]
     rows = [
         ("this page", made.command),
         ("one checkpoint", scans[-1] if scans else f"peel-agent scan {newest.checkpoint.path} --probe PROBE"),
         ("checkpoint", f"{newest.checkpoint.path} ({newest.checkpoint.format}, {newest.checkpoint.fingerprint})"),
-        (
-            "probe",
-            f"{probe.fingerprint}: {probe.fit_tokens:,} tokens to fit, {probe.select_tokens:,} to select, "
-            f"{probe.confirm_tokens:,} to confirm, in sequences of {probe.sequence_length}",
-        ),
+        ("probe", probe_words(newest.probe)),
         ("model", f"{model.family}, {model.blocks} blocks, {model.parameters:,} parameters, {model.precision}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
         ("made", made.at),

@@ -19,11 +19,6 @@ ZONES: dict[Zone, str] = {
 """The zone in words (method.md 3, 7)."""
 
 
-def unit(report: PeelReport) -> str:
-    """Of losses, bounds and margins."""
-    return "nats per token" if report.probe.sequence_length > 1 else "squared error a sample"
-
-
 def verdict(report: PeelReport) -> str:
     """One sentence on a checkpoint: what is wrong, or that nothing was found, or that nothing was looked at."""
     at = f"At step {report.checkpoint.step:,}" if report.checkpoint.step is not None else "In the last export"
@@ -48,8 +43,10 @@ def verdict(report: PeelReport) -> str:
 def standing(report: PeelReport) -> str:
     """The loss against its bound, in a sentence."""
     if report.bound is not None and report.gap is not None:
-        return f"Loss {report.loss.value:.4f}, bound {report.bound.value:.4f} {unit(report)}: {ZONES[report.zone]}."
-    return f"Loss {report.loss.value:.4f} {unit(report)}; no bound was measured."
+        return (
+            f"Loss {report.loss.value:.4f}, bound {report.bound.value:.4f} {report.probe.unit}: {ZONES[report.zone]}."
+        )
+    return f"Loss {report.loss.value:.4f} {report.probe.unit}; no bound was measured."
 
 
 def situation(report: PeelReport, alerts: Sequence[Lifetime], history: History) -> tuple[str, ...]:

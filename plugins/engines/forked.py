@@ -19,7 +19,7 @@ from contextlib import suppress
 import psutil
 
 ROOM_BYTES = 2 << 30
-"""With less memory free than this none is kept for the next checkpoint: each worker is started by itself."""
+"""With less memory free than this, no process is kept to fork from: each worker is started by itself."""
 
 END_SECONDS = 5.0
 
@@ -32,11 +32,15 @@ def command(niceness: int) -> list[str]:
 
 
 class ForkedWorker:
-    """A worker as `subprocess.Popen` has it, as far as the engine needs it; `status` of one that has ended already."""
+    """What the engine needs of `subprocess.Popen`, for a worker that another process has forked.
 
-    def __init__(self, pid: int, stdin: int, stdout: int, told: int, status: int | None) -> None:
+    `stdin`, `stdout` and `outcome` are our ends of pipes; on the last the exit status comes. `status` is that of a
+    worker which has ended already.
+    """
+
+    def __init__(self, pid: int, stdin: int, stdout: int, outcome: int, status: int | None) -> None:
         self.pid = pid
-        self._stdin, self._stdout, self._told = stdin, stdout, told
+        self._stdin, self._stdout, self._outcome = stdin, stdout, outcome
         self._status = status
         self._waiting, self._killing = threading.Lock(), threading.Lock()
         try:
@@ -60,20 +64,20 @@ class ForkedWorker:
         """Its exit status, negative for a signal. subprocess.TimeoutExpired when it has none within so many seconds."""
         with self._waiting:
             if self._status is None:
-                if not select.select([self._told], [], [], timeout)[0]:
+                if not select.select([self._outcome], [], [], timeout)[0]:
                     raise subprocess.TimeoutExpired("worker", timeout)
-                told = os.read(self._told, 64)
-                self._status = int(told) if told else -signal.SIGKILL  # what forked it was killed: it ends too
+                line = os.read(self._outcome, 64)
+                self._status = int(line) if line else -signal.SIGKILL  # what forked it was killed: it ends too
             self._release()
             return self._status
 
     def _release(self) -> None:
         with self._killing:
-            if self._told >= 0:
-                os.close(self._told)
+            if self._outcome >= 0:
+                os.close(self._outcome)
             if self._handle is not None:
                 os.close(self._handle)
-            self._told, self._handle = -1, None
+            self._outcome, self._handle = -1, None
 
 
 class WorkerServers:
@@ -89,13 +93,14 @@ class WorkerServers:
     def start(self, environment: Mapping[str, str], niceness: int) -> ForkedWorker | None:
         """A worker that waits for its request; None where it is better started by itself.
 
-        That is when memory is short, when the system cannot do it, when the last ones were to have less priority, or
-        when what it reads in cannot be read in: a worker by itself tells why.
+        That is so when memory is short; when the system has no pidfd_open; when this worker is to have more priority
+        than the process that would fork it; and when that process fails to import what workers need: a worker that is
+        started by itself then says why.
         """
         if psutil.virtual_memory().available < ROOM_BYTES or not hasattr(os, "pidfd_open"):
             return None
         with self._lock:
-            for _ in range(2):  # one that ends just now, since nothing was asked of it, is followed by another
+            for _ in range(2):  # a process that ends just now, for nothing was asked of it, is followed by another
                 if self._closed or (self._process is not None and niceness < self._niceness):
                     return None
                 with suppress(OSError):
@@ -108,7 +113,7 @@ class WorkerServers:
         return None
 
     def close(self) -> None:
-        """Ends it and its workers, also while it is being started."""
+        """Ends the process and its workers, also while it is being started."""
         self._closed = True
         process = self._process
         if process is not None:
@@ -134,21 +139,21 @@ class WorkerServers:
 
     def _ask(self, channel: socket.socket, environment: Mapping[str, str]) -> ForkedWorker | None:
         """A worker, or None when the process has ended before it forked one."""
-        (its_stdin, stdin), (stdout, its_stdout), (told, its_told) = os.pipe(), os.pipe(), os.pipe()
-        theirs = (its_stdin, its_stdout, STDERR, its_told)
+        (its_stdin, stdin), (stdout, its_stdout), (outcome, its_outcome) = os.pipe(), os.pipe(), os.pipe()
+        theirs = (its_stdin, its_stdout, STDERR, its_outcome)
         try:
             socket.send_fds(channel, [json.dumps({"environment": dict(environment)}).encode()], theirs)
             failed = False
         except OSError:
             failed = True
-        for descriptor in (its_stdin, its_stdout, its_told):
+        for descriptor in (its_stdin, its_stdout, its_outcome):
             os.close(descriptor)
-        words = [] if failed else os.read(told, 64).split()
-        if not words:
-            for descriptor in (stdin, stdout, told):
+        lines = [] if failed else os.read(outcome, 64).split()
+        if not lines:
+            for descriptor in (stdin, stdout, outcome):
                 os.close(descriptor)
             return None
-        return ForkedWorker(int(words[0]), stdin, stdout, told, int(words[1]) if len(words) > 1 else None)
+        return ForkedWorker(int(lines[0]), stdin, stdout, outcome, int(lines[1]) if len(lines) > 1 else None)
 
     def _end(self) -> None:
         """Its workers end with it."""

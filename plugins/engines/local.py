@@ -107,7 +107,7 @@ class LocalEngine:
             if self._closed or fingerprint in self._gave_way:
                 child.kill()
         try:
-            told, _ = child.communicate(json.dumps(plain(request)))
+            written, _ = child.communicate(json.dumps(plain(request)))
         finally:
             child.kill()
             with self._lock:
@@ -115,7 +115,7 @@ class LocalEngine:
         status = _status(child)
         if status != 0 and gave_way is not None:
             raise GaveWay(gave_way, remedy="nothing to do: it is peeled again later")
-        return _peeled(told, status)
+        return _peeled(written, status)
 
     def _start(self, request: Request) -> Child:
         environment = self._environment(request.lease.visible)
@@ -151,8 +151,8 @@ def _status(child: Child) -> int:
         ) from error
 
 
-def _peeled(told: str, status: int) -> Peeled:
-    """What a child that ended with this status told."""
+def _peeled(written: str, status: int) -> Peeled:
+    """The answer in what a child wrote that ended with this status."""
     if status != 0:
         cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         if status == STALLED:
@@ -161,7 +161,7 @@ def _peeled(told: str, status: int) -> Peeled:
             f"the worker that peeled it ended with {cause}",
             remedy="its output stands above; SIGKILL usually means that memory ran out",
         )
-    answer: dict[str, Any] = json.loads(told.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(written.splitlines()[-1])
     if "error" in answer:
         error = answer["error"]
         kind: type[PeelError] = getattr(errors, error["kind"], errors.CheckpointError)  # a plug-in may have its own

@@ -16,7 +16,7 @@ from typing import Any
 from peel_agent.records import Pages
 
 PAGES_TIME_TAG = "peel.pages_ms"
-"""The checkpoint's time up to which the pages go."""
+"""The time of the last checkpoint that the pages show."""
 
 IMAGES_TAG = "mlflow.loggedImages"
 """MLflow looks for images only in runs that have it."""
@@ -26,7 +26,7 @@ SMALL_PIXELS = 256
 
 
 def write_pages(client: Any, run: Any, pages: Pages) -> None:
-    """Writes them, unless later ones are there."""
+    """Writes the pages and images to the run, unless those of a later checkpoint are there."""
     run_id = run.info.run_id
     if pages.timestamp_ms < int(run.data.tags.get(PAGES_TIME_TAG, pages.timestamp_ms)):
         return

@@ -227,9 +227,9 @@ class MlflowTracker:
                 self._client.set_tag(self._run_id, FILES_TIME_TAG, str(publication.timestamp_ms))
 
     def _find_run(self, client: Any) -> str:
-        found = self.existing_run(client)
-        if found:
-            return found
+        run_id = self.existing_run(client)
+        if run_id:
+            return run_id
         experiment = self._experiment(client)
         if experiment is None:
             experiment_id = str(client.create_experiment(self._name, tags=MODEL_TRAINING))
@@ -261,9 +261,9 @@ class MlflowTracker:
         if experiment is not None:
             must_be(bool(experiment.name and experiment.experiment_id), "an experiment has no name")
         if wanted and (experiment is None or str(experiment.experiment_id) != wanted):
-            own = "there is none of that name" if experiment is None else f"its id is {experiment.experiment_id}"
+            clash = "there is none of that name" if experiment is None else f"its id is {experiment.experiment_id}"
             raise DestinationDenied(
-                f"MLflow at {shown(self._uri)} is told two experiments, {self._name!r} and the id {wanted}: {own}",
+                f"MLflow at {shown(self._uri)} is told two experiments, {self._name!r} and the id {wanted}: {clash}",
                 remedy="name one of them: MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, or [tracker.mlflow] "
                 "experiment or experiment_id, which go before both",
             )

@@ -98,7 +98,7 @@ def test_two_runs(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [step.step for step in report.steps] == list(STEPS)
     assert main(["compare", str(state), str(state), "--run", "two"]) == 0
     told = capsys.readouterr().out
-    assert "not paired: both intervals added" in told
+    assert "not paired: the half-widths of both intervals added" in told
     assert "at every common step" in told
     assert sum(line.startswith(tuple(f"{step} " for step in STEPS)) for line in told.splitlines()) == len(STEPS)
 

@@ -224,4 +224,4 @@ def test_runs_on_two_probes_are_refused() -> None:
     mixed = History("two", "", (dataclasses.replace(A, probe=probe), histories.report(200)))
     report = contrast_runs(run("one", 100, 200), mixed, where=("a", "b"))
     assert [step.step for step in report.steps] == [200]
-    assert any("1 reports of B are of another probe" in note for note in report.notes)
+    assert any("1 reports of B are of another probe, and are left out" in note for note in report.notes)

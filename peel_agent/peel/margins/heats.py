@@ -12,30 +12,35 @@ from peel_agent.peel.sweep.heats import Heat, cut_is_exact
 from peel_agent.records import Probe, Trace
 
 HEAT_FRACTION = 8
-"""The first heat takes one in so many sequences of select and of confirm,"""
+"""The first heat takes one in so many sequences of select and of confirm."""
 
 HEAT_SELECT_SEQUENCES = 4
 HEAT_CONFIRM_SEQUENCES = 8
-"""but never fewer than these: an interval needs them."""
+"""The first heat takes no fewer sequences than these: an interval needs them."""
 
 WHOLE_PASSES = 2.0
-"""Where these would cost more plain forward passes over the whole probe, it takes the first tokens of alone,"""
+"""What the first heat may cost on whole sequences, in plain forward passes over the whole probe. Fewer sequences are
+taken to stay under it; where the fewest cost more still, only the first tokens of sequences are, which is a cut.
+"""
 
 CUT_PASSES = 1.0
-"""for so many forward passes,"""
+"""What the first heat may cost on a cut, in the same unit."""
 
 CUT_SEQUENCES = 16
-"""and of so many sequences when each cut is then long enough,"""
+"""A cut is of so many sequences if CUT_PASSES allow LEAST_CUT tokens of each, else of HEAT_CONFIRM_SEQUENCES."""
 
 LEAST_CUT = 64
-"""as this is; never fewer than half as many tokens, nor of fewer than HEAT_CONFIRM_SEQUENCES."""
+"""Tokens of a sequence. No cut is shorter than half of this, whatever it costs."""
 
 GROWTH = 4
-"""The next heat has so many times the tokens."""
+"""Each longer cut has so many times the tokens of the one before."""
 
 
 def first_heat(trace: Trace, meter: Meter, variants: int) -> Heat:
-    """The tokens on which all of so many variants a block are scored, select first where it is among them."""
+    """The tokens on which every variant is scored first; `variants` is how many a block has.
+
+    Whole sequences of select and confirm, or, where these are too dear, the first tokens of confirm sequences.
+    """
     probe = trace.probe
     length = probe.sequence_length
     selecting, confirming = len(probe.select), len(probe.confirm)
@@ -55,7 +60,7 @@ def first_heat(trace: Trace, meter: Meter, variants: int) -> Heat:
 
 
 def usual_sequences(selecting: int, confirming: int) -> tuple[int, int]:
-    """How many of select and of confirm are taken where whole sequences are: all of them, if few would be spared."""
+    """How many whole sequences of select and of confirm the first heat takes: all of them, if few would be spared."""
     select = min(selecting, max(HEAT_SELECT_SEQUENCES, selecting // HEAT_FRACTION))
     confirm = min(confirming, max(HEAT_CONFIRM_SEQUENCES, confirming // HEAT_FRACTION))
     return (select, confirm) if 4 * (select + confirm) <= 3 * (selecting + confirming) else (selecting, confirming)
@@ -71,7 +76,7 @@ def longer_heats(probe: Probe, first: Heat) -> Iterator[Heat]:
 
 
 def _sequences(meter: Meter, variants: int, length: int, passes: float) -> int:
-    """How many sequences of a length so many forward passes are enough for."""
+    """With how many sequences of this length the first heat costs so many forward passes."""
     each = variants * sum(meter.tail(block, length, length) for block in range(meter.depth))
     return int(passes / each) if each > 0.0 else sys.maxsize
 

@@ -35,11 +35,11 @@ Place = tuple[int, Target]
 class Margin:
     """loss(best reference) - loss(trained); the best is picked on `select`, everything here measured on `confirm`.
 
-    `references` holds the same for every reference, `least` the least lower limit among those that may be the best.
-    `complete` is False when a reference was left out because its fit could not be trusted, `whole` when only a part of
-    confirm was measured. `cut` says of how many first tokens of each sequence the margin is, None of all.
-    `by_sequence` holds what the mean is of on each confirm sequence, of every reference that the interval spans, the
-    best first.
+    `references` holds the mean of the same difference for every reference, `least` the lowest lower limit among those
+    that may be the best. `complete` is False when a reference was left out because its fit could not be trusted,
+    `whole` is False when only a part of confirm was measured. `cut`: only the first so many tokens of each sequence
+    were measured; None for whole sequences. `by_sequence` holds the difference on each confirm sequence, for every
+    reference that the interval spans, the best first.
     """
 
     estimate: Estimate
@@ -53,20 +53,22 @@ class Margin:
 
 
 def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, unsure_of_best: bool = False) -> Margin:
-    """Margin from what each reference's losses are more than the trained model's, per score sequence, the first
-    `selecting` of which are `select`.
+    """Margin from how much higher each reference's loss is than the trained model's, per score sequence; the first
+    `selecting` sequences are `select`.
 
-    The best is one of those measured on most tokens: the others were certainly worse than it before. It is picked on
-    confirm where it was not measured on select. Where it is unsure which that is, as it is then, the interval spans
-    those of all that may be it, by their paired differences: of the one that was picked alone it would say how sure its
-    loss is, and not how sure the margin.
+    The best is one of those measured on most tokens: the others dropped out earlier, being certainly worse. It is
+    picked on `select`, or on confirm where nothing was measured on `select`. In that case, and with `unsure_of_best`,
+    another reference may be the best in truth: then the interval spans those of all that may be, by their paired
+    differences. The interval of the picked one alone would say how sure its loss is, not how sure the margin is.
     """
     contenders = measured_on_most(references)
-    some = references[contenders[0]]
-    selected = some.measured[:selecting].any()
+    measured_most = references[contenders[0]]
+    selected = measured_most.measured[:selecting].any()
     choosing = slice(0, selecting) if selected else slice(selecting, None)
     best = min(contenders, key=lambda name: float(np.nanmean(references[name].losses[choosing])))
-    differences = {name: estimate(own.losses[selecting:][own.measured[selecting:]]) for name, own in references.items()}
+    differences = {
+        name: estimate(excess.losses[selecting:][excess.measured[selecting:]]) for name, excess in references.items()
+    }
     spanned, rivals = differences[best], [best]
     if unsure_of_best or not selected:
         others = [name for name in contenders if name != best]
@@ -76,35 +78,36 @@ def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, 
     return Margin(
         estimate=spanned,
         best=best,
-        references={name: own.value for name, own in differences.items()},
+        references={name: difference.value for name, difference in differences.items()},
         least=min(differences[name].low for name in contenders),
         complete=complete,
-        whole=some.cut is None and bool(some.measured[selecting:].all()),
-        cut=some.cut,
+        whole=measured_most.cut is None and bool(measured_most.measured[selecting:].all()),
+        cut=measured_most.cut,
         by_sequence={name: references[name].losses[selecting:] for name in rivals},
     )
 
 
 def measured_on_most(references: Mapping[str, Excess]) -> list[str]:
     """The references that were measured on most tokens."""
-    widest = max(references.values(), key=lambda own: (own.cut is None, own.cut or 0, own.measured.sum()))
-    return [name for name, own in references.items() if own.alike(widest)]
+    widest = max(references.values(), key=lambda excess: (excess.cut is None, excess.cut or 0, excess.measured.sum()))
+    return [name for name, excess in references.items() if excess.alike(widest)]
 
 
-def may_be_better(own: Excess, best: Excess) -> bool:
-    """Whether a reference is not certainly worse than the one that was picked; that one itself is not.
+def may_be_better(rival: Excess, best: Excess) -> bool:
+    """Whether a reference is not certainly worse than the one that was picked; true of that one itself.
 
-    On cuts it must cost CUT_DOUBT times as much, for on whole sequences either may cost more than there, or less.
+    On the first tokens of sequences only one that costs more than CUT_DOUBT times as much is certainly worse: on whole
+    sequences either may cost more or less than there.
     """
-    if own is best:
+    if rival is best:
         return True
-    if not own.alike(best):
+    if not rival.alike(best):
         return False
-    measured = own.measured
-    ours, theirs = own.losses[measured], best.losses[measured]
-    if own.cut is not None and estimate(ours - CUT_DOUBT * theirs).low <= 0.0:
+    measured = rival.measured
+    rivals, bests = rival.losses[measured], best.losses[measured]
+    if rival.cut is not None and estimate(rivals - CUT_DOUBT * bests).low <= 0.0:
         return True
-    return estimate(ours - theirs).low <= 0.0
+    return estimate(rivals - bests).low <= 0.0
 
 
 def margins_of(
@@ -113,18 +116,18 @@ def margins_of(
     """The margin of every block and part that has variants, by block and target."""
     return {
         place: margin(
-            found, selecting, complete=set(found) >= reachable(*place, references), unsure_of_best=unsure_of_best
+            excesses, selecting, complete=set(excesses) >= reachable(*place, references), unsure_of_best=unsure_of_best
         )
-        for place, found in by_place(variants).items()
+        for place, excesses in by_place(variants).items()
     }
 
 
 def by_place(variants: Mapping[Variant, Excess]) -> dict[Place, dict[str, Excess]]:
-    """What each place's references cost, by name."""
-    spliced: dict[Place, dict[str, Excess]] = {}
-    for variant, own in variants.items():
-        spliced.setdefault((variant.block, variant.target), {})[variant.reference] = own
-    return spliced
+    """The excess loss of each place's references, by their names."""
+    excesses: dict[Place, dict[str, Excess]] = {}
+    for variant, excess in variants.items():
+        excesses.setdefault((variant.block, variant.target), {})[variant.reference] = excess
+    return excesses
 
 
 def reachable(block: int, target: Target, references: Sequence[str]) -> set[str]:
@@ -133,7 +136,7 @@ def reachable(block: int, target: Target, references: Sequence[str]) -> set[str]
 
 
 class Threshold(NamedTuple):
-    """What a margin must be under to be `below`, and over to be `above`."""
+    """A margin under the first number is `below`, one over the second `above`, one between them neither."""
 
     below: float
     above: float
@@ -142,26 +145,31 @@ class Threshold(NamedTuple):
 def thresholds(margins: Sequence[Margin]) -> tuple[Threshold, ...]:
     """What each margin is held against: a fraction of the others' median, never below 0 (method.md 4).
 
-    That is one number where all are of whole sequences. Where some are of cuts it may lie anywhere between what the
-    others' lower and upper limits give, and CUT_DOUBT times as far.
+    Both numbers are the same where all margins are of whole sequences. Where some are of first tokens only, the median
+    on whole sequences is not known: the two numbers come from the others' lower and upper limits, moved apart by
+    CUT_DOUBT.
     """
-    doubt = CUT_DOUBT if any(own.cut is not None for own in margins) else 1.0
+    doubt = _doubt(margins)
     return tuple(_threshold(others, doubt) for others in _others(margins))
+
+
+def _doubt(margins: Sequence[Margin]) -> float:
+    """By what factor margins may be off for having been measured on first tokens only."""
+    return CUT_DOUBT if any(margin.cut is not None for margin in margins) else 1.0
 
 
 def _threshold(others: Sequence[Margin], doubt: float) -> Threshold:
     if not others:
         return Threshold(0.0, 0.0)
     if doubt == 1.0:
-        exact = max(0.0, MEDIAN_FRACTION * median(own.estimate.value for own in others))
+        exact = max(0.0, MEDIAN_FRACTION * median(margin.estimate.value for margin in others))
         return Threshold(exact, exact)
     return _doubtful(others, doubt)
 
 
 def _doubtful(others: Sequence[Margin], doubt: float) -> Threshold:
-    low, high = (
-        median(limits) for limits in ([own.estimate.low for own in others], [own.estimate.high for own in others])
-    )
+    low = median(margin.estimate.low for margin in others)
+    high = median(margin.estimate.high for margin in others)
     return Threshold(max(0.0, MEDIAN_FRACTION * low / doubt), max(0.0, MEDIAN_FRACTION * high * doubt))
 
 
@@ -170,13 +178,13 @@ def _others(margins: Sequence[Margin]) -> Iterator[list[Margin]]:
 
 
 def final_thresholds(margins: Sequence[Margin]) -> tuple[Threshold, ...]:
-    """The same when nothing more is measured: doubtful too while some margin was left open, for what that one would be
-    on all sequences might move the median.
+    """The same when nothing more is measured. If some margin was left open, they are moved apart here too: on all
+    sequences that margin would be another one, which might move the median.
     """
-    found = thresholds(margins)
-    if all(own.whole or own.least > limits.above for own, limits in zip(margins, found, strict=True)):
-        return found
-    doubt = CUT_DOUBT if any(own.cut is not None for own in margins) else 1.0
+    limits = thresholds(margins)
+    if all(margin.whole or margin.least > limit.above for margin, limit in zip(margins, limits, strict=True)):
+        return limits
+    doubt = _doubt(margins)
     return tuple(_doubtful(others, doubt) if others else Threshold(0.0, 0.0) for others in _others(margins))
 
 
@@ -186,13 +194,13 @@ def far_under(margins: Mapping[int, Margin]) -> frozenset[int]:
     Not than the median of all: in a shallow model the first block's margin, which is often many times the others',
     would make every other one look weak.
     """
-    found = []
-    for index, own in margins.items():
-        near = [margins[place].estimate.value for place in (index - 1, index + 1) if place in margins]
-        least = min(near, default=0.0)
-        if own.estimate.value < FAR_UNDER * least and own.estimate.high < least:
-            found.append(index)
-    return frozenset(found)
+    weak = []
+    for index, margin in margins.items():
+        neighbours = [margins[near].estimate.value for near in (index - 1, index + 1) if near in margins]
+        least = min(neighbours, default=0.0)
+        if margin.estimate.value < FAR_UNDER * least and margin.estimate.high < least:
+            weak.append(index)
+    return frozenset(weak)
 
 
 def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
@@ -201,17 +209,17 @@ def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
     A margin whose reference set is incomplete is only an upper limit: it can be `below`, never `above`. One that was
     not measured on the whole of confirm can be `above`, never `below`.
     """
-    found: list[Status] = []
-    for own, threshold in zip(margins, final_thresholds(margins), strict=True):
-        if own.estimate.high < threshold.below and own.whole:
-            found.append("below")
-        elif own.estimate.low > threshold.above and own.complete:
-            found.append("above")
+    decided: list[Status] = []
+    for margin, threshold in zip(margins, final_thresholds(margins), strict=True):
+        if margin.estimate.high < threshold.below and margin.whole:
+            decided.append("below")
+        elif margin.estimate.low > threshold.above and margin.complete:
+            decided.append("above")
         else:
-            found.append("undecided")
-    return tuple(found)
+            decided.append("undecided")
+    return tuple(decided)
 
 
 def of_target(margins: Mapping[Place, Margin], target: str) -> dict[int, Margin]:
     """The margins of one kind by block."""
-    return {index: own for (index, kind), own in margins.items() if kind == target}
+    return {index: margin for (index, kind), margin in margins.items() if kind == target}

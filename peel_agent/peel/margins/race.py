@@ -1,6 +1,6 @@
-"""Margins by a race (method.md 8): every reference is scored on a few tokens first. A block or part that even the least
-of its references leaves above its threshold is cleared. The others go on to more tokens, with those references that may
-still be the best, and at last to whole sequences, all of them: nothing is accused on less. What the budget does not
+"""Margins by a race (method.md 8): every reference is scored on a few tokens first. Where even the cheapest reference
+costs more than the threshold, the block or part is cleared. The others go on to more tokens, with those references that
+may still be the best, and at last to all whole sequences: no block is accused on fewer. What the budget does not
 suffice for stays open, and is named.
 """
 
@@ -36,17 +36,20 @@ from peel_agent.peel.sweep.stand_ins import variants_per_block
 from peel_agent.records import Estimate, Plan, Skipped, Trace
 
 LEAST_WORSE, MOST_WORSE = 3, 8
-"""So many blocks and parts that seem to have got worse are measured on all of confirm."""
+"""How many blocks and parts that seem to have got worse are measured on all of confirm, at least and at most."""
 
 RESERVED = 0.5
-"""At most this fraction of what is left of the budget is kept for whole sequences while cuts are run."""
+"""While first tokens are run, at most this fraction of what is left of the budget is kept for whole sequences."""
 
 
 @dataclass(frozen=True)
 class Raced:
-    """The sweep that solved the stand-ins, what each of them costs as far as it was measured, the margin of every block
-    and part and its first one, on tokens that are the same at every checkpoint, and the progress of each; and all that
-    was spent, in plain forward passes.
+    """What a race found.
+
+    `swept`: the sweep that solved the stand-ins. `excesses`: how much more each stand-in loses than the trained model,
+    on the last tokens it was run on. `margins`: of every block and part. `first`: their margins on the first heat,
+    whose tokens are the same at every checkpoint. `progress`: over the checkpoint before. `passes`: the work of all of
+    it, in plain forward passes.
     """
 
     swept: Sweep
@@ -74,28 +77,28 @@ def race(
     The sweep keeps the hidden states `keep`.
     """
     meter = Meter(trace, next(iter(trace.blocks(stop=1))), plan.passes)
-    heat = first_heat(trace, meter, variants_per_block(plan))
-    swept = sweep(trace, plan, heat, keep, stopwatch, meter=meter, comparison=comparison)
+    shortest = first_heat(trace, meter, variants_per_block(plan))
+    swept = sweep(trace, plan, shortest, keep, stopwatch, meter=meter, comparison=comparison)
     if not np.isfinite(swept.trained).all():
         return Raced(swept, {}, {}, {}, {}, meter.spent)  # there is nothing to hold against anything
-    run = _Race(trace, plan, swept, stopwatch, meter)
-    first = run.margins()
-    for longer in longer_heats(trace.probe, heat):
-        run.clear_on(longer)
-    run.measure_in_full()
+    standings = _Standings(trace, plan, swept, stopwatch, meter)
+    first = standings.margins()
+    for longer in longer_heats(trace.probe, shortest):
+        standings.clear_on(longer)
+    standings.measure_in_full()
     return Raced(
-        replace(swept, skipped=(*swept.skipped, *run.left_out())),
-        {**run.stand_ins, **run.earlier},
-        run.margins(),
+        replace(swept, skipped=(*swept.skipped, *standings.left_out())),
+        {**standings.stand_ins, **standings.earlier},
+        standings.margins(),
         first,
         # What was measured before the comparison fell counts for nothing: its files may be torn.
-        run.progress() if comparison is not None and comparison.stands else {},
+        standings.progress() if comparison is not None and comparison.stands else {},
         meter.spent,
     )
 
 
-class _Race:
-    """What is known so far: `stand_ins` and `earlier` are what variants cost, each on the last tokens it was run on."""
+class _Standings:
+    """What is known so far: the excess losses of stand-ins, and of `earlier` weights, on the last tokens of each."""
 
     def __init__(self, trace: Trace, plan: Plan, swept: Sweep, stopwatch: Stopwatch, meter: Meter) -> None:
         self.stand_ins = dict(swept.variants)
@@ -110,7 +113,7 @@ class _Race:
         )
 
     def progress(self) -> dict[Place, Estimate]:
-        measured = {variant: own.losses[self._selecting :] for variant, own in self.earlier.items()}
+        measured = {variant: excess.losses[self._selecting :] for variant, excess in self.earlier.items()}
         return {
             (variant.block, variant.target): estimate(losses[np.isfinite(losses)])
             for variant, losses in measured.items()
@@ -118,9 +121,10 @@ class _Race:
         }
 
     def clear_on(self, heat: Heat) -> None:
-        """Runs open places on a heat of cuts: not those that seem to be below, which only whole sequences can tell.
+        """Runs open places on the first tokens of sequences: not those that seem below, which only whole ones can tell.
 
-        The highest margins come first, for they are cleared soonest, while enough is left for those that seem below.
+        The highest margins come first, for they are cleared soonest, as long as enough of the budget is left for those
+        that seem below.
         """
         margins = self.margins()
         suspects = seeming_below(margins)
@@ -143,16 +147,18 @@ class _Race:
 
     def left_out(self) -> tuple[Skipped, ...]:
         """What stayed open, and on what the margins are that were cleared on cuts."""
-        found = []
+        skipped = []
         for why in dict.fromkeys(self._refused.values()):
             names = [self._name(place) for place, reason in self._refused.items() if reason == why]
-            found.append(Skipped(f"open margins on all sequences: {', '.join(names)}", why))
-        cuts = [own.cut for place, own in self.margins().items() if own.cut is not None and place not in self._refused]
+            skipped.append(Skipped(f"open margins on all sequences: {', '.join(names)}", why))
+        cleared = {place: margin.cut for place, margin in self.margins().items() if place not in self._refused}
+        cuts = [cut for cut in cleared.values() if cut is not None]
         if cuts:
             what = f"whole sequences for the margins of {len(cuts)} blocks and parts"
-            why = f"the first {min(cuts)} tokens of sequences clear them, and their margins are of those"
-            found.append(Skipped(what, why))
-        return tuple(found)
+            tokens = f"{min(cuts)}" if min(cuts) == max(cuts) else f"{min(cuts)} to {max(cuts)}"
+            why = f"they are far enough above the threshold on the first {tokens} tokens, and are reported from there"
+            skipped.append(Skipped(what, why))
+        return tuple(skipped)
 
     def _name(self, place: Place) -> str:
         name = self._trace.block_names[place[0]]
@@ -162,47 +168,50 @@ class _Race:
         return contenders(self.stand_ins, {place: margins[place]})
 
     def _whole(self, places: Iterable[Place], margins: Mapping[Place, Margin]) -> list[Entry]:
-        """On all sequences; without those of select where there is nothing to be chosen."""
+        """The places on all sequences; on confirm alone where one contender is left: nothing is to be picked."""
         everything = np.arange(len(self._swept.trained))
-        found = []
+        entries = []
         for place in places:
-            own = self._contending(place, margins)
-            rows = everything if len(own) > 1 else everything[self._selecting :]
-            found.append((place, self._unmeasured(self.stand_ins[own[0]], rows), own))
-        return found
+            contending = self._contending(place, margins)
+            rows = everything if len(contending) > 1 else everything[self._selecting :]
+            entries.append((place, self._unmeasured(self.stand_ins[contending[0]], rows), contending))
+        return entries
 
-    def _unmeasured(self, own: Excess, rows: NDArray[np.int64]) -> Heat:
-        """These rows as whole sequences, without those that were measured so already."""
-        known = own.measured.nonzero()[0] if own.cut is None else rows[:0]
+    def _unmeasured(self, excess: Excess, rows: NDArray[np.int64]) -> Heat:
+        """These rows as whole sequences, without those on which the excess was measured so already."""
+        known = excess.measured.nonzero()[0] if excess.cut is None else rows[:0]
         return Heat(np.setdiff1d(rows, known), self._trace.probe.sequence_length)
 
     def _carry(self, entries: Sequence[Entry], reserved: Sequence[Entry] = ()) -> dict[Place, str]:
         """Runs as many entries as are afforded, in their order; says of the others why not."""
         entries = [entry for entry in entries if len(entry[1].rows)]
-        kept = min(self._price(reserved), RESERVED * self._meter.left) if reserved else 0.0
+        kept_back = min(self._price(reserved), RESERVED * self._meter.left) if reserved else 0.0
         taken = len(entries)
-        while taken and self._refusal(self._price(entries[:taken]) + kept) is not None:
+        while taken and self._refusal(self._price(entries[:taken]) + kept_back) is not None:
             taken -= 1
         lanes: dict[tuple[int, ...], tuple[Heat, list[Variant]]] = {}
         for _, heat, variants in entries[:taken]:
             lanes.setdefault(tuple(heat.rows), (heat, []))[1].extend(variants)
         if lanes:
-            chosen = [(heat, {own: self._swept.solved[own] for own in variants}) for heat, variants in lanes.values()]
-            for found in carry(self._trace, chosen, self._stopwatch, self._meter):
-                self._learn(found)
+            chosen = [
+                (heat, {variant: self._swept.solved[variant] for variant in variants})
+                for heat, variants in lanes.values()
+            ]
+            for excesses in carry(self._trace, chosen, self._stopwatch, self._meter):
+                self._learn(excesses)
         rest = entries[taken:]
-        why = self._refusal(self._price(rest[:1]) + kept) if rest else None
+        why = self._refusal(self._price(rest[:1]) + kept_back) if rest else None
         return {place: why or "" for place, _, _ in rest}
 
-    def _learn(self, found: Mapping[Variant, Excess]) -> None:
-        for variant, new in found.items():
+    def _learn(self, excesses: Mapping[Variant, Excess]) -> None:
+        for variant, new in excesses.items():
             known = self.earlier if variant.reference == EARLIER else self.stand_ins
             old = known[variant]
             both = np.where(new.measured, new.losses, old.losses) if old.cut == new.cut else new.losses
             known[variant] = replace(new, losses=both)
 
     def _price(self, entries: Sequence[Entry]) -> float:
-        """In plain forward passes, the trained streams included."""
+        """What these cost in plain forward passes, the trained streams included."""
         if not entries:
             return 0.0
         tails = sum(
@@ -224,42 +233,50 @@ def seeming_worse(progress: Mapping[Place, Estimate]) -> tuple[Variant, ...]:
     Those that are worse for certain on a few sequences, MOST_WORSE of them at most, and the next lowest up to
     LEAST_WORSE; the lowest first.
     """
-    lowest = sorted((own for own in progress if progress[own].value < 0.0), key=lambda own: progress[own].value)
+    falling = [place for place in progress if progress[place].value < 0.0]
+    lowest = sorted(falling, key=lambda place: progress[place].value)
     certain = sum(progress[place].high < 0.0 for place in lowest)
     return tuple(Variant(*place, EARLIER) for place in lowest[: min(MOST_WORSE, max(LEAST_WORSE, certain))])
 
 
 def contenders(variants: Mapping[Variant, Excess], margins: Mapping[Place, Margin]) -> tuple[Variant, ...]:
     """The references of these places that may yet be the best."""
-    losses = by_place(variants)
+    excesses = by_place(variants)
     return tuple(
         Variant(*place, name)
-        for place, own in margins.items()
-        for name, found in losses[place].items()
-        if may_be_better(found, losses[place][own.best])
+        for place, margin in margins.items()
+        for name, excess in excesses[place].items()
+        if may_be_better(excess, excesses[place][margin.best])
     )
 
 
 def still_open(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
-    """The blocks and parts that are not above their threshold with every reference that may be the best, unless they
-    were measured in full.
+    """The blocks and parts that were not measured in full, and that some reference which may be the best leaves not
+    certainly above their threshold.
     """
-    return tuple(place for place, own, limits in _held_against(margins) if own.least <= limits.above and not own.whole)
+    return tuple(
+        place
+        for place, margin, limits in _with_thresholds(margins)
+        if margin.least <= limits.above and not margin.whole
+    )
 
 
 def seeming_below(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
     """The open blocks and parts that are under their threshold as far as they were measured."""
     return tuple(
-        place for place, own, limits in _held_against(margins) if own.estimate.high < limits.above and not own.whole
+        place
+        for place, margin, limits in _with_thresholds(margins)
+        if margin.estimate.high < limits.above and not margin.whole
     )
 
 
-def _held_against(margins: Mapping[Place, Margin]) -> list[tuple[Place, Margin, Threshold]]:
-    found: list[tuple[Place, Margin, Threshold]] = []
+def _with_thresholds(margins: Mapping[Place, Margin]) -> list[tuple[Place, Margin, Threshold]]:
+    """Every place with its margin and what that is held against: blocks against blocks, parts against the same part."""
+    held: list[tuple[Place, Margin, Threshold]] = []
     for target in TARGETS:
-        own = of_target(margins, target)
-        found += [
-            ((index, target), own[index], limits)
-            for index, limits in zip(own, thresholds(list(own.values())), strict=True)
+        by_block = of_target(margins, target)
+        held += [
+            ((index, target), by_block[index], limits)
+            for index, limits in zip(by_block, thresholds(list(by_block.values())), strict=True)
         ]
-    return found
+    return held

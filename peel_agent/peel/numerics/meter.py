@@ -1,4 +1,7 @@
-"""Counts work in plain forward passes over the whole probe, by multiplications: a budget of them needs no clock."""
+"""Counts work in plain forward passes over the whole probe, by multiplications: a budget of them needs no clock.
+
+A plain forward pass is the trained model run once over every token of the probe.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ ROUNDING = 1e-9
 
 
 class Meter:
-    """What was `spent`, and what is left of the `budget`, None for no limit. Both in plain forward passes.
+    """What was `spent`, and the `budget`, None for no limit. Both in plain forward passes.
 
-    A block multiplies every token by each of its matrices (of a mixture: by those of every expert), and attention by
-    the keys and values of the tokens before it: half of a sequence, twice `width`. The head is one matrix more.
+    A token is multiplied by each matrix of a block (in a mixture of experts, by those of every expert), and in
+    attention by the keys and values of the tokens before it: on average half of the sequence, `width` numbers of each.
+    The head is one matrix more.
     """
 
     def __init__(self, trace: Trace, block: Block, budget: float | None = None) -> None:
@@ -25,7 +29,7 @@ class Meter:
         self._head = trace.head.weight.numel()
         tokens = probe.fit.size + probe.select.size + probe.confirm.size
         per_token = self.depth * (self._matrices + self._width * probe.sequence_length) + self._head
-        self._one = float(tokens * per_token)
+        self._per_pass = float(tokens * per_token)
 
     def spend(self, passes: float) -> None:
         self.spent += passes
@@ -40,20 +44,20 @@ class Meter:
 
     def refusal(self) -> str:
         """Why work that is not afforded is left out."""
-        return f"the budget of {self.budget:g} forward passes does not suffice"
+        return f"the budget of {self.budget:g} forward passes does not suffice ([peel] budget_passes)"
 
     def blocks(self, tokens: int, length: int, count: int = 1) -> float:
         """So many tokens, in sequences of a length, through so many blocks."""
-        return tokens * count * (self._matrices + self._width * length) / self._one
+        return tokens * count * (self._matrices + self._width * length) / self._per_pass
 
     def head(self, tokens: int) -> float:
         """So many tokens scored by the head."""
-        return tokens * self._head / self._one
+        return tokens * self._head / self._per_pass
 
     def tail(self, block: int, tokens: int, length: int) -> float:
-        """A stand-in for this block and, behind it, every later block and the head."""
+        """So many tokens through a stand-in for this block (counted as a block), every later block and the head."""
         return self.blocks(tokens, length, self.depth - block) + self.head(tokens)
 
     def products(self, rows: float, inputs: float, outputs: float) -> float:
-        """Rows of `inputs` features by a matrix of `outputs` columns; the sums of a Gram are such products too."""
-        return rows * inputs * outputs / self._one
+        """Rows of `inputs` features times a matrix of `outputs` columns; a Gram matrix is summed of such products."""
+        return rows * inputs * outputs / self._per_pass

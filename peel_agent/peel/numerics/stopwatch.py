@@ -65,7 +65,7 @@ class Stopwatch:
 
     def refusal(self) -> str:
         """Why work that is not afforded is left out."""
-        return f"the time budget of {self.budget:g} s does not suffice"
+        return f"the time budget of {self.budget:g} s does not suffice ([peel] time_budget_seconds)"
 
     def timing(self) -> Timing:
         return Timing(**self._seconds)

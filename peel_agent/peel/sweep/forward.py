@@ -13,7 +13,7 @@ from peel_agent.peel.numerics.losses import Excess, Losses, sequence_losses
 from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.numerics.streams import Streams, embedded, score_ids
-from peel_agent.peel.past.comparison import Comparison, affordable
+from peel_agent.peel.past.comparison import BUDGET_PASSES, Comparison, affordable
 from peel_agent.peel.references import refit_fault, refit_work
 from peel_agent.peel.sweep.heats import Heat
 from peel_agent.peel.sweep.lanes import Lane, Trained
@@ -21,6 +21,10 @@ from peel_agent.peel.sweep.splices import TARGETS, Splice, Target, Variant
 from peel_agent.peel.sweep.stand_ins import stand_ins_of, variants_per_block
 from peel_agent.peel.sweep.visits import Dead, Visit, trained_work, visit_block
 from peel_agent.records import Block, PartName, Plan, Skipped, Trace
+
+PARTS_TOO_DEAR = Skipped(
+    "progress of parts", f"it costs more than {BUDGET_PASSES:g} forward passes; that of whole blocks was measured"
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,11 @@ class Visited:
 class Sweep:
     """What one sweep found.
 
-    `trained`: losses of the trained model per score sequence, select first. `variants`: what those of each stand-in are
-    more, on the heat; `progress` the same of earlier weights. `solved`: the splice of each variant, to carry it again.
-    `visited`: what was seen of each block. `hidden`: the trained hidden states that were asked for.
-    `seconds_per_pass`: what spliced streams take for the work of one plain forward pass over the whole probe.
+    `trained`: losses of the trained model per score sequence, select first. `variants`: how much higher each stand-in's
+    losses are, on the heat; `progress`: the same of the weights of the checkpoint before. `solved`: the splice of each
+    variant, to carry it again. `visited`: what was seen of each block. `hidden`: the trained hidden states that were
+    asked for. `seconds_per_pass`: the time that spliced streams take for the work of one plain forward pass over the
+    whole probe.
     """
 
     trained: Losses
@@ -67,7 +72,7 @@ def sweep(
     """Visits every block once; splices the plan's references (none: only the trained streams) into each block.
 
     Variants are scored on the `heat`; hidden states `keep` are kept. Each block is shown to the `comparison` with the
-    checkpoint before, whose weights are spliced in on confirm rows of the heat. Work is counted by the `meter`.
+    checkpoint before; that one's weights are spliced in on confirm rows of the heat. The `meter` counts the work.
     """
     skipped: dict[Skipped, None] = {}
     plan = _possible(trace, plan, skipped)
@@ -84,8 +89,8 @@ def sweep(
     depth = len(trace.block_names)
     stopwatch.progress("blocks", 0, depth)
     for block in stopwatch.each("capture", trace.blocks()):
-        base = trained_work(trace, plan, meter)
-        if plan.references and (why := _refusal(leaving, block, base, stopwatch)) is not None:
+        per_block = trained_work(trace, plan, meter)
+        if plan.references and (why := _refusal(leaving, block, per_block, stopwatch)) is not None:
             skipped[Skipped(f"margins of {block.name} and the blocks after it", why)] = None
             plan = replace(plan, references=())
         with stopwatch("capture"):
@@ -98,9 +103,9 @@ def sweep(
             meter.spend(refit_work(trace, block, meter) if Variant(block.index, "block", "previous") in spliced else 0)
         compared = comparison.progress(block, targets) if comparison is not None and plan.references else {}
         with stopwatch("score"):
-            before = None if previous is None else (previous.block, previous.before.score)
-            for lane, splices in ((stand_ins, spliced), (earlier, compared)):
-                lane.take(splices, Trained(block, visit.before.score, visit.mid, before))
+            streams = _trained_streams(visit, previous)
+            stand_ins.take(spliced, streams)
+            earlier.take(compared, streams)
         solved |= spliced | compared
         visited.append(Visited(visit.stream_share(), visit.added(), visit.dead))
         h, previous = visit.after, visit
@@ -111,7 +116,7 @@ def sweep(
         meter.spend(meter.head(score_ids(trace.probe).size))
         variants, progress = (lane.excesses(h.score) for lane in (stand_ins, earlier))
     if progress and plan.parts and "mlp" not in targets:
-        skipped[Skipped("progress of parts", "with blocks so many, or sequences so long, it costs too much")] = None
+        skipped[PARTS_TOO_DEAR] = None
     return Sweep(
         trained=trained,
         variants=variants,
@@ -134,23 +139,28 @@ def _possible(trace: Trace, plan: Plan, skipped: dict[Skipped, None]) -> Plan:
 
 
 def _earlier_heat(trace: Trace, plan: Plan, heat: Heat, meter: Meter) -> tuple[tuple[Target, ...], Heat]:
-    """Of which places the earlier weights are spliced in first, and on which tokens of this heat."""
+    """In which targets of each block the earlier weights are spliced in first, and on which tokens of this heat."""
     confirm = heat.rows[heat.rows >= len(trace.probe.select)]
     each = sum(meter.tail(block, heat.length, heat.length) for block in range(meter.depth))
     targets, count = affordable(each, len(confirm))
     return (targets if plan.parts else TARGETS[:1]), Heat(confirm[:count], heat.length)
 
 
-def _refusal(lanes: Sequence[tuple[Lane, int]], block: Block, base: float, stopwatch: Stopwatch) -> str | None:
-    """Why this block and those after it have no references any more, by what it would still take if this block were the
-    last to have them; None when there is enough left.
+def _trained_streams(visit: Visit, previous: Visit | None) -> Trained:
+    before = None if previous is None else (previous.block, previous.before.score)
+    return Trained(visit.block, visit.before.score, visit.mid, before)
 
-    The lanes come with how many variants leave at the block; `base` is what the trained streams cost a block.
+
+def _refusal(lanes: Sequence[tuple[Lane, int]], block: Block, per_block: float, stopwatch: Stopwatch) -> str | None:
+    """Why this block and those after it get no references; None when the budgets suffice for this block.
+
+    Held against the budgets is what would be left to do if this block were the last with references. The lanes come
+    with how many variants leave at the block; `per_block` is what the trained streams cost in a block.
     """
     meter, done = lanes[0][0].meter, max(1, block.index)
     ahead = meter.depth - block.index
     tails = sum(lane.passes_ahead(block.index, variants) for lane, variants in lanes)
-    if not meter.affords(ahead * base + tails):
+    if not meter.affords(ahead * per_block + tails):
         return meter.refusal()
     each = (stopwatch.seconds("capture") + stopwatch.seconds("solve")) / done
     seconds = tails * _seconds_per_pass([lane for lane, _ in lanes], stopwatch)

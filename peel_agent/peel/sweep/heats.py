@@ -1,5 +1,7 @@
-"""Which tokens variants are scored on. Under causal attention the first tokens of a sequence are predicted the same
-whatever follows them: the losses on a cut are some of those on the whole sequence, and exact.
+"""Which tokens variants are scored on: a heat, as of a race. It is of whole sequences, or a cut: of their first tokens.
+
+Under causal attention the first tokens of a sequence are predicted the same whatever follows them. So the losses on a
+cut are exactly those that the same tokens have in the whole sequence.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from peel_agent.peel.numerics.streams import score_ids
 from peel_agent.records import Probe, TokenIds, Trace
 
 CUT_TOLERANCE = 1e-3
-"""Relative to a stream's largest value: what a block makes of a cut may differ so much from what it makes of it in the
-whole sequence, by sums in another order.
+"""By how much a block's output on a cut may differ from its output on the same tokens of the whole sequence, relative
+to the largest value: sums in another order differ by less.
 """
 
 
@@ -53,9 +55,9 @@ def nowhere(trace: Trace) -> Heat:
 
 
 def cut_is_exact(trace: Trace, length: int) -> bool:
-    """Whether the first block makes of a cut what it makes of it in the whole sequence.
+    """Whether the first block's output on a cut is what it is on the same tokens of the whole sequence.
 
-    It does not where tokens see later ones, or where positions hang on how long the sequence is.
+    It is not where tokens attend to later ones, or where positions depend on the length of the sequence.
     """
     ids = trace.probe.confirm[:1]
     block = next(iter(trace.blocks(stop=1)))

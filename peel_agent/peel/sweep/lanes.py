@@ -1,4 +1,6 @@
-"""Variants of one kind on one heat, beside the trained streams that they leave; and variants carried once more."""
+"""Variants that are scored on one heat, on their way from the trained streams that they leave to the head; and variants
+of an earlier sweep, carried once more on other tokens.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ TAIL_SHARE = 1
 
 @dataclass(frozen=True)
 class Trained:
-    """One block on the trained streams, [n, S, d] each: h enters it, mid is between its parts, and the block before
-    with what enters that one.
+    """One block on the trained streams, [n, S, d] each: `h` enters it, `mid` is between its parts; `before` is the
+    block before, with the stream that enters that one.
     """
 
     block: Block
@@ -58,15 +60,13 @@ class Lane:
             self.tails.splice(splices, site)
 
     def passes_ahead(self, block: int, variants: int) -> float:
-        """What is left to do, in forward passes, if this block, where so many variants leave, were the last to have
-        any.
-        """
+        """What would be left to do, in forward passes, if so many variants left at this block and none after it."""
         ahead = self.meter.depth - block
         scored = self.tails.waiting + variants * self.heat.tokens
         return ahead * self.meter.blocks(scored, self.heat.length) + self.meter.head(scored)
 
     def excesses(self, last: Tensor) -> dict[Variant, Excess]:
-        """What the losses of each variant are more than the trained model's, whose last stream this is."""
+        """How much higher the losses of each variant are than the trained model's, whose last stream is `last`."""
         self.tails.score()
         if not self.tails.losses:
             return {}
@@ -83,7 +83,9 @@ class Lane:
 def carry(
     trace: Trace, entries: Sequence[tuple[Heat, Mapping[Variant, Splice]]], stopwatch: Stopwatch, meter: Meter
 ) -> list[dict[Variant, Excess]]:
-    """Variants that an earlier sweep solved, each on its heat: what their losses are more than the trained model's."""
+    """Variants that an earlier sweep solved, each on its heat: how much higher their losses are than the trained
+    model's.
+    """
     every = union([heat for heat, _ in entries])
     depth = len(trace.block_names)
     with stopwatch("score"):
@@ -96,17 +98,18 @@ def carry(
         before: tuple[Block, Tensor] | None = None
         stopwatch.progress("open margins, blocks", 0, depth)
         for block in trace.blocks():
-            seen = list(pieces(block.observe, trace.chunk, h))
-            trained = Trained(block, h, torch.cat([one.mid for one in seen]), before)
+            observed = list(pieces(block.observe, trace.chunk, h))
+            trained = Trained(block, h, torch.cat([piece.mid for piece in observed]), before)
             for lane, (_, splices) in zip(lanes, entries, strict=True):
-                lane.take({variant: own for variant, own in splices.items() if variant.block == block.index}, trained)
-            before, h = (block, h), torch.cat([one.output for one in seen])
+                leaving = {variant: splice for variant, splice in splices.items() if variant.block == block.index}
+                lane.take(leaving, trained)
+            before, h = (block, h), torch.cat([piece.output for piece in observed])
             stopwatch.progress("open margins, blocks", block.index + 1, depth)
         return [lane.excesses(h) for lane in lanes]
 
 
 def union(heats: Sequence[Heat]) -> Heat:
-    """What holds the tokens of all these heats."""
+    """A heat that holds the tokens of all these."""
     return Heat(np.unique(np.concatenate([heat.rows for heat in heats])), max(heat.length for heat in heats))
 
 

@@ -24,7 +24,7 @@ class Tails:
     """Streams spliced so far, and the losses of those that have reached the head.
 
     `ids` [n, S] are the tokens on which variants are scored, `share` is the most elements that streams may hold between
-    two blocks. What they cost is told to the `meter` as it is done; `work` is that, in plain forward passes.
+    two blocks. What they cost is told to the `meter` as it is done; `work` is the sum, in plain forward passes.
     """
 
     def __init__(self, trace: Trace, ids: TokenIds, share: int, meter: Meter | None = None) -> None:
@@ -43,7 +43,7 @@ class Tails:
 
     @property
     def ahead(self) -> float:
-        """What it costs to run those on their way through one more block."""
+        """What it costs to run the waiting streams through one more block."""
         return 0.0 if self._meter is None else self._meter.blocks(self.waiting, self._ids.shape[1])
 
     def advance(self, block: Block) -> None:
@@ -52,12 +52,12 @@ class Tails:
             rewrite(block.run, bundle, self._trace.chunk)
         self._count(self.ahead)
 
-    def splice(self, found: Mapping[Variant, Splice], site: Site) -> None:
+    def splice(self, splices: Mapping[Variant, Splice], site: Site) -> None:
         """Adds the streams that leave the trained one at this site; runs all to the end when they hold too much."""
-        if found:
-            self._bundles.append((tuple(found), torch.cat([splice(site) for splice in found.values()])))
+        if splices:
+            self._bundles.append((tuple(splices), torch.cat([splice(site) for splice in splices.values()])))
             if self._meter is not None:  # a stand-in costs a block at most
-                self._count(self._meter.blocks(len(found) * self._ids.size, self._ids.shape[1]))
+                self._count(self._meter.blocks(len(splices) * self._ids.size, self._ids.shape[1]))
         if sum(bundle.numel() for _, bundle in self._bundles) > self._share:  # a share of 0 lets none wait
             for block in self._trace.blocks(site.block.index + 1):
                 self.advance(block)
