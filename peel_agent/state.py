@@ -25,8 +25,8 @@ def state_dir_of(settings: Settings, file: Path | None) -> Path:
         return default_state_dir([str(file.absolute())], file.absolute().stem)
     if not settings.runs:
         raise ConfigurationError(
-            "nothing says whose state is meant",
-            remedy="name the state folder (--state), the file (-c) or the directory",
+            "it is not said which agent is meant",
+            remedy="give its configuration (-c peel.toml), its state folder (--state DIR) or the directory it watches",
         )
     (run,) = settings.runs
     place, trackers = str(run.watch.path), tracker_settings(run.tracker, alone=True)

@@ -127,8 +127,9 @@ def probe_flags(options: argparse.Namespace) -> dict[str, Any]:
 def check_probe(probe: ProbeSettings) -> None:
     """Told at once, not when the first checkpoint has come."""
     path = probe.path
-    remedy = "give --probe FILE with held-out token ids (.npy, .bin, .safetensors) or text of the training distribution"
+    kinds = "held-out token ids (.npy, .bin, .safetensors) or text of the training distribution"
+    makes = "`peel-agent probe` makes one of text"
     if path is None:
-        raise ProbeError("no probe is named", remedy=remedy)
+        raise ProbeError("no probe is named", remedy=f"give --probe FILE with {kinds}; {makes}")
     if not path.exists():
-        raise ProbeError(f"no probe at {path}", remedy=remedy)
+        raise ProbeError(f"no probe at {path}", remedy=f"check the path: it must be a file of {kinds}; {makes}")

@@ -167,7 +167,8 @@ def _words(out: Path, ids: Ids, probe: Probe, snapshot: Snapshot | None) -> str:
     against = "held against no model (--model CKPT)"
     if snapshot is not None:
         against = f"they suit {snapshot.family}, vocabulary {snapshot.vocabulary:,}, context {snapshot.context:,}"
+    rows = f" in {len(ids):,} sequences of {ids.shape[1]:,}" if ids.ndim > 1 else ""
     return (
-        f"wrote {out}: {ids.size:,} token ids, {'x'.join(map(str, ids.shape))}; a peel uses {used:,} of them in "
+        f"wrote {out}: {ids.size:,} token ids{rows}; a peel uses {used:,} of them in "
         f"sequences of {probe.sequence_length:,}: {fit} to fit, {select} to select, {confirm} to confirm; {against}"
     )

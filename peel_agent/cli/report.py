@@ -63,7 +63,9 @@ def _report(options: argparse.Namespace) -> int:
     made = Made(command=_command(options), at=at, versions=versions)
     page = report_page(history, made).encode()
     write_whole(options.out, page)
-    print(f"{options.out}: {len(history.reports):,} checkpoints of {history.name}, {len(page) / 1e6:.1f} MB")
+    count = len(history.reports)
+    told = f"{count:,} checkpoint{'' if count == 1 else 's'} of the run {history.name}"
+    print(f"wrote {options.out}: {told}, {len(page) / 1e6:.1f} MB")
     if options.heat_map is not None:
         image = heat_map_png(history)
         if image is None:

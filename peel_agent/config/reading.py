@@ -48,6 +48,7 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     for name, text in sorted(os.environ.items()):
         if name.startswith(PREFIX):
             keys = name.removeprefix(PREFIX).lower().split("__")
+            _known_variable(name, keys)
             _put(raw, keys, text if len(keys) > 2 else _from_environment(text))  # a tracker's own options are text
     for dotted, value in flags.items():
         if value is not None:
@@ -55,6 +56,22 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     settings = _settings(raw)
     check_ranges(settings)
     return settings
+
+
+def _known_variable(name: str, keys: list[str]) -> None:
+    """A variable that names no key is told as a variable: the file is not where to look for it."""
+    section = _SECTIONS.get(keys[0])
+    if section is None or len(keys) != 2:
+        return
+    known = {f.name for f in dataclasses.fields(section)} - {"options", "flags"}
+    if keys[1] in known:
+        return
+    near = difflib.get_close_matches(keys[1], known, n=1, cutoff=0.4)
+    guess = f"did you mean {PREFIX}{keys[0].upper()}__{near[0].upper()}? " if near else ""
+    raise ConfigurationError(
+        f"the environment variable {name} sets no key that there is",
+        remedy=f"{guess}[{keys[0]}] has: {', '.join(sorted(known))}",
+    )
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -65,7 +82,9 @@ def _read(file: Path) -> dict[str, Any]:
             f"cannot read the configuration {file}: {error.strerror}", remedy="check the path given with -c"
         ) from error
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{file} is not valid TOML: {error}", remedy="repair that line") from error
+        raise ConfigurationError(
+            f"{file} is not valid TOML: {error}", remedy="repair that line; text stands in quotes"
+        ) from error
 
 
 def _put(raw: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -279,7 +279,12 @@ def _tell_so_far(folder: Path) -> None:
 
 def _tell_mlflow(folder: Path) -> None:
     command = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _store(folder)])
-    print(f"In MLflow: {command}", flush=True)
+    print(f"In MLflow: {command}")
+    print(
+        "  then open http://127.0.0.1:5000, experiment peel-demo, run demo: charts, and peel/report.html in Artifacts"
+    )
+    page = [sys.executable, "-m", "peel_agent", "report", "--state", str(folder / "state"), "--out", "report.html"]
+    print(f"As a page: {shlex.join(page)}", flush=True)
 
 
 def _tell(folder: Path, *, healthy: bool) -> int:

@@ -116,10 +116,14 @@ def _chosen(rows: list[Any], name: str | None, state_dir: Path) -> tuple[str, st
     if len(fitting) == 1:
         key, own_name, place, _ = fitting[0]
         return key, own_name, place
-    names = ", ".join(sorted({row[1] for row in rows})) or "none"
+    names = ", ".join(sorted({row[1] for row in rows}))
     if not fitting:
         what = f"there is no run `{name}` in {state_dir}" if name else f"no run was watched yet with {state_dir}"
-        raise NoReport(what, remedy=f"runs that are there: {names}; give one with --run, or ask again later")
+        if not rows:
+            raise NoReport(
+                what, remedy="start `peel-agent watch` with these settings; its first checkpoint brings a report"
+            )
+        raise NoReport(what, remedy=f"give one of these with --run: {names}")
     raise NoReport(
         f"{state_dir} holds {len(fitting)} runs, and a page shows one",
         remedy=f"give its name with --run: {names}",

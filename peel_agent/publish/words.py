@@ -160,7 +160,8 @@ def _findings(report: PeelReport) -> list[str]:
     lines = []
     for finding in findings:
         if finding is not None:
-            lines += ["", f"{finding.subject}: {finding.words}"]
+            named = finding.words.startswith(finding.subject)  # most findings begin with the block that they name
+            lines += ["", finding.words if named else f"{finding.subject}: {finding.words}"]
             lines += [f"  perhaps {cause}" for cause in finding.causes]
     hints = [layer.hint for layer in report.layers if layer.hint is not None]
     return [*lines, "", *hints] if hints else lines

@@ -43,9 +43,10 @@ def verdict(report: PeelReport) -> str:
 def standing(report: PeelReport) -> str:
     """The loss against its bound, in a sentence."""
     if report.bound is not None and report.gap is not None:
-        return (
-            f"Loss {report.loss.value:.4f}, bound {report.bound.value:.4f} {report.probe.unit}: {ZONES[report.zone]}."
-        )
+        against = f"Loss {report.loss.value:.4f}, bound {report.bound.value:.4f} {report.probe.unit}"
+        if report.zone == "caution" and report.bound_label == "head":
+            return f"{against}: refitting the output matrix alone gains that much, so the gap is not the layers'."
+        return f"{against}: {ZONES[report.zone]}."
     return f"Loss {report.loss.value:.4f} {report.probe.unit}; no bound was measured."
 
 

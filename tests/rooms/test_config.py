@@ -174,6 +174,14 @@ def test_a_list_in_one_text_may_have_spaces(text: str, monkeypatch: pytest.Monke
     assert load_settings(None, {}).peel.quantities == ("margin", "bounds")
 
 
+def test_a_mistyped_variable_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sees the message looks in the environment, not in a file that has no such key."""
+    monkeypatch.setenv("PEEL__WATCH__POL_SECONDS", "7")
+    with pytest.raises(ConfigurationError, match="environment variable PEEL__WATCH__POL_SECONDS") as caught:
+        load_settings(None, {})
+    assert "did you mean PEEL__WATCH__POLL_SECONDS?" in str(caught.value.remedy)
+
+
 def test_flags_and_the_environment_are_common_to_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They change the top level; a run that says otherwise keeps its own."""
     monkeypatch.setenv("PEEL__WATCH__POLL_SECONDS", "7")

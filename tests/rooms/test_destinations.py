@@ -252,7 +252,7 @@ def test_an_agent_of_several_runs_is_its_files(tmp_path: Path) -> None:
 
 def test_nobody_says_whose_state_is_meant() -> None:
     """`status` without a folder, a file or a directory names all three."""
-    with pytest.raises(ConfigurationError, match="whose state is meant") as caught:
+    with pytest.raises(ConfigurationError, match="which agent is meant") as caught:
         state_dir_of(load_settings(None, {}), None)
     assert all(word in caught.value.remedy for word in ("--state", "-c", "directory"))
 

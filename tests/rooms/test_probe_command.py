@@ -55,7 +55,7 @@ def test_text_becomes_a_probe(tmp_path: Path, source: Path, model: Path, capsys:
     assert probe.fingerprint == load(source, tokenizer=model / "tokenizer.json").fingerprint
     assert np.load(out).dtype == np.uint16
     counts = f"{len(probe.fit)} to fit, {len(probe.select)} to select, {len(probe.confirm)} to confirm"
-    assert f"wrote {out}: 1,600 token ids, 1600; a peel uses 1,600 of them in sequences of 32: {counts}" in line
+    assert f"wrote {out}: 1,600 token ids; a peel uses 1,600 of them in sequences of 32: {counts}" in line
     assert "they suit llama, vocabulary 19, context 32" in line
     assert {path.name for path in tmp_path.iterdir()} == {"heldout.npy", "held_out.txt"}
 

@@ -139,7 +139,7 @@ def test_the_command_makes_the_page(state: Path, tmp_path: Path, capsys: pytest.
     out, image = tmp_path / "report.html", tmp_path / "map.png"
     assert main(["report", str(state), "--out", str(out), "--heat-map", str(image)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"{out}: 3 checkpoints of one, 0.")
+    assert said[0].startswith(f"wrote {out}: 3 checkpoints of the run one, 0.")
     assert said[1] == f"{image}: the heat map"
     assert image.read_bytes().startswith(b"\x89PNG")
     data = data_of(out.read_text())
@@ -182,7 +182,7 @@ def test_one_of_several_runs_is_named(state: Path, tmp_path: Path, capsys: pytes
     [
         (["nowhere"], 2, "nowhere is no directory, and no run id of MLflow"),
         (["."], 3, "no agent has kept anything in"),
-        ([], 2, "nothing says whose state is meant"),
+        ([], 2, "it is not said which agent is meant"),
         (["0" * 32, "--tracker", "jsonl"], 2, "jsonl"),
     ],
 )

@@ -18,7 +18,7 @@ from peel_agent.views.content import content_of
 from peel_agent.views.lifetimes import lifetimes
 from peel_agent.views.table import Table
 from peel_agent.views.timeline import Span, timeline
-from peel_agent.views.verdict import verdict
+from peel_agent.views.verdict import standing, verdict
 from tests import histories
 
 MADE = Made("peel-agent report run --out report.html", "2026-01-01 00:00:00 UTC", {"peel-agent": "0.1.0"})
@@ -231,6 +231,13 @@ def test_the_verdict_does_not_call_it_well(status: str, words: str) -> None:
     """What was not measured or not decided is not said to be in order."""
     layers = tuple(dataclasses.replace(layer, status=status) for layer in histories.report(100, layers=2).layers)
     assert verdict(dataclasses.replace(LEAST, layers=layers)) == words
+
+
+def test_a_gap_of_the_head_is_not_called_the_layers() -> None:
+    """Where a refitted output matrix alone is the bound, the sentence does not accuse the layers."""
+    of_head = dataclasses.replace(LEAST, zone="caution", bound_label="head")
+    assert "the gap is not the layers'" in standing(of_head)
+    assert "built from the run's own layers" in standing(dataclasses.replace(of_head, bound_label="1-2"))
 
 
 def test_what_is_missing_stays_blank_on_the_axis() -> None:

@@ -55,6 +55,7 @@ def test_demo_is_interrupted_goes_on_and_finds_the_block_it_held_back(tmp_path: 
     assert "Finding: model.layers.3 was never trained" in printed
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/demo/mlflow.db" in printed
     assert f"peel_agent watch {checkpoints}" in printed
+    assert f"peel_agent report --state {tmp_path}/demo/state --out report.html" in printed
     (report,) = [line.split()[-1] for line in printed.splitlines() if line.startswith("Report:")]
     assert Path(report).is_file()
 

@@ -63,7 +63,7 @@ def read_tokens(
     saved. Raises ProbeError.
     """
     if not path.exists():
-        raise ProbeError(f"no probe at {path}", remedy=f"give --probe {_KINDS}")
+        raise ProbeError(f"no probe at {path}", remedy=f"check the path; it must be {_KINDS}")
     if path.is_dir() and not is_dataset(path):
         raise ProbeError(f"{path} is a folder, and none that `datasets` saved", remedy=f"give --probe {_KINDS}")
     if not (path.is_dir() or path.is_file()):  # a named pipe would hold the reader for ever
