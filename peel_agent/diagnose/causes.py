@@ -51,4 +51,7 @@ DIVERGED = (
     "the data or the tokens changed: the training loss did not rise, only that of the probe",
     "an earlier fault of one layer is healing: look for its finding at the checkpoints before",
 )
-EARLY = ("the run is young: margins grow with training",)
+EARLY = (
+    "the run is young: margins grow with training",
+    "the probe is not in this model's tokens: then the loss is far above the training's, or above log(vocabulary)",
+)
