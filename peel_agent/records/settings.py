@@ -66,7 +66,7 @@ class PeelSettings:
     maps: str | tuple[tuple[int, ...], ...] = "ends"
     solver: str = "closed_form"
     time_budget_seconds: float | None = None
-    budget_passes: float = 8.0
+    budget_passes: float | None = None
 
     @property
     def computed(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from peel_agent.load import ProbeSizes
 from peel_agent.probing import QUICK_SEQUENCE_LENGTH, quick_sizes
-from peel_agent.records import PeelSettings, ProbeSettings
+from peel_agent.records import ProbeSettings
 from tests.bench.fleet import HOUR, Record, Training, Week, quantile, simulate
 from tests.bench.operations import HELD_OUT, SEEN, Counted, Law, Size, count, laws
 
@@ -40,6 +40,9 @@ EFFORTS: Mapping[str, tuple[str, ...]] = {"quick": ("quick",), "standard": ("mar
 
 LIMITED = ("quick", "margins")
 """Plans that `[peel] budget_passes` limits."""
+
+BUDGET_PASSES = 8.0
+"""What is advised for deep models."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def read_counts(path: Path = COUNTS) -> tuple[list[Counted], list[Counted]]:
 def price(model: Model, effort: str, known: Mapping[str, Law], reads: Mapping[str, float]) -> Price:
     """Computed from the law; reading and starting included."""
     size = model.size(effort)
-    limit = PeelSettings().budget_passes * size.forward()
+    limit = BUDGET_PASSES * size.forward()
 
     def cost(plan: str, *, early: bool) -> float:
         by_law = known[plan].operations(size, early=early)

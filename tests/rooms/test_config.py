@@ -327,6 +327,7 @@ WRONG_TYPES = {
     "peel.quantities": [True, [True]],
     "peel.maps": [True, [[True]]],
     "peel.time_budget_seconds": [True, "long"],
+    "peel.budget_passes": [True, "many"],
     "device.memory_fraction": [True, "half"],
     "device.nice": [True, 0.5],
     "tracker.max_series": [True],

@@ -576,8 +576,6 @@ def probe_file(folder: Path) -> Path:
 
 
 SIZES = {"fit_tokens": 12 * 80, "select_tokens": 12 * 40, "confirm_tokens": 12 * 160}
-ENOUGH = 100.0
-"""Forward passes for models so narrow that solving costs more than running them."""
 
 
 def measured(
@@ -586,7 +584,7 @@ def measured(
     return measure(
         locate(now),
         probe=ProbeSettings(path=probe_file(now.parent), **SIZES),
-        peeling=PeelSettings(quantities=("margin",), budget_passes=ENOUGH),
+        peeling=PeelSettings(quantities=("margin",)),
         model=ModelSettings(),
         device="cpu",
         clock=time.perf_counter,
@@ -668,9 +666,7 @@ def test_what_is_earlier_is_compared(pair: tuple[Any, Any], tmp_path: Path) -> N
     """`since` an earlier checkpoint gives change and progress of every block, and says of which step that was."""
     now, before = pair
     paths = zoo.save(now, tmp_path, step=20), zoo.save(before, tmp_path, step=10)
-    report = peel_agent.scan(
-        paths[0], probe=probe_file(tmp_path), since=paths[1], quantities=("margin",), budget_passes=ENOUGH, **SIZES
-    )
+    report = peel_agent.scan(paths[0], probe=probe_file(tmp_path), since=paths[1], quantities=("margin",), **SIZES)
     assert report.since_step == 10
     assert check_changes(report.layers, expected_changes("llama", now, before)) == 3 * zoo.BLOCKS
     assert all(place.progress is not None for layer in report.layers for place in places(layer).values())
