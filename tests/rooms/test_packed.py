@@ -272,7 +272,7 @@ def test_without_the_library(compressed: Callable[[str, str], Written], monkeypa
     weights = opened(compressed("int4-group", "compressed").path)
     for module in [name for name in sys.modules if name.split(".")[0] == "compressed_tensors"]:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(CheckpointError, match=r"pip install peel-agent\[compressed-tensors\]"):
+    with pytest.raises(CheckpointError, match=r'pip install "peel-agent\[compressed-tensors\]"'):
         unpack(weights)
 
 
