@@ -21,7 +21,7 @@ def test_all_trackers_agree_over_a_kill(mlflow_uri: str, tmp_path: Path) -> None
     logs = tmp_path / "logs"
     sidecar = Sidecar(
         tmp_path,
-        '[tracker]\nuse = ["mlflow", "tensorboard", "wandb", "jsonl"]\nreport = false\n'  # pages have tests of their own
+        '[tracker]\nuse = ["mlflow", "tensorboard", "wandb", "jsonl"]\nreport = false\n'  # pages have tests apart
         f'[tracker.mlflow]\ntracking_uri = "{mlflow_uri}"\nexperiment = "every tracker"\n'
         f'[tracker.tensorboard]\nlog_dir = "{logs}"\n',
     )
