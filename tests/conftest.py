@@ -38,6 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def commands_in_process_leave_it_as_it_is() -> Iterator[None]:
+    """A command that a test runs in its own process would lower the priority and the memory of all tests after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peel_agent.cli.options.stay_second", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def arithmetic_is_left_as_it_was() -> Iterator[None]:
     """No module leaves its process computing otherwise (numbers near 0 flushed, another number of threads, another
