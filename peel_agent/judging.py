@@ -23,6 +23,7 @@ from peel_agent.publish import (
     series_of,
     to_those_that_show,
     to_trackers,
+    worst_margin,
 )
 from peel_agent.records import (
     CheckpointRef,
@@ -38,8 +39,6 @@ from peel_agent.records import (
     TickObservation,
     Verdict,
 )
-
-WORST_MARGIN = "peel/worst_margin"
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,9 @@ class Judging:
         self._resent: dict[str, float] = {}
         self._known: tuple[RuleState, ...] | None = None
         """The states as the ledger has them, which nobody else changes: a tick does not read thousands of rows."""
-        self._margins: dict[str, float] | None = None
-        """What the last report that was judged says of its worst margin, None while the ledger was not asked."""
+        self._worst_margin: float | None = None
+        self._knows_worst_margin = False
+        """Not before the first report since the start was judged, or the ledger was asked."""
 
     def finish(self, ref: CheckpointRef, peeled: Peeled, *, observed: bool, now: float) -> Finished:
         """Judged and made final in the ledger; what destinations get is owed by then.
@@ -127,15 +127,16 @@ class Judging:
         )
         self._known = verdict.states
         if observed:
-            self._margins = _worst_of(report)
+            self._knows_worst_margin, self._worst_margin = True, worst_margin(report)
         return Finished(report, line, verdict.notices)
 
     def worst_margin(self) -> float | None:
         """The least margin of a block at the last checkpoint that was judged, in nats per token; None for no margin."""
-        if self._margins is None:
+        if not self._knows_worst_margin:
             history = self._ledger.history()
-            self._margins = _worst_of(report_from_json(history[-1])) if history else {}
-        return self._margins.get(WORST_MARGIN)
+            self._worst_margin = worst_margin(report_from_json(history[-1])) if history else None
+            self._knows_worst_margin = True
+        return self._worst_margin
 
     def tick(self, now: float) -> None:
         """Time has passed: rules that go by the clock are judged, and what was held back until now is told."""
@@ -234,10 +235,6 @@ class Judging:
             *to_those_that_show(self._showing if sent.files or notices else ()),
             *to_sinks(notices, tuple(self._sinks()), settings.rules, run=settings.name, at=at),
         )
-
-
-def _worst_of(report: PeelReport) -> dict[str, float]:
-    return {key: value for key, value in series_of(report).items() if key == WORST_MARGIN}
 
 
 def _alert_lines(verdict: Verdict) -> dict[str, str]:

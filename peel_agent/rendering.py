@@ -18,12 +18,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peel_agent.errors import ConfigurationError, DestinationDenied, DestinationUnavailable, NoReport
 from peel_agent.ledger import Extent, kept_run_of
 from peel_agent.records import History, Pages, PeelReport, plain, restored
 from peel_agent.worker import be_ended_first, end_with_parent, give_way, quiet_libraries
+
+if TYPE_CHECKING:
+    from peel_agent.views import Made
 
 REPORT_FILE = "peel/report.html"
 
@@ -89,10 +92,22 @@ def is_kept(count: int) -> bool:
     return count % int(10 ** max(0, len(str(count)) - 2)) == 0
 
 
+def made(command: str, at: str) -> Made:
+    """How a page was made: with this command, when, and by which versions."""
+    from peel_agent.views import Made
+
+    return Made(command, at, {"peel-agent": version("peel-agent"), "Python": platform.python_version()})
+
+
+def utc(seconds: float | None = None) -> str:
+    """A Unix time for people, by default now."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+
+
 def drawn(order: Order) -> Answer:
     """Reads the history and draws it."""
     from peel_agent.publish import history_of
-    from peel_agent.views import Made, heat_map_png, redundancy_png, report_page
+    from peel_agent.views import heat_map_png, redundancy_png, report_page
 
     try:
         kept, count = kept_run_of(order.state_dir, order.run, order.extent)
@@ -102,11 +117,10 @@ def drawn(order: Order) -> Answer:
     if not history.reports:
         return Answer()
     command = ["peel-agent", "report", "--state", str(order.state_dir), "--run", history.name, "--out", "report.html"]
-    versions = {"peel-agent": version("peel-agent"), "Python": platform.python_version()}
-    at = time.strftime("of the checkpoint written at %Y-%m-%d %H:%M:%S UTC", time.gmtime(order.extent.until))
+    at = f"of the checkpoint written at {utc(order.extent.until)}"
     try:
         texts: dict[str, bytes | None] = {
-            REPORT_FILE: report_page(history, Made(shlex.join(command), at, versions)).encode(),
+            REPORT_FILE: report_page(history, made(shlex.join(command), at)).encode(),
             f"{MARGINS}.png": heat_map_png(history, card=True),
             f"{REDUNDANCY}.png": redundancy_png(history, card=True),
         }

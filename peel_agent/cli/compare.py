@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import shlex
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from peel_agent.cli.options import (
@@ -27,8 +25,8 @@ from peel_agent.contrast import contrast_runs, difference_verdict, is_worse, new
 from peel_agent.errors import ConfigurationError
 from peel_agent.publish import Lines, Sheet, difference_line, difference_sheet, plain_text, sheet
 from peel_agent.records import DifferenceReport
+from peel_agent.rendering import made, utc
 from peel_agent.signals import Interrupted
-from peel_agent.views import Made
 
 DEFAULT_QUANTITIES = {"quick": "margin", "standard": "margin", "full": "margin,headroom"}
 
@@ -150,9 +148,7 @@ def _tell(options: argparse.Namespace, report: DifferenceReport) -> None:
 def _page(options: argparse.Namespace, report: DifferenceReport) -> str:
     from peel_agent.views import difference_page
 
-    versions = {"peel-agent": version("peel-agent"), "Python": platform.python_version()}
-    at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     given = [("--probe", options.probe), ("--quantities", options.quantities), ("--effort", options.effort)]
     flags = [text for flag, value in given if value for text in (flag, str(value))]
     command = shlex.join(["peel-agent", "compare", options.a, options.b, *flags, "--format", "html"])
-    return difference_page(report, difference_verdict(report), Made(command=command, at=at, versions=versions))
+    return difference_page(report, difference_verdict(report), made(command, utc()))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import re
 import shlex
 import tempfile
-import time
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from peel_agent import registry
@@ -21,6 +18,7 @@ from peel_agent.errors import ConfigurationError, NoReport, PeelError
 from peel_agent.ledger import FILE, kept_run
 from peel_agent.publish import history_of
 from peel_agent.records import History, KeptRun, LocalListing
+from peel_agent.rendering import made, utc
 from peel_agent.watch import is_url
 
 RUN_ID = re.compile("[0-9a-f]{32}")
@@ -46,7 +44,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from peel_agent.views import Made, heat_map_png, report_page
+    from peel_agent.views import heat_map_png, report_page
 
     place = HistoryPlace(
         options.path,
@@ -58,10 +56,7 @@ def _report(options: argparse.Namespace) -> int:
         state=options.state,
     )
     history = place.history()
-    versions = {"peel-agent": version("peel-agent"), "Python": platform.python_version()}
-    at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    made = Made(command=_command(options), at=at, versions=versions)
-    page = report_page(history, made).encode()
+    page = report_page(history, made(_command(options), utc())).encode()
     write_whole(options.out, page)
     count = len(history.reports)
     told = f"{count:,} checkpoint{'' if count == 1 else 's'} of the run {history.name}"

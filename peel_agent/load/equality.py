@@ -19,7 +19,9 @@ def differing_weights(a: Snapshot, b: Snapshot, progress: Callable[[int, int], o
         return WeightDifference(why_not=f"the two have other tensors: one is {a.family}, the other {b.family}")
     shapes_a, shapes_b = a.weights.shapes(), b.weights.shapes()
     common = min(_depth(a), _depth(b))
-    names = [name for name in shapes_a.keys() | shapes_b.keys() if (own := _block_of(a, name)) is None or own < common]
+    names = [
+        name for name in shapes_a.keys() | shapes_b.keys() if (index := _block_of(a, name)) is None or index < common
+    ]
     blocks, outside = set[int](), set[str]()
     for done, name in enumerate(sorted(names)):
         progress(done, len(names))

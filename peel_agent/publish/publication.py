@@ -72,7 +72,6 @@ def _summaries(report: PeelReport) -> dict[str, float]:
     timing = report.timing
     statuses = _measured(layer.status for layer in report.layers)
     parts = _measured(part.status for layer in report.layers for part in layer.parts.values())
-    margins = [layer.margin.value for layer in report.layers if layer.margin is not None]
     summaries = {
         "peel/loss": report.loss.value,
         "peel/bound": report.bound.value if report.bound is not None else None,
@@ -80,10 +79,15 @@ def _summaries(report: PeelReport) -> dict[str, float]:
         "peel/layers_below": float(statuses.count("below")) if statuses else None,
         "peel/layers_undecided": float(statuses.count("undecided")) if statuses else None,
         "peel/parts_below": float(parts.count("below")) if parts else None,
-        "peel/worst_margin": min(margins, default=None),
+        "peel/worst_margin": worst_margin(report),
         "peel/seconds": timing.load + timing.capture + timing.solve + timing.score,
     }
     return {key: value for key, value in summaries.items() if value is not None}
+
+
+def worst_margin(report: PeelReport) -> float | None:
+    """The least margin of a block, in nats per token; None when none was measured."""
+    return min((layer.margin.value for layer in report.layers if layer.margin is not None), default=None)
 
 
 def _measured(statuses: Iterable[Status]) -> list[Status]:

@@ -50,13 +50,11 @@ def _server() -> subprocess.Popen[str]:
 
 def _serve() -> None:
     # What `scan` and `witness` come to import; what they import lazily besides is imported in the child.
-    import torch  # noqa: F401
-    from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
 
-    import peel_agent.capture
-    import peel_agent.load
-    import peel_agent.peel  # noqa: F401
+    from peel_agent.worker_server import read_in
 
+    read_in()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     for line in sys.stdin:
         child = os.fork()
