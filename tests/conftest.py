@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def commands_in_process_leave_it_as_it_is() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peel_agent.cli.options.stay_second", lambda *_: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def environment_is_left_as_it_was() -> Iterator[None]:
+    """A command that a test runs in its own process hides the GPUs from it, and so from all tests after it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module", autouse=True)
