@@ -16,6 +16,7 @@ PeelError
 ├── NoWitness              no better weights were proven
 ├── WorkerError            peeling died, or ran out of memory                         retryable
 │   └── GaveWay                it was ended for somebody else's sake; no fault of the checkpoint
+├── DeviceUnavailable      no device can be had now: busy, locked, or out of reach    retryable
 ├── LedgerError            the state folder cannot be read or written                 (exit 2)
 ├── DeliveryError          a tracker or a sink will never take what was sent
 │   ├── DestinationUnavailable  it cannot be reached now                             retryable
@@ -121,6 +122,12 @@ class WorkerError(PeelError):
 
 class GaveWay(WorkerError):
     pass
+
+
+class DeviceUnavailable(PeelError):
+    """It may be free later."""
+
+    retryable = True
 
 
 class LedgerError(PeelError):

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from peel_agent.devices import Devices, DeviceUnavailable
+from peel_agent.devices import Devices
+from peel_agent.errors import DeviceUnavailable
 from peel_agent.journal import Journal
 from peel_agent.records import DeviceLease, Request
-from peel_agent.spi import Engine
+from peel_agent.spi import Engine, Leasing
 
 GIVEN_UP_AFTER = 2
 """A run that asked and does not ask again is passed by after so many asks of another for a device that is free."""
@@ -57,14 +58,18 @@ class _Seat:
 
 
 class Leases:
-    """The devices, shared by the runs of one agent; the engine is told when a device is wanted by somebody else."""
+    """The devices, shared by the runs of one agent; the engine is told when a device is wanted by somebody else.
+
+    They are those of this machine, unless the engine leases its own.
+    """
 
     def __init__(self, devices: Devices, engine: Engine, journal: Journal) -> None:
         self._devices = devices
+        self._lender: Leasing = engine if isinstance(engine, Leasing) else devices
         self._engine = engine
         self._journal = journal
         self._out: dict[str, DeviceLease] = {}
-        """By what the lease makes visible."""
+        """By their key."""
         self._work: dict[str, str] = {}
         """The checkpoint that is peeled on it."""
         self._waiting: dict[str, _Seat] = {}
@@ -81,17 +86,17 @@ class Leases:
             if not self._is_next(run):
                 return None
             try:
-                lease = self._devices.acquire()
+                lease = self._lender.acquire()
             except DeviceUnavailable as error:
                 self._journal.begin("device", f"{error.what} -> {error.remedy}")
                 return None
-            if lease.visible in self._out:  # the CPU, which is in use
+            if lease is None or lease.key in self._out:  # all of them, or the CPU, are in use
                 return None
             self._journal.end("device", f"{lease.label} is free again")
             del self._waiting[run]
             for other in self._waiting.values():
                 other.passed += 1
-            self._out[lease.visible] = lease
+            self._out[lease.key] = lease
             words = f"{lease.label}: {lease.reason}"
             if words != self.words:
                 self.words = words
@@ -121,19 +126,21 @@ class Leases:
     def working(self, request: Request) -> None:
         """What a device is used for."""
         with self._lock:
-            self._work[request.lease.visible] = request.ref.fingerprint
+            self._work[request.lease.key] = request.ref.fingerprint
 
     def give_back(self, lease: DeviceLease) -> None:
         with self._lock:
-            if self._out.pop(lease.visible, None) is not None:
-                self._work.pop(lease.visible, None)
-                self._devices.release(lease)
+            if self._out.pop(lease.key, None) is not None:
+                self._work.pop(lease.key, None)
+                self._lender.release(lease)
 
     def look(self) -> None:
         """Keeps the record of who uses the GPUs, and gives way where somebody moved in. Called every few seconds."""
+        if self._lender is not self._devices:
+            return
         with self._lock:
             self._devices.sample()
-            leased = [(lease, self._work.get(visible)) for visible, lease in self._out.items() if visible]
+            leased = [(lease, self._work.get(key)) for key, lease in self._out.items() if key]
             wanted = [(self._devices.must_give_way(lease), fingerprint) for lease, fingerprint in leased]
         for why, fingerprint in wanted:
             if why is not None and fingerprint is not None:

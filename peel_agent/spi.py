@@ -18,6 +18,7 @@ from peel_agent.records import (
     Check,
     CheckpointRef,
     Claim,
+    DeviceLease,
     KeptRun,
     Listing,
     LocalListing,
@@ -242,6 +243,20 @@ class Engine(Protocol):
 
     def close(self, seconds: float) -> None:
         """Ends everything that runs, within this time; what cannot be ended is left behind."""
+
+
+@runtime_checkable
+class Leasing(Protocol):
+    """What an Engine has whose devices are not this machine's: it leases them itself, and minds them itself."""
+
+    def acquire(self) -> DeviceLease | None:
+        """A device for one peel, decided now and without waiting; None while all are in use.
+
+        Its `elsewhere` is not empty. Raises DeviceUnavailable (retryable) when none can be had now.
+        """
+
+    def release(self, lease: DeviceLease) -> None:
+        """Gives it back; once more is nothing."""
 
 
 class EnginePlugin(Protocol):

@@ -1,6 +1,5 @@
 """devices: the GPUs of this machine -> DeviceLease, a spare one for one peel. Imports no torch, initialises no CUDA."""
 
-from peel_agent.devices.allocation import DeviceUnavailable
 from peel_agent.devices.leases import Devices, device_for
 
-__all__ = ["DeviceUnavailable", "Devices", "device_for"]
+__all__ = ["Devices", "device_for"]

@@ -11,13 +11,7 @@ import re
 from dataclasses import dataclass
 
 from peel_agent.devices.nvml import Look, Reading
-from peel_agent.errors import ConfigurationError, PeelError, printable
-
-
-class DeviceUnavailable(PeelError):
-    """The named device is busy, locked or cannot be read now; it may be free later."""
-
-    retryable = True
+from peel_agent.errors import ConfigurationError, DeviceUnavailable, printable
 
 
 @dataclass(frozen=True)

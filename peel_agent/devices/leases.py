@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from peel_agent.devices.allocation import DeviceUnavailable, allotment, named, out_of_range
+from peel_agent.devices.allocation import allotment, named, out_of_range
 from peel_agent.devices.idle import GIB, QuietTimes, processes, why_not
 from peel_agent.devices.locks import DeviceLock, lock
 from peel_agent.devices.nvml import Look, Reading, look
 from peel_agent.devices.processes import own_processes
-from peel_agent.errors import ConfigurationError
+from peel_agent.errors import ConfigurationError, DeviceUnavailable
 from peel_agent.records.device import DeviceLease, SeenDevice
 
 CONTEXT_BYTES = 2 * GIB

@@ -13,12 +13,12 @@ import psutil
 
 from peel_agent import registry
 from peel_agent.config import DeviceSettings, HealthSettings, visible_gpus
-from peel_agent.devices import Devices, DeviceUnavailable, device_for
+from peel_agent.devices import Devices, device_for
 from peel_agent.devices.idle import QuietTimes
 from peel_agent.devices.nvml import look
 from peel_agent.doctor.configuration import failed
 from peel_agent.doctor.found import opened_by_child
-from peel_agent.errors import PeelError
+from peel_agent.errors import DeviceUnavailable, PeelError
 from peel_agent.health.listen import listening, place_of
 from peel_agent.ledger import is_held
 from peel_agent.records import Check, ModelSettings, ProbeSettings, SeenDevice

@@ -11,12 +11,19 @@ class DeviceLease:
 
     `name` is the device's name inside the child (`cpu` or `cuda:0`), `visible` is the child's CUDA_VISIBLE_DEVICES:
     empty for the CPU, else a uuid. `label` is for people; `reason` says in one sentence why this device and no other.
+    A device that is not this machine's has a name `elsewhere`, given by the engine that leased it.
     """
 
     name: str
     visible: str
     label: str
     reason: str
+    elsewhere: str = ""
+
+    @property
+    def key(self) -> str:
+        """Tells it from the other devices of its agent; empty for this machine's CPU."""
+        return self.elsewhere or self.visible
 
 
 @dataclass(frozen=True)

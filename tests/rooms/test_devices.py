@@ -15,14 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peel_agent.devices import Devices, DeviceUnavailable, device_for
+from peel_agent.devices import Devices, device_for
 from peel_agent.devices.allocation import allotment
 from peel_agent.devices.nvml import Look, Reading
 from peel_agent.devices.processes import INITIAL_NAMESPACE, own_processes
-from peel_agent.errors import ConfigurationError
+from peel_agent.errors import ConfigurationError, DeviceUnavailable
+from peel_agent.journal import Journal
+from peel_agent.leases import Leases
 from peel_agent.records.device import DeviceLease
 from tests import nvml
 from tests.nvml import DENIED, GIB, LOST, MISMATCH, NOT_LOADED, Gpu, Machine
+from tests.rooms.test_leases import NoEngine
 from tests.waiting import wait_for
 
 A, B, C = "GPU-aaaa1111-0000-0000", "GPU-bbbb2222-0000-0000", "GPU-bbcc3333-0000-0000"
@@ -597,6 +600,28 @@ def test_one_peel_follows_another_on_the_same_gpu(
     devices.release(lease)
     clock.now += 2
     assert "its utilisation is 70 %" in devices.acquire().reason
+
+
+def test_one_agent_peels_on_several_gpus_at_once(machine: Machine, agent: Callable[..., Devices], clock: Clock) -> None:
+    """Each run that waits gets an idle GPU of its own, then one gets the CPU; what is given back goes to the next."""
+    machine.write(Gpu(A, bus=1), Gpu(B, bus=2, used=GIB))
+    devices = agent()
+    watch(devices, clock)
+    leases = Leases(devices, NoEngine(), Journal(lambda _: None, lambda: 0.0))
+    leased = {run: leases.ask(run) for run in ("a", "b", "c", "d")}
+    assert {run: lease and (lease.name, lease.visible) for run, lease in leased.items()} == {
+        "a": ("cuda:0", A),
+        "b": ("cuda:0", B),
+        "c": ("cpu", ""),
+        "d": None,
+    }
+    assert leased["b"] is not None
+    leases.give_back(leased["b"])
+    clock.now += 5
+    leases.look()
+    again = leases.ask("d")
+    assert again is not None
+    assert again.visible == B
 
 
 def test_a_stranger_during_a_peel_counts_afterwards(

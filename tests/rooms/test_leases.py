@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peel_agent.devices import Devices
+from peel_agent.errors import DeviceUnavailable
 from peel_agent.journal import Journal
 from peel_agent.leases import GIVEN_UP_AFTER, PATIENCE, Leases, Turn, next_turn
-from peel_agent.records import Peeled, Request
+from peel_agent.records import DeviceLease, Peeled, Request
 
 UNKNOWN = None
 
@@ -35,6 +36,21 @@ class NoEngine:
 
     def close(self, _seconds: float) -> None:
         return None
+
+
+class EngineElsewhere(NoEngine):
+    """One that has two devices of its own on some other machine, unless that is `away`."""
+
+    def __init__(self) -> None:
+        self.free, self.away = ["two", "one"], False
+
+    def acquire(self) -> DeviceLease | None:
+        if self.away:
+            raise DeviceUnavailable("the cluster is away", remedy="start it")
+        return DeviceLease("cpu", "", "the cluster", "it is named", elsewhere=self.free.pop()) if self.free else None
+
+    def release(self, lease: DeviceLease) -> None:
+        self.free.append(lease.elsewhere)
 
 
 def cpu(folder: Path) -> Leases:
@@ -135,3 +151,25 @@ def test_a_run_that_went_away_holds_up_nobody(tmp_path: Path) -> None:
         asks = [leases.ask("here") for _ in range(GIVEN_UP_AFTER + 1)]
         lease = next(one for one in asks if one is not None)
         assert asks.index(lease) == (0 if ends else GIVEN_UP_AFTER)
+
+
+def test_an_engine_elsewhere_leases_its_own_devices(tmp_path: Path) -> None:
+    """As many runs peel at once as it has devices; while it is away none does, which is told once."""
+    engine = EngineElsewhere()
+    said: list[str] = []
+    leases = Leases(Devices("cpu", 0.5, tmp_path, None, time.monotonic), engine, Journal(said.append, lambda: 0.0))
+    first, second, third = (leases.ask(run) for run in ("a", "b", "c"))
+    assert first is not None
+    assert second is not None
+    assert (first.elsewhere, second.elsewhere, third) == ("one", "two", None)
+    leases.look()  # at no device of this machine
+    leases.give_back(first)
+    leases.give_back(first)
+    engine.away = True
+    assert [leases.ask("c") for _ in range(3)] == [None] * 3
+    assert sum("the cluster is away -> start it" in line for line in said) == 1
+    engine.away = False
+    third = leases.ask("c")
+    assert third is not None
+    assert third.elsewhere == "one"
+    assert engine.free == []
