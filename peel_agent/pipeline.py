@@ -222,7 +222,9 @@ def _measure_decoder(
     is_compared = opened.comparison is not None and opened.comparison.stands
     report = PeelReport(
         checkpoint=CheckpointInfo(ref.label, ref.step, ref.format, ref.fingerprint),
-        model=ModelInfo(snapshot.family, len(trace.block_names), snapshot.parameters, snapshot.precision),
+        model=ModelInfo(
+            snapshot.family, len(trace.block_names), snapshot.parameters, snapshot.precision, snapshot.vocabulary
+        ),
         probe=ProbeInfo(
             tokens.fingerprint, tokens.fit.size, tokens.select.size, tokens.confirm.size, tokens.sequence_length
         ),

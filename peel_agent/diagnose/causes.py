@@ -51,6 +51,10 @@ DIVERGED = (
     "the data or the tokens changed: the training loss did not rise, only that of the probe",
     "an earlier fault of one layer is healing: look for its finding at the checkpoints before",
 )
+GUESSING = (
+    "the probe was made with the tokenizer of another model: then the loss stays there while the training's falls",
+    "the checkpoint is the first, or the weights of another model: then the loss is that of the training",
+)
 EARLY = (
     "the run is young: margins grow with training",
     "the probe is not in this model's tokens: then the loss is far above the training's, or above log(vocabulary)",

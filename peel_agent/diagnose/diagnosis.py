@@ -44,13 +44,14 @@ class Culprits:
 def diagnose(report: PeelReport, history: Sequence[PeelReport]) -> PeelReport:
     """The report with its findings; `history` holds the reports of earlier steps of the run, oldest first.
 
-    While the run is early, has collapsed or diverged no layer is accused, but one whose change stands out; what another
-    layer's fault explains is a victim.
+    While the model guesses, the run is early, has collapsed or diverged no layer is accused, but one whose change stands
+    out; what another layer's fault explains is a victim.
     """
     case = Case(report, comparable(history, report))
-    flood = signs.flooding(case)
+    guessing = signs.guessing(case)
+    flood = signs.flooding(case) if guessing is None else None
     culprits = Culprits(flood, _changed_of_late(case))
-    run = None if flood is not None else signs.early(case) or _diverged(case)
+    run = None if flood is not None else guessing or signs.early(case) or _diverged(case)
     layers = tuple(replace(layer, finding=_finding(case, layer, culprits, run)) for layer in report.layers)
     return replace(report, layers=layers, finding=run)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import log
 from statistics import median
 
 from peel_agent.diagnose import causes, limits
@@ -270,6 +271,20 @@ def victim(culprit: Finding, place: Place) -> Finding:
     what = "looks idle because {} floods the stream" if culprit.kind == "flooding" else "adapts to {}, which changed"
     name = culprit.subject.partition("/")[0]
     return Finding("victim", place.subject, f"{place.words} {what.format(name)}", {}, (), culprit.since_step)
+
+
+def guessing(case: Case) -> Finding | None:
+    """The model predicts the probe worse than one that guesses every token alike, and never did better in this run."""
+    vocabulary, loss = case.report.model.vocabulary, case.report.loss
+    if vocabulary is None or loss.low <= log(vocabulary):
+        return None
+    if any(earlier.loss.value <= log(vocabulary) for earlier in case.history):
+        return None
+    words = (
+        f"the loss is {loss.value:.4f} nats/token, above ln {vocabulary:,} = {log(vocabulary):.4f}, which guessing every "
+        "token alike has: the model is untrained, or the probe is not in its tokens, and nothing is said of single layers"
+    )
+    return Finding("early", "run", words, {"loss": loss.value, "loss_of_guessing": log(vocabulary)}, causes.GUESSING)
 
 
 def early(case: Case) -> Finding | None:

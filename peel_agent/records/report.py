@@ -214,6 +214,8 @@ class ModelInfo:
     blocks: int
     parameters: int
     precision: str
+    vocabulary: int | None = None
+    """None for a fully connected network, and in reports of older versions."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import log
 from typing import Any
 
 import pytest
@@ -28,6 +29,9 @@ from tests.oracles.past import drop as drop_oracle
 
 BLOCKS, FAULTY = 6, 3
 NAME = f"model.layers.{FAULTY}"
+VOCABULARY = 256
+GUESS = log(VOCABULARY)
+"""The loss of guessing every token alike, in nats."""
 
 
 def estimate(value: float, half: float = 0.002) -> Estimate:
@@ -68,7 +72,7 @@ def report(step: int, *others: LayerReport, loss: float = 2.0, first: bool = Fal
         layers = [_uncompared(one) for one in layers]
     return PeelReport(
         checkpoint=CheckpointInfo("run", step, "transformers", f"f{step}"),
-        model=ModelInfo("llama", BLOCKS, 1000, "float32"),
+        model=ModelInfo("llama", BLOCKS, 1000, "float32", vocabulary=VOCABULARY),
         probe=ProbeInfo("p", 1, 1, 1, 8),
         loss=estimate(loss),
         bound=None,
@@ -220,6 +224,26 @@ CASES: dict[str, tuple[tuple[PeelReport, ...], dict[str, str]]] = {
     "the first block's share is always large": (
         (report(400, layer(0, stream_share=0.99), *(layer(index, **IDLE) for index in (1, 2)), first=True),),
         {"model.layers.1": "below", "model.layers.2": "below"},
+    ),
+    "worse than guessing: another tokenizer's probe": (
+        (report(100, layer(3, **IDLE), loss=7.2, first=True), report(200, layer(3, **IDLE), loss=7.3)),
+        {"run": "early"},
+    ),
+    "worse than guessing, and it was better: the run's affair": (
+        (*BEFORE, report(400, layer(3, **IDLE), loss=7.2)),
+        {"run": "diverged"},
+    ),
+    "as good as guessing, as far as is known": (
+        (report(100, layer(3, **IDLE), loss=GUESS + 0.001, first=True),),
+        {NAME: "below"},
+    ),
+    "worse than guessing, with a flood": (
+        (report(100, layer(3, stream_share=0.97), layer(4, **IDLE), layer(5, **IDLE), loss=7.2, first=True),),
+        {"run": "early"},
+    ),
+    "worse than guessing, and one layer stands out": (
+        (report(100, loss=7.2, first=True), report(200, layer(3, change=change(30.0)), loss=7.2)),
+        {"run": "early", NAME: "changed"},
     ),
     "early": ((report(100, *(layer(index, **IDLE) for index in range(1, BLOCKS)), first=True),), {"run": "early"}),
     "early while most are open": (

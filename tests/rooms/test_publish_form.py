@@ -46,7 +46,7 @@ NOTICE = Notice(
 
 FULL = PeelReport(
     checkpoint=CheckpointInfo("run/checkpoint-800", 800, "transformers", "c0ffee"),
-    model=ModelInfo("llama", 2, 1_200_000, "ternary"),
+    model=ModelInfo("llama", 2, 1_200_000, "ternary", 32_000),
     probe=ProbeInfo("beef", 65_536, 8_192, 16_384, 128),
     loss=Estimate(1.67, 1.6, 1.7),
     bound=Estimate(1.5, 1.4, 1.6),
@@ -97,7 +97,7 @@ FULL = PeelReport(
 FORM = {
     "schema": "peel-agent/report/1",
     "checkpoint": {"path": "run/checkpoint-800", "step": 800, "format": "transformers", "fingerprint": "c0ffee"},
-    "model": {"family": "llama", "blocks": 2, "parameters": 1_200_000, "precision": "ternary"},
+    "model": {"family": "llama", "blocks": 2, "parameters": 1_200_000, "precision": "ternary", "vocabulary": 32_000},
     "probe": {
         "fingerprint": "beef",
         "fit_tokens": 65_536,
