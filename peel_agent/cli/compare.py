@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from peel_agent.cli.options import (
     add_model,
     add_probe,
     check_probe,
+    command_again,
     meter,
     own_device,
     probe_flags,
@@ -29,6 +29,8 @@ from peel_agent.rendering import made, utc
 from peel_agent.signals import Interrupted
 
 DEFAULT_QUANTITIES = {"quick": "margin", "standard": "margin", "full": "margin,headroom"}
+
+DEFAULT_TRACKER = "mlflow"
 
 FAILING = {"worse": is_worse, "below": newly_below}
 """Of --fail-on: what must hold of the comparison."""
@@ -56,7 +58,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--run", dest="run_names", action="append", default=[], metavar="NAME",
         help="which run, where a state holds several; given twice, the first is for A and the second for B",
     )  # fmt: skip
-    parser.add_argument("--tracker", default="mlflow", metavar="NAME", help="whose runs they are (default: mlflow)")
+    parser.add_argument(
+        "--tracker", default=DEFAULT_TRACKER, metavar="NAME", help=f"whose runs they are (default: {DEFAULT_TRACKER})"
+    )
     parser.add_argument("--tracking-uri", metavar="URI", help="where the tracker's runs are")
     parser.set_defaults(run=_compare)
 
@@ -148,7 +152,26 @@ def _tell(options: argparse.Namespace, report: DifferenceReport) -> None:
 def _page(options: argparse.Namespace, report: DifferenceReport) -> str:
     from peel_agent.views import difference_page
 
-    given = [("--probe", options.probe), ("--quantities", options.quantities), ("--effort", options.effort)]
-    flags = [text for flag, value in given if value for text in (flag, str(value))]
-    command = shlex.join(["peel-agent", "compare", options.a, options.b, *flags, "--format", "html"])
-    return difference_page(report, difference_verdict(report), made(command, utc()))
+    return difference_page(report, difference_verdict(report), made(_command(options), utc()))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that makes the page again."""
+    named = (
+        ("-c", options.config),
+        ("--run", options.run_names),
+        ("--tracker", options.tracker if options.tracker != DEFAULT_TRACKER else None),
+        ("--tracking-uri", options.tracking_uri),
+        ("--probe", options.probe),
+        ("--tokenizer", options.tokenizer),
+        ("--text-key", options.text_key),
+        ("--dtype", options.dtype),
+        ("--sequence-length", options.sequence_length),
+        ("--quantities", options.quantities),
+        ("--effort", options.effort),
+        ("--precision", options.precision),
+        ("--device", options.device),
+        ("--format", options.format),
+        ("--out", options.out),
+    )
+    return command_again(["compare", options.a, options.b], named)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,21 @@ def common_flags(options: argparse.Namespace) -> dict[str, Any]:
         "peel.maps": maps,
         "peel.solver": options.solver,
     }
+
+
+def command_again(words: Sequence[str], named: Iterable[tuple[str, object]]) -> str:
+    """A `peel-agent` command for people to repeat, with these options as far as they are given.
+
+    An option that was repeated is a list; no user and password of an address is shown.
+    """
+    given = [
+        text
+        for flag, value in named
+        for one in (value if isinstance(value, list) else [value])
+        if one
+        for text in (flag, re.sub(r"://[^/@\s]*@", "://", str(one)))
+    ]
+    return shlex.join(["peel-agent", *words, *given])
 
 
 def probe_flags(options: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from peel_agent import registry
 from peel_agent.cli.operate import reading
-from peel_agent.cli.options import say
+from peel_agent.cli.options import command_again, say
 from peel_agent.cli.watch import state_folder
 from peel_agent.errors import ConfigurationError, NoReport, PeelError
 from peel_agent.ledger import FILE, kept_run
@@ -72,17 +71,16 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """The command that makes the page again; no password of a tracking URI is in it."""
+    """The command that makes the page again."""
     named = (
         ("--run", options.run_name),
-        ("--tracking-uri", options.tracking_uri and re.sub(r"://[^/@\s]*@", "://", options.tracking_uri)),
+        ("--tracking-uri", options.tracking_uri),
         ("-c", options.config),
         ("--run-id", options.run_id),
         ("--state", options.state),
         ("--out", options.out),
     )
-    given = [text for flag, value in named if value for text in (flag, str(value))]
-    return shlex.join(["peel-agent", "report", *([options.path] if options.path else []), *given])
+    return command_again(["report", *([options.path] if options.path else [])], named)
 
 
 @dataclass(frozen=True)

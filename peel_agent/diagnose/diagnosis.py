@@ -44,8 +44,8 @@ class Culprits:
 def diagnose(report: PeelReport, history: Sequence[PeelReport]) -> PeelReport:
     """The report with its findings; `history` holds the reports of earlier steps of the run, oldest first.
 
-    While the model guesses, the run is early, has collapsed or diverged no layer is accused, but one whose change stands
-    out; what another layer's fault explains is a victim.
+    While the model guesses, and while the run is early, has collapsed or diverged, no layer is accused but one whose
+    change stands out; what another layer's fault explains is a victim.
     """
     case = Case(report, comparable(history, report))
     guessing = signs.guessing(case)

@@ -281,8 +281,9 @@ def guessing(case: Case) -> Finding | None:
     if any(earlier.loss.value <= log(vocabulary) for earlier in case.history):
         return None
     words = (
-        f"the loss is {loss.value:.4f} nats/token, above ln {vocabulary:,} = {log(vocabulary):.4f}, which guessing every "
-        "token alike has: the model is untrained, or the probe is not in its tokens, and nothing is said of single layers"
+        f"the loss is {loss.value:.4f} nats/token, and guessing every token alike has ln {vocabulary:,} = "
+        f"{log(vocabulary):.4f}: the model is untrained, or the probe is not in its tokens, and nothing is said of "
+        "single layers"
     )
     return Finding("early", "run", words, {"loss": loss.value, "loss_of_guessing": log(vocabulary)}, causes.GUESSING)
 

@@ -15,7 +15,7 @@ INHIBITED: Mapping[RuleKind, frozenset[RuleKind]] = {
     "agent_error": frozenset({"no_checkpoint", "lag"}),
     "false_convergence": frozenset({"run_below_bound"}),
 }
-"""While a rule of the first kind fires, those of the others are explained by it, and not told.
+"""While a rule of the first kind fires, those of the others are explained by it, and not told to who is told of it.
 
 What a flooded stream or a young run explains is no finding of a layer in the first place (diagnose).
 """
@@ -30,14 +30,14 @@ def tell(
     `repeat_checkpoints`; that it ended is told to whoever was told that it fired, silenced or not.
     """
     by_name = {rule.name: rule for rule in rules}
-    inhibited = _inhibited(states, by_name)
+    firing = [by_name[state.rule] for state in states if state.phase == "firing" and state.rule in by_name]
     kept: list[RuleState] = []
     notices: list[Notice] = []
     for state in states:
         rule = by_name.get(state.rule)
         if state.phase == "firing" and rule is not None:
             counted = replace(state, untold=state.untold + moment.is_checkpoint) if state.told else state
-            is_held = rule.kind in inhibited or silenced_by(silences, run, state, moment.now) is not None
+            is_held = _is_explained(rule, firing) or silenced_by(silences, run, state, moment.now) is not None
             if _is_due(counted, rule) and not is_held:
                 counted = replace(counted, told=state.told + 1, untold=0)
                 notices.append(_notice(counted, "firing", moment))
@@ -71,9 +71,15 @@ def standing(states: Sequence[RuleState], moment: Moment) -> tuple[Notice, ...]:
     return tuple(_notice(state, "firing", moment) for state in states if state.phase == "firing" and state.told)
 
 
-def _inhibited(states: Sequence[RuleState], rules: Mapping[str, Rule]) -> frozenset[RuleKind]:
-    firing = {rules[state.rule].kind for state in states if state.phase == "firing" and state.rule in rules}
-    return frozenset(kind for one in firing for kind in INHIBITED.get(one, ()))
+def _is_explained(rule: Rule, firing: Sequence[Rule]) -> bool:
+    """Whether another alert explains those of a rule, and is told to everybody who would be told of the rule's."""
+    return any(rule.kind in INHIBITED.get(other.kind, ()) and _reaches(other, rule) for other in firing)
+
+
+def _reaches(other: Rule, rule: Rule) -> bool:
+    if other.sinks is None:
+        return True
+    return rule.sinks is not None and set(rule.sinks) <= set(other.sinks)
 
 
 def _is_due(state: RuleState, rule: Rule) -> bool:

@@ -103,8 +103,9 @@ def _unmade(uri: str) -> Check | None:
     return Check(
         "server",
         None,
-        f"no server is used: MLflow would keep its runs in {file}, a file that is not there yet",
-        "name the server: [tracker.mlflow] tracking_uri, --tracking-uri or MLFLOW_TRACKING_URI",
+        f"MLflow would keep its runs in {file}, a file of this machine that is not there yet",
+        "name the server or the database of the training: [tracker.mlflow] tracking_uri, --tracking-uri or "
+        "MLFLOW_TRACKING_URI; if it is this file, nothing is to be done: the first checkpoint makes it",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import closing
 from pathlib import Path
 
@@ -101,6 +102,18 @@ def test_two_runs(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not paired: the half-widths of both intervals added" in told
     assert "at every common step" in told
     assert sum(line.startswith(tuple(f"{step} " for step in STEPS)) for line in told.splitlines()) == len(STEPS)
+
+
+def test_the_page_says_how_to_make_it_again(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its command has every option that was given, one that was repeated twice, and no password."""
+    given = ["--run", "one", "--run", "two", "--tracking-uri", "http://me:secret@tracker:5000", "--format", "html"]
+    assert main(["compare", str(state), str(state), *given]) == 0
+    page = capsys.readouterr().out
+    without_password = [text.replace("me:secret@", "") for text in given]
+    assert data_of(page)["made"]["command"] == shlex.join(
+        ["peel-agent", "compare", str(state), str(state), *without_password]
+    )
+    assert "secret" not in page
 
 
 def test_the_watched_directory_is_a_run(

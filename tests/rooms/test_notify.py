@@ -120,6 +120,26 @@ def test_what_another_alert_explains_is_not_told(cause: str, explained: str) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    ("of_cause", "of_explained", "is_told"),
+    [
+        (None, None, False),
+        (None, ("mail",), False),
+        (("mail", "chat"), ("mail",), False),
+        (("mail",), ("mail", "chat"), True),
+        (("mail",), None, True),
+        ((), ("mail",), True),
+    ],
+)
+def test_who_is_not_told_of_the_cause_is_told_of_what_it_explains(
+    of_cause: tuple[str, ...] | None, of_explained: tuple[str, ...] | None, is_told: bool
+) -> None:
+    """A sink that hears of neither would take silence for health."""
+    rules = (Rule("cause", "agent_error", sinks=of_cause), Rule("explained", "no_checkpoint", sinks=of_explained))
+    states = tuple(RuleState(one.name, "run", "firing", 0, 100, "b", "w") for one in rules)
+    assert ("explained" in [one.rule for one in told(states, rules=rules).notices]) is is_told
+
+
 def notice(rule_name: str) -> Notice:
     return Notice("id-" + rule_name, rule_name, "warning", "firing", BLOCK, 200, "it is below", 100, ("why",))
 
