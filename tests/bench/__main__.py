@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,9 @@ def trie_against_naive(device: str, counts: tuple[int, ...] = (1, 2, 4, 8)) -> d
             chain_ends(trace, maps, swept.hidden, solver, stopwatch)
 
         forward = forward_seconds(path, probe, device)
-        ours = {count: min(seconds(lambda n=count: trie(n), device) for _ in range(2)) for count in counts}
+        ours = {count: min(seconds(partial(trie, count), device) for _ in range(2)) for count in counts}
         naive = min(
-            seconds(lambda: [naive_chain(trace, own) for own in PAPER_26_BLOCKS[: counts[-1]]], device)
+            seconds(lambda: [naive_chain(trace, target_map) for target_map in PAPER_26_BLOCKS[: counts[-1]]], device)
             for _ in range(2)
         )
     return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,23 +10,29 @@ from peel_agent.peel.numerics.streams import embedded, through
 from peel_agent.records import Block, Projection, Trace
 
 
-def naive_chain(trace: Trace, own: TargetMap) -> tuple[Tensor, Tensor]:
+def naive_chain(trace: Trace, target_map: TargetMap) -> tuple[Tensor, Tensor]:
     """The last streams (fit, score) of one map's chain of refitted blocks: nothing shared or streamed, no ridge."""
     start = embedded(trace)
     hidden = [start.fit]
     for block in trace.blocks():
         hidden.append(through(block.run, hidden[-1], trace.chunk))
     fit, score = start.fit, start.score
-    for block, target in zip(trace.blocks(stop=len(own)), own, strict=True):
-        attention = _solved(block, fit, hidden[target], block.attention_projection, None)
-        mlp = _solved(block, fit, hidden[target], block.mlp_projection, attention)
+    for block, target in zip(trace.blocks(stop=len(target_map)), target_map, strict=True):
+        attention, mlp = _refitted(block, fit, hidden[target])
         fit, score = (block.run(stream, attention=attention, mlp=mlp) for stream in (fit, score))
     return fit, score
 
 
-def _solved(block: Block, stream: Tensor, target: Tensor, solved: Projection, attention: Any) -> Projection:
-    seen = block.observe(stream, attention=attention)
-    features = seen.attention_features if attention is None else seen.mlp_features
-    missing = (target - seen.output).flatten(0, 1).double()
-    change = torch.linalg.pinv(features.flatten(0, 1).double()) @ missing
-    return Projection(solved.weight + change.float(), None)
+def _refitted(block: Block, stream: Tensor, target: Tensor) -> tuple[Projection, Projection]:
+    """The block's output projections, attention first, each refitted so that the block's output is near the target."""
+    seen = block.features(stream)
+    attention, change = _solved(block.attention_projection, seen.attention, target - seen.output)
+    mlp_features, output = block.observe_mlp_part(seen.mid + seen.attention @ change)
+    mlp, _ = _solved(block.mlp_projection, mlp_features, target - output)
+    return attention, mlp
+
+
+def _solved(trained: Projection, features: Tensor, missing: Tensor) -> tuple[Projection, Tensor]:
+    """A projection that adds what is missing, and the change of its weight."""
+    change = torch.linalg.pinv(features.flatten(0, 1).double()) @ missing.flatten(0, 1).double()
+    return Projection(trained.weight + change.float(), trained.bias), change.float()

@@ -132,10 +132,9 @@ def _until_sent(sidecar: Sidecar, count: int) -> float:
 
 
 def _compare(stamps: np.ndarray, windows: list[tuple[float, float, bool]]) -> None:
-    steps = {True: [], False: []}
+    steps: dict[bool, list[float]] = {True: [], False: []}
     for began, ended, is_on in windows:
-        own = stamps[(stamps > began) & (stamps < ended)]
-        steps[is_on].extend(np.diff(own))
+        steps[is_on].extend(np.diff(stamps[(stamps > began) & (stamps < ended)]))
     on, off = np.array(steps[True]), np.array(steps[False])
     print(f"steps of the training: {len(off)} alone, {len(on)} beside a peel ({len(windows) // 2} windows of each)")
     for name, level in (("median", 50), ("95th percentile", 95)):

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 Kind = Literal["harmful", "harmless", "frozen", "run"]
 Part = Literal["attention", "mlp"]
@@ -44,7 +44,7 @@ class Training:
     """
 
     seed: int
-    model: nn.Module
+    model: PreTrainedModel
     blocks: nn.ModuleList
     names: BlockNames
     optimizer: torch.optim.Optimizer
@@ -54,6 +54,9 @@ class Training:
 
     def module(self, block: int, name: str) -> nn.Module:
         return self.blocks[block].get_submodule(name)
+
+    def weight(self, block: int, module: str) -> nn.Parameter:
+        return self.blocks[block].get_parameter(f"{module}.weight")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def shuffle_rows(training: Training, blocks: list[int]) -> None:
     """The output channels of the MLP's up matrix are permuted; its bias and its gate are not."""
     generator = torch.Generator().manual_seed(training.seed)
     for index in blocks:
-        matrix = training.module(index, training.names.mlp_up).weight
+        matrix = training.weight(index, training.names.mlp_up)
         axis = training.names.output_axis
         order = torch.randperm(matrix.shape[axis], generator=generator)
         matrix.copy_(matrix.index_select(axis, order))
@@ -121,7 +124,7 @@ def zero_attention(training: Training, blocks: list[int]) -> None:
 def kill_heads(training: Training, blocks: list[int]) -> None:
     """What the output projection reads from the first half of the heads is set to zero once."""
     for index in blocks:
-        matrix = training.module(index, training.names.attention_output).weight
+        matrix = training.weight(index, training.names.attention_output)
         input_axis = 1 - training.names.output_axis
         matrix.narrow(input_axis, 0, matrix.shape[input_axis] // 2).zero_()
 
@@ -136,7 +139,7 @@ def zero_norm_gain(training: Training, blocks: list[int]) -> None:
 def raise_norm_gain(training: Training, blocks: list[int]) -> None:
     """The gain of the attention's norm is multiplied by 20 once."""
     for index in blocks:
-        training.module(index, training.names.attention_norm).weight.mul_(20)
+        training.weight(index, training.names.attention_norm).mul_(20)
 
 
 def scale_residual(factor: float) -> Callable[[Training, list[int]], None]:
@@ -205,7 +208,7 @@ def kill_mlp(training: Training, blocks: list[int]) -> None:
 def kill_expert(training: Training, blocks: list[int]) -> None:
     """The down projection of one expert is zero from now on."""
     for index in blocks:
-        of_experts = training.module(index, "mlp.experts").down_proj.detach()
+        of_experts = training.blocks[index].get_parameter("mlp.experts.down_proj").detach()
         _hold_at_zero(training, [of_experts[training.seed % len(of_experts)]])
 
 

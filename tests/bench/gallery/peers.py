@@ -77,6 +77,7 @@ def alphas(python: str, checkpoints: Sequence[Path]) -> Iterator[list[list[float
     """WeightWatcher's alpha of each matrix of each block, one checkpoint after the other; None where its fit failed."""
     command = [python, "-c", _ASK_WEIGHTWATCHER, *map(str, checkpoints)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as answering:
+        assert answering.stdout is not None
         for answer in answering.stdout:
             by_block: dict[int, list[float | None]] = {}
             for name, alpha in json.loads(answer).items():
@@ -114,8 +115,8 @@ def _monitored(out: Path, run: Run, probe: Tensor) -> list[tuple[int, dict[str, 
     told: list[tuple[int, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as folder:
         optimizer = torch.optim.AdamW(model.parameters())
-        sinks = [lambda _kind, payload: told.append((checkpoint, payload))]
         checkpoint = SAVE_EVERY
+        sinks = [lambda _kind, payload: told.append((checkpoint, payload))]
         monitor = Monitor(model, optimizer, out=Path(folder) / "run", sinks=sinks, verbose=False)
         for step, windows in zip(range(50, STEPS + 1, monitor.check_every), probe.split(BATCH), strict=False):
             checkpoint = -(-step // SAVE_EVERY) * SAVE_EVERY

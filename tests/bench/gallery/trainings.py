@@ -27,7 +27,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from peel_agent.demo.text import VOCABULARY, corpus
 from peel_agent.demo.train import make_low_bit
@@ -136,8 +136,10 @@ class Run:
         return Run(self.model, self.seed, "healthy")
 
 
-_ORDER = (("llama", 0), ("gpt2", 2), ("llama", 1), ("gpt2", 3), ("ternary", 0), ("sign", 0), ("mixture", 0))
-_ORDER += (("ternary", 1), ("sign", 1), ("mixture", 1))
+_ORDER = (
+    *(("llama", 0), ("gpt2", 2), ("llama", 1), ("gpt2", 3)),
+    *(("ternary", 0), ("sign", 0), ("mixture", 0), ("ternary", 1), ("sign", 1), ("mixture", 1)),
+)
 RUNS = tuple(Run(model, seed, fault) for model, seed in _ORDER for fault in RECIPES[model].faults)
 SHORT = tuple(
     Run("llama", 0, fault)
@@ -186,11 +188,11 @@ class History:
 def begin(run: Run, checkpoints: Path) -> Training:
     """The run at step 0."""
     torch.manual_seed(run.seed)
-    model: nn.Module = AutoModelForCausalLM.from_config(run.recipe.config())
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(run.recipe.config())
     if run.recipe.weight_set is not None:
         make_low_bit(model, run.recipe.weight_set)
     if run.model == "gpt2":
-        _set_waves(model.transformer.wpe.weight)
+        _set_waves(model.get_parameter("transformer.wpe.weight"))
     (blocks,) = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     in_blocks = set(blocks.parameters())
     groups = [list(block.parameters()) for block in blocks]

@@ -17,8 +17,9 @@ from typing import Any
 from peel_agent.config import Settings
 from peel_agent.diagnose import diagnose, lineage
 from peel_agent.judge import judge
+from peel_agent.notify import tell
 from peel_agent.publish import report_from_json
-from peel_agent.records import Notice, PeelReport, RuleState
+from peel_agent.records import Moment, Notice, PeelReport, ReportObservation, RuleState
 from tests.bench.gallery.trainings import FORK_AT, RUNS, SAVE_EVERY, STEPS, Run, harm
 
 COSTLY = 0.005
@@ -101,9 +102,12 @@ def judged_again(reports: Sequence[PeelReport]) -> tuple[PeelReport, ...]:
     """The reports with findings and alerts as the code at hand would give them for the same numbers."""
     done: list[PeelReport] = []
     states: tuple[RuleState, ...] = ()
+    rules = Settings().rules
     for report in reports:
         diagnosed = diagnose(report, lineage(done, report.checkpoint.step))
-        verdict = judge(diagnosed, Settings().rules, states)
+        observed = ReportObservation(diagnosed, tuple(done))
+        moment = Moment(0.0, diagnosed.checkpoint.step, is_checkpoint=True)
+        verdict = tell(judge(observed, rules, states), rules, (), moment, run="gallery")
         states = verdict.states
         done.append(replace(diagnosed, alerts=verdict.notices))
     return tuple(done)
