@@ -27,6 +27,7 @@ from peel_agent.peel.sweep.forward import sweep
 from peel_agent.peel.sweep.heats import nowhere
 from peel_agent.records import BoundMemory, Estimate, Findings, Plan, Probe
 from tests import zoo
+from tests.bench.naive import naive_chain
 from tests.oracles import bounds as bounds_oracle
 from tests.oracles import descent as descent_oracle
 
@@ -193,6 +194,27 @@ def test_another_probe_begins_anew(first: Any, second: Any) -> None:
     """A minimum over other sequences is no bound for these."""
     earlier = remember(suite_of(first), SELECTING, "p", None)
     assert remember(suite_of(second), SELECTING, "q", earlier) == remember(suite_of(second), SELECTING, "q", None)
+
+
+def test_the_naive_way_that_the_bench_measures_against_solves_the_same_problem(tmp_path: Path) -> None:
+    """Every hidden state anew and a pseudo-inverse: without a ridge and without choosing, it comes about as near."""
+    trace = zoo.trace_of(zoo.save(zoo.build("llama"), tmp_path), zoo.probe(80, 40, 160))
+    depth, solver = len(trace.block_names), SOLVERS["closed_form"]
+    maps = [(depth,), (2, depth)]
+    swept = sweep_keeping(trace, hidden_states_of(maps, solver) | {depth})
+    shared = chain_ends(trace, maps, swept.hidden, solver, Stopwatch(itertools.count().__next__))
+    target = swept.hidden[depth].fit
+
+    def error(fit: torch.Tensor) -> float:
+        return float((fit - target).square().mean())
+
+    for target_map in maps:
+        naive, _ = naive_chain(trace, target_map)
+        untouched = swept.hidden[0].fit
+        for block in trace.blocks(stop=len(target_map)):
+            untouched = block.run(untouched)
+        assert error(naive) == pytest.approx(error(shared[target_map].fit), rel=0.2)
+        assert error(naive) < 0.9 * error(untouched)
 
 
 @pytest.mark.parametrize(
