@@ -1,4 +1,4 @@
-"""Runs a checkpoint block by block; a block's weights are read when it is visited and dropped with it.
+"""Runs a checkpoint block by block; a block's weights are read ahead of its visit and dropped with it.
 
 The model's own forward is run once with every block replaced by a tap: that gives the embeddings and the exact
 arguments (positions, masks) which the model hands to each block, for any architecture and with no copy of its code.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peel_agent.capture.ahead import ReadAhead, Reader
 from peel_agent.capture.block import Handed, ResidentBlock
 from peel_agent.errors import ConfigurationError
 from peel_agent.precision import Quantisers, quantise
@@ -75,7 +76,15 @@ class BlockwiseTrace:
         for block in self._blocks:
             _settle_buffers(block, device)
         self._quantisers = Quantisers(snapshot.sets, transposed=snapshot.anatomy.projection_layout == "in_out")
-        outside = self._read(self._model, "")
+        self._reader = Reader(snapshot.weights, device)
+        self._stored = [
+            {f"{name}.{key}": _computed_as(tensor) for key, tensor in block.state_dict().items()}
+            for name, block in zip(self.block_names, self._blocks, strict=True)
+        ]
+        outside = {
+            name: self._reader.read_one(name).to(device).to(_computed_as(tensor))
+            for name, tensor in self._model.state_dict().items()
+        }
         weight = outside[f"{snapshot.anatomy.head}.weight"]
         self.head_latents = weight.T
         self.head_set = self._quantisers.named(f"{snapshot.anatomy.head}.weight") or FULL_PRECISION
@@ -102,15 +111,7 @@ class BlockwiseTrace:
     def stored_dtype(self) -> torch.dtype:
         """What the first block's first matrix is stored as."""
         names = self.stored_names[0]
-        return self._snapshot.weights.read(max(names, key=lambda name: len(names[name]))).dtype
-
-    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
-        """The module's parameters and stored buffers from the checkpoint, floating ones as float32, on the device."""
-        state = {}
-        for name, tensor in module.state_dict().items():
-            values = self._snapshot.weights.read(prefix + name)
-            state[name] = values.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
-        return state
+        return self._reader.read_one(max(names, key=lambda name: len(names[name]))).dtype
 
     def _rehearse(self, ids: TokenIds) -> Tensor:
         """Runs the model without its blocks; the taps then hold each block's arguments. Returns h_0."""
@@ -132,16 +133,24 @@ class BlockwiseTrace:
         return self._handed[length]
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        for index in range(len(self._blocks))[start:stop]:
-            yield self._block(index)
+        indices = range(len(self._blocks))[start:stop]
+        with ReadAhead(self._reader) as ahead:
+            for index in indices:
+                yield self._block(index, ahead, index + 1 if index + 1 in indices else None)
 
-    def _block(self, index: int) -> Block:
-        module = self._blocks[index]
+    def _block(self, index: int, ahead: ReadAhead, then: int | None) -> Block:
+        """The block, and the reading of the one that is visited `then` begun."""
+        prefix, wanted = f"{self.block_names[index]}.", self._stored[index]
+        stored = {
+            name.removeprefix(prefix): tensor.to(wanted[name]) for name, tensor in ahead.take(wanted).tensors().items()
+        }
+        if then is not None:
+            ahead.begin(self._stored[then])
         return ResidentBlock(
             index=index,
             name=self.block_names[index],
-            module=module,
-            stored=self._read(module, self.block_names[index] + "."),
+            module=self._blocks[index],
+            stored=stored,
             quantisers=self._quantisers,
             anatomy=self._snapshot.anatomy,
             handed=lambda length: self._handed_at(length)[index],
@@ -151,6 +160,11 @@ class BlockwiseTrace:
     def normalise(self, h: Tensor) -> Tensor:
         norm: Callable[[Tensor], Tensor] = self._model.get_submodule(self._snapshot.anatomy.final_norm)
         return norm(h)
+
+
+def _computed_as(tensor: Tensor) -> torch.dtype:
+    """float32 for what the model has in any floating dtype."""
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def _settle_buffers(block: nn.Module, device: torch.device) -> None:

@@ -29,7 +29,7 @@ class Weights(Protocol):
         """Shape of every tensor, from the headers alone."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU in its stored dtype."""
+        """One tensor on the CPU in its stored dtype. One call at a time, not always from the same thread."""
 
 
 @dataclass(frozen=True)
@@ -314,9 +314,10 @@ class Trace(Protocol):
         """h_0 [N, S, d] for token ids [N, S]."""
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        """The blocks from `start` to before `stop` (all, by default) in order, each one's weights read when it comes.
+        """The blocks from `start` to before `stop` (all, by default) in order, each one's weights read before it comes.
 
-        Weights take memory as long as their block is held, and no longer.
+        Weights take memory as long as their block is held, and no longer. The next block's, as they are stored, are
+        read while a block is in use: two blocks are in flight.
         """
 
     def normalise(self, h: Tensor) -> Tensor:

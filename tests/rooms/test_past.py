@@ -415,10 +415,10 @@ def test_the_earlier_checkpoint_is_in_memory_one_block_at_a_time(
     def living() -> int:
         return sum(own() is not None for own in alive)
 
-    def watched(self: PastBlocks, index: int) -> Any:
+    def watched(self: PastBlocks, index: int, then: int | None) -> Any:
         read.append(index)
         seen.append(living())
-        block = real(self, index)
+        block = real(self, index, then)
         alive.extend(weakref.ref(own) for own in (block, *block.stored.values(), *block.effective.values()))
         return block
 
