@@ -151,18 +151,20 @@ class MailSink:
             raise failure(self._place, error, seconds=self._settings.timeout_seconds) from None
 
     def _session(self, exchange: Exchange, say: Callable[[smtplib.SMTP], Said]) -> Said:
-        own = self._settings
-        context = None if own.security == "none" else trusted(own.ca_file)
-        connection = exchange.connect(own.host, self._port, lambda one: context is not None or is_private(one))
-        if context is not None and own.security == "tls":
-            connection = within_tls(connection, context, own.host)
-        server = _Server(connection, own.host, self._port)
+        settings = self._settings
+        context = None if settings.security == "none" else trusted(settings.ca_file)
+        connection = exchange.connect(
+            settings.host, self._port, lambda address: context is not None or is_private(address)
+        )
+        if context is not None and settings.security == "tls":
+            connection = within_tls(connection, context, settings.host)
+        server = _Server(connection, settings.host, self._port)
         try:
-            if context is not None and own.security == "starttls":
+            if context is not None and settings.security == "starttls":
                 server.starttls(context=context)
             server.ehlo_or_helo_if_needed()
-            if own.user is not None and own.password is not None:
-                server.login(own.user, own.password)
+            if settings.user is not None and settings.password is not None:
+                server.login(settings.user, settings.password)
             said = say(server)
             with suppress(OSError, smtplib.SMTPException):
                 server.putcmd("QUIT")  # what it answers changes nothing, and is not waited for

@@ -86,21 +86,21 @@ class ProgramSink:
     def check(self, now: Callable[[], float]) -> tuple[Check, ...]:  # noqa: ARG002 -- the protocol's
         """Whether the program is there. It is not run."""
         try:
-            return (Check("program", True, f"{self._found()} is there; it was not run"),)
+            return (Check("program", True, f"{self._executable()} is there; it was not run"),)
         except DestinationDenied as error:
             return (Check("program", False, error.what, error.remedy),)
 
     def close(self) -> None:
         """Nothing of it runs between deliveries."""
 
-    def _found(self) -> str:
-        found = shutil.which(self._name, path=self._settings.path)
-        if found is None:
+    def _executable(self) -> str:
+        executable = shutil.which(self._name, path=self._settings.path)
+        if executable is None:
             raise DestinationDenied(
                 f"the program {self._name} is not there, or may not be run (PATH is {self._settings.path})",
                 remedy="install it, make it executable, or name it with its whole path in `command`",
             )
-        return found
+        return executable
 
     def _started(self, text: IO[bytes], group: NoticeGroup) -> subprocess.Popen[bytes]:
         states = {notice.state for notice in group.notices}
@@ -111,10 +111,10 @@ class ProgramSink:
             "PEEL_RUN": printable(group.run),
             "PEEL_STATE": "firing" if "firing" in states else "resolved",
         }
-        found = self._found()
+        executable = self._executable()
         try:
             return subprocess.Popen(  # noqa: S603 -- the list that the user enabled
-                [found, *self._settings.command[1:]],
+                [executable, *self._settings.command[1:]],
                 stdin=text,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -124,7 +124,7 @@ class ProgramSink:
             )
         except OSError as error:
             raise DestinationDenied(
-                f"the program {found} cannot be started: {error.strerror}",
+                f"the program {executable} cannot be started: {error.strerror}",
                 remedy="check its first line, its permissions and its file system",
             ) from None
 

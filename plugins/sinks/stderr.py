@@ -55,11 +55,11 @@ class StderrSink:
 
 def _priorities(group: NoticeGroup, lines: Sequence[str]) -> Sequence[int]:
     """One a line: that of its notice, or the most urgent of all where it cannot be told whose line it is."""
-    own = [_priority(notice) for notice in group.notices]
+    priorities = [_priority(notice) for notice in group.notices]
     notices = list(accumulate(not line.startswith(" ") for line in lines))  # what goes on is indented
-    if not notices or notices[0] != 1 or notices[-1] != len(own):
-        return [min(own, default=RESOLVED)] * len(lines)
-    return [own[notice - 1] for notice in notices]
+    if not notices or notices[0] != 1 or notices[-1] != len(priorities):
+        return [min(priorities, default=RESOLVED)] * len(lines)
+    return [priorities[notice - 1] for notice in notices]
 
 
 def _priority(notice: Notice) -> int:

@@ -40,7 +40,7 @@ class _Asking:
 
 def looks(tracker: MlflowTracker, mlflow: Any) -> Iterator[Check]:
     """The server and the run; nothing is written. The first that fails is the last."""
-    return _guarded(_Asking(tracker, mlflow), _found_run)
+    return _guarded(_Asking(tracker, mlflow), _run_checks)
 
 
 def checks(tracker: MlflowTracker, mlflow: Any, now: Callable[[], float]) -> Iterator[Check]:
@@ -65,21 +65,21 @@ def _guarded(asking: _Asking, steps: Callable[[_Asking], Iterator[Check]]) -> It
         yield _refused_host(asking.uri, error) or failed
 
 
-def _found_run(asking: _Asking) -> Iterator[Check]:
+def _run_checks(asking: _Asking) -> Iterator[Check]:
     client = asking.mlflow.MlflowClient(tracking_uri=asking.uri)
     client.search_experiments(max_results=1)
     yield Check("server", True, f"{asking.tracker.where()} answers")
     asking.what = "run"
     run_id = asking.tracker.existing_run(client)
-    yield _found(run_of(client, run_id), asking.uri) if run_id else _to_be_created(asking.tracker)
+    yield _check_of(run_of(client, run_id), asking.uri) if run_id else _to_be_created(asking.tracker)
 
 
 def _written(asking: _Asking, *, now: Callable[[], float]) -> Iterator[Check]:
-    found = None
-    for found in _found_run(asking):
-        yield found
+    check = None
+    for check in _run_checks(asking):
+        yield check
     yield from _clock(asking.uri, now)
-    if found is None or not found.ok:  # it is to be created, or deleted
+    if check is None or not check.ok:  # it is to be created, or deleted
         return
     client = asking.mlflow.MlflowClient(tracking_uri=asking.uri)
     run_id = asking.tracker.existing_run(client)
@@ -119,7 +119,7 @@ def _to_be_created(tracker: MlflowTracker) -> Check:
     )
 
 
-def _found(run: Any, uri: str) -> Check:
+def _check_of(run: Any, uri: str) -> Check:
     run_id = run.info.run_id
     named = f"{run_id} ({run.info.run_name})" if run.info.run_name else run_id
     if run.info.lifecycle_stage == "deleted":

@@ -18,12 +18,12 @@ DIRECTORY_TAG = "peel.checkpoint_dir"
 
 def kept_run(client: Any, run: Any, folder: Path) -> KeptRun:
     """The reports by their files' names, which sort by step, and the alerts; copies go through `folder`."""
-    own = {entry.path: entry.is_dir for entry in client.list_artifacts(run.info.run_id, "peel")}
+    is_folder_by_path = {entry.path: entry.is_dir for entry in client.list_artifacts(run.info.run_id, "peel")}
     reports: tuple[tuple[str, str], ...] = ()
-    if own.get(REPORTS):
+    if is_folder_by_path.get(REPORTS):
         reports = tuple(sorted(_texts(client, run.info.run_id, REPORTS, folder)))
     alerts = ""
-    if own.get(ALERTS) is False:
+    if is_folder_by_path.get(ALERTS) is False:
         alerts = Path(client.download_artifacts(run.info.run_id, ALERTS, str(folder))).read_text("utf-8", "replace")
     name = run.info.run_name or run.info.run_id
     place = run.data.tags.get(DIRECTORY_TAG, f"MLflow run {run.info.run_id}")

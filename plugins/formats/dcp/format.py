@@ -88,8 +88,8 @@ def _read(path: Path, inside: str) -> ChunkedTensors:
     pickle, stamp = read_metadata(path, inside)
     contents = read_contents(pickle)
     shards = check_shards(path, inside, contents.ends)
-    config, own = read_config(path, inside, above=True)
-    return ChunkedTensors(path, inside, config, contents.tensors, by_name([stamp], shards, own))
+    config, config_files = read_config(path, inside, above=True)
+    return ChunkedTensors(path, inside, config, contents.tensors, by_name([stamp], shards, config_files))
 
 
 def _read_ends(path: Path, inside: str, stamp: FileStamp) -> Mapping[str, int]:

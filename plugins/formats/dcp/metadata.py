@@ -126,7 +126,7 @@ def read_contents(
     if len(set(names.values())) != len(names):
         raise refused(METADATA, "names a tensor of the model twice")
     allowance = iter(range(MAX_ENTRIES))
-    stored = {own: _stored(name, tensors[name], items, allowance) for name, own in names.items()}
+    stored = {model_name: _stored(name, tensors[name], items, allowance) for name, model_name in names.items()}
     _check_apart(stored)
     ends: dict[str, int] = {}
     for item in items.values():

@@ -26,16 +26,16 @@ def model_names(names: Iterable[str], paths: Mapping[str, tuple[object, ...]]) -
     `model.norm.weight` is `norm.weight` of something under the key `model`, or the model's own name. Without it, a
     prefix that all names share is taken off.
     """
-    own = [name for name in names if not _OTHERS.fullmatch(name)]
-    prefix = next((prefix for wrapper in WRAPPERS if (prefix := _proven(wrapper, own, paths))), None)
+    entries = [name for name in names if not _OTHERS.fullmatch(name)]
+    prefix = next((prefix for wrapper in WRAPPERS if (prefix := _proven(wrapper, entries, paths))), None)
     if prefix is not None:
-        own = [name for name in own if name.startswith(prefix)]
+        entries = [name for name in entries if name.startswith(prefix)]
     else:
-        prefix = next((prefix for wrapper in WRAPPERS if _shared(prefix := ".".join(wrapper) + ".", own)), "")
-        if prefix + _INNER in own:
+        prefix = next((prefix for wrapper in WRAPPERS if _shared(prefix := ".".join(wrapper) + ".", entries)), "")
+        if prefix + _INNER in entries:
             prefix = ""  # a tied model saved without its head: transformers' own inner module is called `model` too
-    prefix += shared_prefix([name.removeprefix(prefix) for name in own])
-    return {name: name.removeprefix(prefix) for name in own}
+    prefix += shared_prefix([name.removeprefix(prefix) for name in entries])
+    return {name: name.removeprefix(prefix) for name in entries}
 
 
 def _proven(wrapper: tuple[str, ...], names: Iterable[str], paths: Mapping[str, tuple[object, ...]]) -> str | None:

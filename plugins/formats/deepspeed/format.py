@@ -74,32 +74,32 @@ class DeepSpeedFormat:
         if any(map(is_states, names)):
             is_part = is_trainer_name(listing.parent.name) or listing.name in OTHERS_TAGS
             return None if is_part else _claim_of(names, frozenset(filter(belongs, names)))
-        own = names & {STATE, SENTINEL, LATEST}
+        trainer_files = names & {STATE, SENTINEL, LATEST}
         if is_trainer_folder(listing) and (LATEST in names or any(map(_NUMBERED.fullmatch, names))):
-            return Claim("specific", own | _states_below(listing), awaits=awaited(names))
+            return Claim("specific", trainer_files | _states_below(listing), awaits=awaited(names))
         tag = _tag_of_others(names)
         states = listing.folder(tag).names() if tag is not None else frozenset()
-        return _claim_of(states, own | _states_below(listing)) if any(map(is_states, states)) else None
+        return _claim_of(states, trainer_files | _states_below(listing)) if any(map(is_states, states)) else None
 
     def inspect(self, listing: LocalListing) -> Readiness:
         path = listing.path
         try:
-            own = _read_own(listing)
-            looked = _look(listing, own.inside)
-            _, config = read_config(path, own.inside, above=True)
+            location = _locate(listing)
+            looked = _look(listing, location.inside)
+            _, config = read_config(path, location.inside, above=True)
         except CheckpointError as error:
             return not_whole(error, _evidence(listing))
-        files = by_name(looked.files, own.files, config)
+        files = by_name(looked.files, location.files, config)
         return Readiness("complete", f"{len(files)} files are whole", files)
 
     def step(self, listing: LocalListing) -> int | None:
         """Trainer's global_step, else the number in `global_stepN`, else DeepSpeed's own count beside the weights."""
         try:
-            own = _read_own(listing)
+            location = _locate(listing)
             named = _NUMBERED.fullmatch(listing.name)
-            if own.step is not None or named is not None:
-                return own.step if named is None else int(named[1])
-            return _look(listing, own.inside).step
+            if location.step is not None or named is not None:
+                return location.step if named is None else int(named[1])
+            return _look(listing, location.inside).step
         except CheckpointError:
             return None
 
@@ -110,7 +110,7 @@ class DeepSpeedFormat:
 
 
 @dataclass(frozen=True)
-class _Own:
+class _Location:
     """Where in a checkpoint's folder the states are (`inside` is empty or ends in /), and what Trainer says beside."""
 
     inside: str
@@ -127,28 +127,28 @@ class _Looked:
 
 
 def _read(listing: LocalListing) -> RankedTensors:
-    path, own = listing.path, _read_own(listing)
-    merged = _read_states(path, own.inside, _names(listing, own.inside))
-    config, config_files = read_config(path, own.inside, above=True)
+    path, location = listing.path, _locate(listing)
+    merged = _read_states(path, location.inside, _names(listing, location.inside))
+    config, config_files = read_config(path, location.inside, above=True)
     skip = len(shared_prefix(tuple(merged.tensors)))
     tensors = {name[skip:]: tensor for name, tensor in merged.tensors.items()}
-    return RankedTensors(path, own.inside, config, tensors, by_name(merged.files, own.files, config_files))
+    return RankedTensors(path, location.inside, config, tensors, by_name(merged.files, location.files, config_files))
 
 
-def _read_own(listing: LocalListing) -> _Own:
+def _locate(listing: LocalListing) -> _Location:
     path, names = listing.path, listing.names()
     if any(map(is_states, names)):
-        return _Own("")
+        return _Location("")
     others = _tag_of_others(names)
     if not is_trainer_folder(listing):
-        return _Own(f"{others}/" if others else "")
+        return _Location(f"{others}/" if others else "")
     check_written(path)
     if others and LATEST not in names:
-        return _Own(f"{others}/", step=trainer_step(path, names))
+        return _Location(f"{others}/", step=trainer_step(path, names))
     tag, latest = _read_latest(path)
     if tag not in names:
         raise IncompleteCheckpoint(f"{LATEST} names the folder {tag}, which is not there", remedy=WAIT)
-    return _Own(f"{tag}/", (latest,), trainer_step(path, names))
+    return _Location(f"{tag}/", (latest,), trainer_step(path, names))
 
 
 def _read_latest(path: Path) -> tuple[str, FileStamp]:
@@ -195,8 +195,8 @@ _look_at = Remembered(_summarise, incomplete=False)
 
 
 def _read_states(path: Path, inside: str, names: frozenset[str]) -> Merged:
-    found = names_by_rank(names)
-    return merge(path, inside, found) if found.partitioned else _read_module(path, inside, found)
+    by_rank = names_by_rank(names)
+    return merge(path, inside, by_rank) if by_rank.partitioned else _read_module(path, inside, by_rank)
 
 
 def _read_module(path: Path, inside: str, names: Names) -> Merged:
@@ -233,8 +233,8 @@ def _claim_of(states: frozenset[str], needs: frozenset[str]) -> Claim:
 
 def _evidence(listing: LocalListing) -> tuple[FileStamp, ...]:
     """Stamps of what is there of a checkpoint that is not whole: they say whether somebody is still writing."""
-    own = {name for name in listing.names() if is_states(name) or name in (CONFIG, STATE, SENTINEL, LATEST)}
-    return stamps_of(listing.path, own | _states_below(listing))
+    present = {name for name in listing.names() if is_states(name) or name in (CONFIG, STATE, SENTINEL, LATEST)}
+    return stamps_of(listing.path, present | _states_below(listing))
 
 
 def _states_below(listing: Listing) -> frozenset[str]:

@@ -92,8 +92,8 @@ def _check_layout(names: list[str]) -> None:
             raise CheckpointError(f"{name} has the layers of one pipeline stage, which is not read", remedy=EXPORT)
         if _EXPERT.fullmatch(name):
             raise CheckpointError(f"{name} has the experts of a mixture (MoE), which is not read", remedy=EXPORT)
-        found = _WHOLE.fullmatch(name) or _PARTITIONED.fullmatch(name) or _OPTIMIZER.fullmatch(name)
-        if found is not None and int(found.groups()[-1]) != 0:
+        match = _WHOLE.fullmatch(name) or _PARTITIONED.fullmatch(name) or _OPTIMIZER.fullmatch(name)
+        if match is not None and int(match.groups()[-1]) != 0:
             raise CheckpointError(
                 f"{name} is of another rank than mp_rank_00: weights cut by tensor parallelism are not read",
                 remedy=EXPORT,
@@ -101,15 +101,15 @@ def _check_layout(names: list[str]) -> None:
 
 
 def _by_rank(pattern: re.Pattern[str], names: list[str]) -> dict[int, str]:
-    found: dict[int, str] = {}
+    name_by_rank: dict[int, str] = {}
     for name in names:
         match = pattern.fullmatch(name)
         if match is None:
             continue
         rank = int(match[1])
-        if rank in found:
+        if rank in name_by_rank:
             raise CheckpointError(
-                f"both {found[rank]} and {name} are there: two savings in one folder", remedy=SAVE_AGAIN
+                f"both {name_by_rank[rank]} and {name} are there: two savings in one folder", remedy=SAVE_AGAIN
             )
-        found[rank] = name
-    return found
+        name_by_rank[rank] = name
+    return name_by_rank

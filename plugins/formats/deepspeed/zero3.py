@@ -141,12 +141,12 @@ def _model(saved: Saved, states: Table, name: str) -> _Model:
 def _fragments(files: _Files, name: str, model: _Model, lead: str) -> Mapping[str, Partition]:
     """The frozen weights' parts in another rank's model states, when these agree with the first rank's."""
     saved, states = files.states(name)
-    found = _model(saved, states, name)
-    if found.world != model.world:
-        raise refused(name, f"says dp_world_size {found.world:,}, {lead} {model.world:,}: two savings")
-    if (found.shapes, found.frozen) != (model.shapes, model.frozen):
+    this_rank = _model(saved, states, name)
+    if this_rank.world != model.world:
+        raise refused(name, f"says dp_world_size {this_rank.world:,}, {lead} {model.world:,}: two savings")
+    if (this_rank.shapes, this_rank.frozen) != (model.shapes, model.frozen):
         raise refused(name, f"has other param_shapes than {lead}: two savings")
-    return found.fragments
+    return this_rank.fragments
 
 
 def _masters(files: _Files, name: str, model: _Model, lead: str) -> Partition:

@@ -30,10 +30,10 @@ class Remembered(Generic[P, T]):
         self._outcome = lru_cache(maxsize=most)(self._find)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        found = self._outcome(*args, **kwargs)  # type: ignore[arg-type]  # paths, texts and stamps can be hashed
-        if isinstance(found, CheckpointError):
-            raise _bare(found)
-        return found
+        outcome = self._outcome(*args, **kwargs)  # type: ignore[arg-type]  # paths, texts and stamps can be hashed
+        if isinstance(outcome, CheckpointError):
+            raise _bare(outcome)
+        return outcome
 
     def _find(self, *args: P.args, **kwargs: P.kwargs) -> T | CheckpointError:
         try:

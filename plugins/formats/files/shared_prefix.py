@@ -21,7 +21,7 @@ def shared_prefix(names: Sequence[str]) -> str:
         parts = {name.removeprefix(_LIGHTNING).split(".")[0] for name in rest}
         on_top = parts & _TOP or all(part.isdecimal() for part in parts)
         wrappers = (*_WRAPPERS, _LIGHTNING) if on_top else _WRAPPERS
-        found = next((w for w in wrappers if all(name.startswith(w) and name != w for name in rest)), None)
-        if found is None or not names:
+        wrapper = next((w for w in wrappers if all(name.startswith(w) and name != w for name in rest)), None)
+        if wrapper is None or not names:
             return prefix
-        prefix += found
+        prefix += wrapper

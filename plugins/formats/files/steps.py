@@ -14,8 +14,8 @@ _RANDOM_STATES = re.compile(r"random_states_\d+\.pkl")
 
 def step_in_name(name: str) -> int | None:
     """The number in a name such as `checkpoint-800`, `step_800`, `iter800`, `global_step800` or `800`."""
-    found = _STEP.fullmatch(name)
-    return int(found[1] or found[2]) if found else None
+    match = _STEP.fullmatch(name)
+    return int(match[1] or match[2]) if match else None
 
 
 def counts_savings(name: str) -> bool:

@@ -91,25 +91,25 @@ class _Summary:
 def _look(path: Path) -> _WholeFolder:
     backend = check_backend(path)
     stamp = stamp_of(path, METADATA)
-    found = _files(path, backend, stamp, _summary(path, stamp).ends)
-    _check_model(path, stamp, model_sizes(found.config))
-    return found
+    folder = _files(path, backend, stamp, _summary(path, stamp).ends)
+    _check_model(path, stamp, model_sizes(folder.config))
+    return folder
 
 
 def _read(path: Path) -> ChunkedTensors:
     backend = check_backend(path)
     pickle, stamp = read_metadata(path, "")
     contents = read_contents(pickle)
-    found = _files(path, backend, stamp, contents.ends)
-    return ChunkedTensors(path, "", found.config, contents.tensors, found.files)
+    folder = _files(path, backend, stamp, contents.ends)
+    return ChunkedTensors(path, "", folder.config, contents.tensors, folder.files)
 
 
 def _files(path: Path, backend: FileStamp, metadata: FileStamp, ends: Mapping[str, int]) -> _WholeFolder:
     shards = check_shards(path, "", ends)
     common = stamp_of(path, COMMON)
     _check_common(path, common)
-    config, own = read_config(path, above=True)
-    return _WholeFolder(by_name([backend, metadata, common], shards, own), config)
+    config, config_files = read_config(path, above=True)
+    return _WholeFolder(by_name([backend, metadata, common], shards, config_files), config)
 
 
 def _read_summary(path: Path, stamp: FileStamp) -> _Summary:

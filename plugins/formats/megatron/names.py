@@ -92,7 +92,7 @@ def model_parts(model: ModelSizes, shapes: Mapping[str, tuple[int, ...]]) -> dic
     finder = _Finder({name.removeprefix(prefix): shape for name, shape in shapes.items()}, model, prefix)
     parts = dict(finder.top(top))
     for number in range(model.layers):
-        parts |= {f"{blocks}{number}.{own}": part for own, part in finder.layer(layer, number)}
+        parts |= {f"{blocks}{number}.{weight}": part for weight, part in finder.layer(layer, number)}
     strange = sorted(finder.shapes.keys() - finder.used)
     if strange:
         raise _strange(strange, model)
@@ -102,10 +102,10 @@ def model_parts(model: ModelSizes, shapes: Mapping[str, tuple[int, ...]]) -> dic
 def _strange(names: list[str], model: ModelSizes) -> CheckpointError:
     shown = ascii(names[0][:200])[1:-1]
     for pattern, what in FOREIGN.items():
-        found = next((name for name in names if re.search(pattern, name)), None)
-        if found is not None:
+        foreign = next((name for name in names if re.search(pattern, name)), None)
+        if foreign is not None:
             return CheckpointError(
-                f"`{ascii(found[:200])[1:-1]}` belongs to {what}, whose Megatron layout is not mapped", remedy=BRIDGE
+                f"`{ascii(foreign[:200])[1:-1]}` belongs to {what}, whose Megatron layout is not mapped", remedy=BRIDGE
             )
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return CheckpointError(
@@ -135,7 +135,7 @@ class _Finder:
         for place in places:
             for name, kind in place.among:
                 if name in self.shapes:
-                    yield place.own, self._part(name, None, self.shapes[name], kind, place)
+                    yield place.weight, self._part(name, None, self.shapes[name], kind, place)
                     break
 
     def layer(self, places: tuple[Place, ...], number: int) -> Iterator[tuple[str, Part]]:
@@ -143,10 +143,10 @@ class _Finder:
             for name, kind in place.among:
                 single, stacked = f"{_STACK}{number}.{name}", _STACK + name
                 if single in self.shapes:
-                    yield place.own, self._part(single, None, self.shapes[single], kind, place)
+                    yield place.weight, self._part(single, None, self.shapes[single], kind, place)
                     break
                 if stacked in self.shapes:
-                    yield place.own, self._part(stacked, number, self._in_stack(stacked), kind, place)
+                    yield place.weight, self._part(stacked, number, self._in_stack(stacked), kind, place)
                     break
 
     def _in_stack(self, name: str) -> tuple[int, ...]:
@@ -163,9 +163,9 @@ class _Finder:
         if not shape or len(shape) > 2:
             raise CheckpointError(f"`{name}` has the shape {self.shapes[name]}, not that of a weight", remedy=BRIDGE)
         rows = self._rows(name, shape[0], kind)
-        own = (sum(stop - start for start, stop in rows), *shape[1:])
-        turned = place.transposed and len(own) == 2
-        return Part(self.prefix + name, layer, rows, own[::-1] if turned else own, turned)
+        shape_of_rows = (sum(stop - start for start, stop in rows), *shape[1:])
+        turned = place.transposed and len(shape_of_rows) == 2
+        return Part(self.prefix + name, layer, rows, shape_of_rows[::-1] if turned else shape_of_rows, turned)
 
     def _rows(self, name: str, there: int, kind: Kind) -> Rows:
         """Which of the `there` rows of a tensor are meant."""

@@ -18,33 +18,33 @@ _QKV, _FC1 = "self_attention.linear_qkv.", "mlp.linear_fc1."
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a weight `own` of the model may be: in the first of the tensors `among`, each with what of it."""
+    """Where a weight `weight` of the model may be: in the first of the tensors `among`, each with what of it."""
 
-    own: str
+    weight: str
     among: tuple[tuple[str, Kind], ...]
     transposed: bool = False
 
 
-def _both(own: str, stored: str, kind: Kind = "whole", *, transposed: bool = False) -> tuple[Place, Place]:
+def _both(module: str, stored: str, kind: Kind = "whole", *, transposed: bool = False) -> tuple[Place, Place]:
     """The places of a weight and of its bias."""
     return (
-        Place(f"{own}.weight", ((f"{stored}weight", kind),), transposed),
-        Place(f"{own}.bias", ((f"{stored}bias", kind),)),
+        Place(f"{module}.weight", ((f"{stored}weight", kind),), transposed),
+        Place(f"{module}.bias", ((f"{stored}bias", kind),)),
     )
 
 
-def _norm(own: str, fused: str, alone: str) -> tuple[Place, Place]:
+def _norm(module: str, fused: str, alone: str) -> tuple[Place, Place]:
     """The places of a norm, in the projection behind it (Transformer Engine) or by itself."""
     return (
-        Place(f"{own}.weight", ((f"{fused}layer_norm_weight", "whole"), (f"{alone}.weight", "whole"))),
-        Place(f"{own}.bias", ((f"{fused}layer_norm_bias", "whole"), (f"{alone}.bias", "whole"))),
+        Place(f"{module}.weight", ((f"{fused}layer_norm_weight", "whole"), (f"{alone}.weight", "whole"))),
+        Place(f"{module}.bias", ((f"{fused}layer_norm_bias", "whole"), (f"{alone}.bias", "whole"))),
     )
 
 
-def _gated(own: str, kind: Kind, half: str) -> Iterator[Place]:
+def _gated(module: str, kind: Kind, half: str) -> Iterator[Place]:
     """The places of a half of linear_fc1, which newer releases may store as tensors of their own."""
     for what in ("weight", "bias"):
-        yield Place(f"{own}.{what}", ((f"{_FC1}{what}", kind), (f"{_FC1}{what}_{half}", "whole")))
+        yield Place(f"{module}.{what}", ((f"{_FC1}{what}", kind), (f"{_FC1}{what}_{half}", "whole")))
 
 
 _LLAMA_LAYER = (

@@ -34,7 +34,7 @@ def without_wrappers(name: str) -> str:
 
 def sort_names(names: Iterable[str]) -> AdapterNames:
     """Every tensor's module and place; raises CheckpointError for a name that PEFT does not write for LoRA."""
-    found = AdapterNames()
+    adapter_names = AdapterNames()
     adapters: set[str] = set()
     wholes: list[tuple[str, list[str], int]] = []
     for name in names:
@@ -46,27 +46,27 @@ def sort_names(names: Iterable[str]) -> AdapterNames:
         if place is not None and path[place] == "modules_to_save":
             wholes.append((name, path, place))
         elif place is None:
-            _add(found.replacements, ".".join(path), name)
+            _add(adapter_names.replacements, ".".join(path), name)
         else:
-            _sort(name, path, place, found, adapters)
+            _sort(name, path, place, adapter_names, adapters)
     if len(adapters) > 1:
         raise refused("the adapter's file", f"holds several adapters: {', '.join(sorted(adapters)[:4])}")
     for name, path, place in wholes:
         rest = path[place + 1 :]
         rest = rest[1:] if rest[:1] in ([adapter] for adapter in {"default", *adapters}) else rest
         # peft may save such a module a second time under its plain name.
-        found.replacements.setdefault(".".join((*path[:place], *rest)), name)
-    return found
+        adapter_names.replacements.setdefault(".".join((*path[:place], *rest)), name)
+    return adapter_names
 
 
-def _sort(name: str, path: list[str], place: int, found: AdapterNames, adapters: set[str]) -> None:
+def _sort(name: str, path: list[str], place: int, adapter_names: AdapterNames, adapters: set[str]) -> None:
     module, part, rest = ".".join(path[:place]), path[place], path[place + 1 :]
     if part == "original_module":  # the base model's own, as it was
         return
     if part == "token_adapter" and rest[:1] in (["base_layer"], [TOKENS]):
         part, rest = rest[0], rest[1:]
     if part == "base_layer":
-        _add(found.replacements, ".".join((module, *rest)), name)
+        _add(adapter_names.replacements, ".".join((module, *rest)), name)
         return
     if part in _PAIR and rest and rest[-1] in ("weight", "bias"):
         part, rest = part if rest[-1] == "weight" else f"{part}.bias", rest[:-1]
@@ -77,7 +77,7 @@ def _sort(name: str, path: list[str], place: int, found: AdapterNames, adapters:
     if len(rest) > 1 or not module:
         raise refused(f"the adapter's tensor `{name}`", "has a name that is not known of LoRA")
     adapters.update(rest)
-    _add(found.parts.setdefault(module, {}), part, name)
+    _add(adapter_names.parts.setdefault(module, {}), part, name)
 
 
 def _add(table: dict[str, str], key: str, name: str) -> None:

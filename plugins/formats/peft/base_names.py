@@ -26,7 +26,7 @@ class BaseNames:
         for plain, name in self._stored.items():
             self._by_rest.setdefault(plain.partition(".")[2], []).append(name)
         self.embedding = self._embedding(shapes, config.get("vocab_size"))
-        self.head = next((found for head in HEADS if (found := self.find(f"{head}.weight"))), None)
+        self.head = next((stored_name for head in HEADS if (stored_name := self.find(f"{head}.weight"))), None)
         self.is_tied = self.embedding is not None and (
             config.get("tie_word_embeddings") is True
             or (config.get("tie_word_embeddings") is None and self.head is None)

@@ -95,10 +95,10 @@ def views_of(state: Table, offsets: Mapping[str, int], where: str) -> dict[str, 
 
 def _settings(top: Table) -> Mapping[str, Any] | None:
     """What is plain data among the settings beside the weights."""
-    found = next((top[key] for key in SETTINGS if type(top.get(key)) is Table), None)
-    if found is None:
+    table = next((top[key] for key in SETTINGS if type(top.get(key)) is Table), None)
+    if table is None:
         return None
-    return {key: value for key, value in found.items() if value is None or type(value) in (bool, int, float, str)}
+    return {key: value for key, value in table.items() if value is None or type(value) in (bool, int, float, str)}
 
 
 def offsets_of(archive: Archive, content: Content) -> dict[str, int]:
@@ -146,8 +146,8 @@ def _kind(value: Any) -> str:
 
 
 def _step(top: Table) -> int | None:
-    found = (top.get(key) for key in STEPS)
-    return next((step for step in found if is_count(step)), None)
+    values = (top.get(key) for key in STEPS)
+    return next((step for step in values if is_count(step)), None)
 
 
 def view_of(value: Any, offsets: Mapping[str, int], what: str) -> View:

@@ -55,15 +55,15 @@ class Archive:
 
     def offset(self, member: str) -> int:
         """The byte of the file at which a member's content begins. Raises CheckpointError when it cannot be there."""
-        found = self.members[member]
-        header = _read(self.descriptor, self.start + found.header, _LOCAL.size + len(found.name), self.name)
+        entry = self.members[member]
+        header = _read(self.descriptor, self.start + entry.header, _LOCAL.size + len(entry.name), self.name)
         signature, _, flags, method, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack_from(header)
-        same = signature == b"PK\x03\x04" and name_length == len(found.name) and header[_LOCAL.size :] == found.name
+        same = signature == b"PK\x03\x04" and name_length == len(entry.name) and header[_LOCAL.size :] == entry.name
         if not same or method != _STORED or flags & _ENCRYPTED:
             raise refused(self.name, f"has another header before {shown(member)} than its directory says")
-        offset = found.header + _LOCAL.size + len(found.name) + int(extra_length)
-        if offset + found.size > found.end:
-            raise refused(self.name, f"has {shown(member)} reach beyond byte {found.end:,}, where something else is")
+        offset = entry.header + _LOCAL.size + len(entry.name) + int(extra_length)
+        if offset + entry.size > entry.end:
+            raise refused(self.name, f"has {shown(member)} reach beyond byte {entry.end:,}, where something else is")
         return self.start + offset
 
     def content(self, member: str, limit: int) -> bytes:

@@ -129,12 +129,12 @@ def read_files(
     does not change this one, so it is no part of its stamps. With a `mark` it may be above, and the file of that name
     is one of the checkpoint's; any other folder without its own config.json is half removed.
     """
-    config, own = read_config(folder, above=mark is not None)
-    if mark is not None and not own:
-        own = (stamp_of(folder, mark),)
+    config, config_files = read_config(folder, above=mark is not None)
+    if mark is not None and not config_files:
+        config_files = (stamp_of(folder, mark),)
     tensors: dict[str, tuple[str, Extent]] = {}
     texts: dict[str, str] = {}
-    stamps = [*own] if own_config else []
+    stamps = [*config_files] if own_config else []
     for name in weight_files:
         with opened(folder, name) as (descriptor, stamp):
             header = read_header(descriptor, name, stamp.size)

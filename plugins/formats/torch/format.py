@@ -116,9 +116,9 @@ def _look(listing: LocalListing) -> _Examined:
 
 
 def _read_files(path: Path, names: frozenset[str], stamps: tuple[FileStamp, ...], *, single: bool) -> _Examined:
-    found = _read_single(path) if single else _read_named(path, names)
-    check_seen(path, found.layout.files, stamps)
-    return _Examined(found.layout.files, found.step, found.layout.beside)
+    located = _read_single(path) if single else _read_named(path, names)
+    check_seen(path, located.layout.files, stamps)
+    return _Examined(located.layout.files, located.step, located.layout.beside)
 
 
 _examine = Remembered(_read_files, incomplete=False)
@@ -137,23 +137,23 @@ def _read_named(folder: Path, names: frozenset[str]) -> _LocatedViews:
     if not is_trainer_name(folder.name):
         return _read_folder(folder, names)
     check_written(folder)
-    found = _read_folder(folder, names)
-    return dataclasses.replace(found, step=trainer_step(folder, names))
+    located = _read_folder(folder, names)
+    return dataclasses.replace(located, step=trainer_step(folder, names))
 
 
 def _read_folder(folder: Path, names: frozenset[str]) -> _LocatedViews:
     mark = min(marks_of_accelerate(names), default=None)
     for name in WEIGHTS:  # transformers too prefers it to an index
         if name in names:
-            found = _read_pickles(folder, (name,), mark=mark)
+            located = _read_pickles(folder, (name,), mark=mark)
             others = frozenset(filter(is_pickle, names)) - {*WEIGHTS}
             beside = not_read(folder, name, others) if others else ""
-            return dataclasses.replace(found, layout=dataclasses.replace(found.layout, beside=beside))
+            return dataclasses.replace(located, layout=dataclasses.replace(located.layout, beside=beside))
     if INDEX not in names:
         raise IncompleteCheckpoint(f"neither {WEIGHTS[0]} nor {INDEX} is there", remedy=WAIT)
     weight_map, stamp = read_index(folder, INDEX, ".bin")
-    found = _read_pickles(folder, tuple(sorted(set(weight_map.values()))), weight_map=weight_map, mark=mark)
-    return dataclasses.replace(found, layout=with_file(found.layout, stamp))
+    located = _read_pickles(folder, tuple(sorted(set(weight_map.values()))), weight_map=weight_map, mark=mark)
+    return dataclasses.replace(located, layout=with_file(located.layout, stamp))
 
 
 def _read_pickles(

@@ -67,9 +67,9 @@ class Exchange:
         The name is looked up once, and what was looked at is what is connected to: a name server that answers
         differently the next time gains nothing. Raises AddressRefused and OSError.
         """
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        allowed = [one for one in found if allows(str(one[4][0]))][:MOST_ADDRESSES]
-        failure: OSError = AddressRefused(str(found[0][4][0]))
+        resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        allowed = [entry for entry in resolved if allows(str(entry[4][0]))][:MOST_ADDRESSES]
+        failure: OSError = AddressRefused(str(resolved[0][4][0]))
         for family, kind, protocol, _, address in allowed:
             connection = socket.socket(family, kind, protocol)
             connection.settimeout(self._seconds / len(allowed))
