@@ -44,8 +44,8 @@ class Address:
     def tracker(self) -> Tracker:
         """A connection of its own to this tracker."""
         plugin = registry.tracker(self.plugin)
-        own = restored(plugin.settings, self.settings)
-        return plugin.connect(own, checkpoint_dir=self.checkpoint_dir, state_dir=self.state_dir)
+        options = restored(plugin.settings, self.settings)
+        return plugin.connect(options, checkpoint_dir=self.checkpoint_dir, state_dir=self.state_dir)
 
     def sink(self) -> Sink:
         """A connection of its own to this sink."""
@@ -88,8 +88,8 @@ def tracker_settings(tracking: TrackerSettings, *, alone: bool) -> dict[str, Any
     unread = set(tracking.flags)
     for name in tracking.use:
         plugin = registry.tracker(name)
-        own = {field.name: field for field in dataclasses.fields(plugin.settings)}
-        flags = {key: value for key, value in tracking.flags.items() if key in own}
+        fields = {field.name: field for field in dataclasses.fields(plugin.settings)}
+        flags = {key: value for key, value in tracking.flags.items() if key in fields}
         unread -= set(flags)
         table = {**tracking.options.get(name, {}), **flags}
         environment = _variables(plugin.settings, table, alone=alone)
@@ -148,10 +148,10 @@ def notes(tracking: TrackerSettings, *, alone: bool) -> tuple[str, ...]:
 def pinned_run(settings: Mapping[str, Any]) -> str:
     """What the user pinned of the trackers' own runs; another text is another run."""
     pins = {
-        f"{name}.{field.name}": getattr(own, field.name)
-        for name, own in sorted(settings.items())
-        for field in dataclasses.fields(own)
-        if field.metadata.get("pins_run") and getattr(own, field.name)
+        f"{name}.{field.name}": getattr(options, field.name)
+        for name, options in sorted(settings.items())
+        for field in dataclasses.fields(options)
+        if field.metadata.get("pins_run") and getattr(options, field.name)
     }
     return ", ".join(f"{key}={value}" for key, value in pins.items())
 
@@ -162,7 +162,7 @@ def addresses(run: RunSettings, settings: Settings, *, key: str, folder: Path, s
     trackers = tracker_settings(run.tracker, alone=len(settings.runs) == 1)
     loss = _loss_keys(run)
     to_trackers = (
-        Address("tracker", name, name, plain(own), key, place, folder, loss) for name, own in trackers.items()
+        Address("tracker", name, name, plain(options), key, place, folder, loss) for name, options in trackers.items()
     )
     return (*to_trackers, *sink_addresses(settings, key=key, place=place, state_dir=state_dir))
 

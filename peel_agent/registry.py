@@ -168,10 +168,10 @@ def _lack(kind: str, point: EntryPoint) -> str | None:
 
 def installed() -> tuple[Installed, ...]:
     """Every installed plug-in of every kind, each loaded once to see whether it does."""
-    found = []
+    plugins = []
     for kind in KINDS:
         for point in sorted(_installed(kind), key=lambda point: point.name):
             distribution = point.dist.name if point.dist is not None else "unknown distribution"
             problem = _problem(kind, point) or _lack(kind, point)
-            found.append(Installed(kind, point.name, f"{distribution}: {point.value}", problem))
-    return tuple(found)
+            plugins.append(Installed(kind, point.name, f"{distribution}: {point.value}", problem))
+    return tuple(plugins)

@@ -222,13 +222,13 @@ class Run:
             raise
 
     def _request(self, ref: CheckpointRef, lease: DeviceLease) -> Request:
-        own = self.settings
+        settings = self.settings
         is_observation = self._is_observation(ref)
         return Request(
             ref=ref,
-            probe=own.probe,
-            peel=own.peel,
-            model=own.model,
+            probe=settings.probe,
+            peel=settings.peel,
+            model=settings.model,
             lease=lease,
             nice=self.device.nice,
             memory_fraction=self.device.memory_fraction,

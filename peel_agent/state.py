@@ -30,14 +30,14 @@ def state_dir_of(settings: Settings, file: Path | None) -> Path:
         )
     (run,) = settings.runs
     place, trackers = str(run.watch.path), tracker_settings(run.tracker, alone=True)
-    own = default_state_dir([place, run.name, pinned_run(trackers)], run.name)
+    state_dir = default_state_dir([place, run.name, pinned_run(trackers)], run.name)
     given = {
-        name: {key: str(value) for key, value in plain(one).items() if value is not None and key not in NOT_IN_0_1}
-        for name, one in trackers.items()
+        name: {key: str(value) for key, value in plain(tracker).items() if value is not None and key not in NOT_IN_0_1}
+        for name, tracker in trackers.items()
     }
     for name, options_given in given.items():  # version 0.1 took no experiment from the environment
         if "experiment" not in run.tracker.options.get(name, {}):
             options_given.pop("experiment", None)
-    options = {name: one for name, one in given.items() if one}
+    options = {name: texts for name, texts in given.items() if texts}
     earlier = state_dir_of_0_1(place, run.tracker.use, options)
-    return earlier if not (own / FILE).exists() and (earlier / FILE).exists() else own
+    return earlier if not (state_dir / FILE).exists() and (earlier / FILE).exists() else state_dir

@@ -100,13 +100,13 @@ def _plugins(_options: argparse.Namespace) -> int:
     from peel_agent.registry import installed
     from peel_agent.spi import KINDS
 
-    found = installed()
+    plugins = installed()
     for kind in KINDS:
         print(kind)
-        own = [listing for listing in found if listing.kind == kind]
-        for listing in own:
+        of_kind = [listing for listing in plugins if listing.kind == kind]
+        for listing in of_kind:
             state = "usable" if listing.problem is None else f"not usable: {listing.problem}"
             print(f"  {listing.name:<14} {listing.source:<60} {state}")
-        if not own:
+        if not of_kind:
             print("  (none installed)")
     return 0

@@ -73,14 +73,14 @@ def add_init(parser: argparse.ArgumentParser) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from peel_agent.doctor import Found, configuration_text, find
+    from peel_agent.doctor import WatchedPlace, configuration_text, watched_place
 
     out = None if options.out == "-" else Path(options.out)
     if out is not None and out.exists() and not options.force:
         raise _taken(out)
-    found = Found(options.path) if is_url(options.path) else find(Path(options.path), time.time())
-    text = configuration_text(found)
-    for sentence in found.sentences:
+    watched = WatchedPlace(options.path) if is_url(options.path) else watched_place(Path(options.path), time.time())
+    text = configuration_text(watched)
+    for sentence in watched.sentences:
         say(printable(sentence))
     if out is None:
         print(text, end="", flush=True)

@@ -77,7 +77,7 @@ def check_length(run: RunSettings, now: float) -> None:
     place = str(run.watch.path)
     if run.probe.sequence_length is None or is_url(place) or not Path(place).is_dir():
         return
-    from peel_agent.doctor.found import checkpoints_in, opened_by_child
+    from peel_agent.doctor.folder import checkpoints_in, opened_by_child
 
     try:
         newest = checkpoints_in(Path(place), run.watch.format, run.watch.ready_markers, now).newest

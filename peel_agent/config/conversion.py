@@ -69,7 +69,7 @@ def _factory(value: Any) -> str | None:
 def _maps(value: Any) -> str | tuple[tuple[int, ...], ...]:
     if isinstance(value, str):
         return value
-    return tuple(tuple(_whole(entry) for entry in own) for own in value)
+    return tuple(tuple(_whole(entry) for entry in target_map) for target_map in value)
 
 
 def _precision(value: Any) -> Precision:

@@ -16,31 +16,31 @@ def check_ranges(settings: Settings) -> None:
         raise ConfigurationError(
             f"`device.memory_fraction` is {settings.device.memory_fraction:g}", remedy="it must be above 0, at most 1"
         )
-    both: tuple[Settings | RunSettings, ...] = (settings, *settings.runs)
-    for own in both:
-        _check_least(own)
-        _check_names("rule", [rule.name for rule in own.rules])
+    all_sections: tuple[Settings | RunSettings, ...] = (settings, *settings.runs)
+    for sections in all_sections:
+        _check_least(sections)
+        _check_names("rule", [rule.name for rule in sections.rules])
     check_rules(settings)
     _check_names("run", [run.name for run in settings.runs])
     _check_names("sink", [sink.name for sink in settings.sinks])
 
 
-def _check_least(own: Settings | RunSettings) -> None:
-    probe, watch = own.probe, own.watch
+def _check_least(sections: Settings | RunSettings) -> None:
+    probe, watch = sections.probe, sections.watch
     least: dict[str, tuple[float, float]] = {
         "watch.settle_seconds": (watch.settle_seconds, 0),
         "watch.poll_seconds": (watch.poll_seconds, 0),
         "probe.fit_tokens": (probe.fit_tokens, 1),
         "probe.select_tokens": (probe.select_tokens, 1),
         "probe.confirm_tokens": (probe.confirm_tokens, 1),
-        "tracker.max_series": (own.tracker.max_series, 10),
+        "tracker.max_series": (sections.tracker.max_series, 10),
     }
     if probe.sequence_length is not None:
         least["probe.sequence_length"] = (probe.sequence_length, 2)
-    if own.peel.time_budget_seconds is not None:
-        least["peel.time_budget_seconds"] = (own.peel.time_budget_seconds, 0)
-    if own.peel.budget_passes is not None:
-        least["peel.budget_passes"] = (own.peel.budget_passes, 0)
+    if sections.peel.time_budget_seconds is not None:
+        least["peel.time_budget_seconds"] = (sections.peel.time_budget_seconds, 0)
+    if sections.peel.budget_passes is not None:
+        least["peel.budget_passes"] = (sections.peel.budget_passes, 0)
     for dotted, (value, bound) in least.items():
         if not bound <= value < float("inf"):
             raise ConfigurationError(f"`{dotted}` is {value:g}", remedy=f"it must be {bound:g} or more")

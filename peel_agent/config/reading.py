@@ -112,9 +112,9 @@ _SECTIONS: dict[str, type] = {
 
 def _settings(raw: Mapping[str, Any]) -> Settings:
     _known("", raw, {*_SECTIONS, *LISTS})
-    own = _sections(raw, tuple(_SECTIONS))
+    sections = _sections(raw, tuple(_SECTIONS))
     sinks = tuple(_sink(entry) for entry in _entries(raw, "sink"))
-    return Settings(**own, rules=_rules(raw), sinks=sinks, runs=_runs(raw))
+    return Settings(**sections, rules=_rules(raw), sinks=sinks, runs=_runs(raw))
 
 
 def _sections(raw: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -160,8 +160,8 @@ def _runs(raw: Mapping[str, Any]) -> tuple[RunSettings, ...]:
     runs = []
     for entry in _entries(raw, "run"):
         _known("run", entry, {"name", *OF_A_RUN})
-        own = {name: entry[name] for name in OF_A_RUN if name in entry}
-        runs.append(_run(_over(general, own), entry.get("name")))
+        tables = {name: entry[name] for name in OF_A_RUN if name in entry}
+        runs.append(_run(_over(general, tables), entry.get("name")))
     return tuple(runs)
 
 
@@ -176,10 +176,10 @@ def _run(raw: Mapping[str, Any], name: object) -> RunSettings:
     return RunSettings(name=converted("run.name", "str", name or derived), rules=_rules(raw), **sections)
 
 
-def _over(general: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _over(general: Mapping[str, Any], particular: Mapping[str, Any]) -> dict[str, Any]:
     """One raw configuration laid over another: a table key by key, anything else as a whole."""
     laid = dict(general)
-    for key, value in own.items():
+    for key, value in particular.items():
         below = general.get(key)
         laid[key] = _over(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
     return laid
@@ -187,9 +187,9 @@ def _over(general: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tracker(table: Mapping[str, Any]) -> TrackerSettings:
     flags = table.get("*", {})  # options of the command line
-    options = {name: own for name, own in table.items() if isinstance(own, Mapping) and name != "*"}
-    own = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
-    return dataclasses.replace(section(TrackerSettings, "tracker", own), options=options, flags=flags)
+    options = {name: value for name, value in table.items() if isinstance(value, Mapping) and name != "*"}
+    common = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    return dataclasses.replace(section(TrackerSettings, "tracker", common), options=options, flags=flags)
 
 
 def section(kind: type[Kind], name: str, table: Mapping[str, Any]) -> Kind:

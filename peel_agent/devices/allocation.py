@@ -40,7 +40,7 @@ def allotment(look: Look, allocation: str | None) -> Allotment:
 
 
 def _allocated(look: Look, entries: list[str]) -> Allotment:
-    found: list[Reading] = []
+    allocated: list[Reading] = []
     note = ""
     for entry in entries:
         reading = _entry(look, entry) if _kind(entry) == _kind(entries[0]) else None
@@ -49,12 +49,12 @@ def _allocated(look: Look, entries: list[str]) -> Allotment:
             if _kind(entry) == "index" and look.uncountable:
                 note = look.uncountable
             break
-        if reading in found:
+        if reading in allocated:
             return Allotment(
                 note=f"`{printable(entry)}` in CUDA_VISIBLE_DEVICES names a GPU twice: CUDA then shows none"
             )
-        found.append(reading)
-    return Allotment(counted=tuple(found), usable=tuple(found), note=note)
+        allocated.append(reading)
+    return Allotment(counted=tuple(allocated), usable=tuple(allocated), note=note)
 
 
 def _kind(entry: str) -> str:
@@ -87,26 +87,26 @@ def named(look: Look, select: str, allocation: str | None) -> Reading:
     ours = allotment(look, allocation)
     number = re.fullmatch(r"cuda:(\d+)", select)
     if number is None:
-        found = [reading for reading in ours.usable if reading.uuid.startswith(select)]
+        matching = [reading for reading in ours.usable if reading.uuid.startswith(select)]
     elif allocation is None and look.uncountable:
-        found = []
+        matching = []
     else:
-        found = list(ours.counted[int(number[1]) :][:1])
-    if len(found) == 1 and not found[0].is_divided:
-        return found[0]
+        matching = list(ours.counted[int(number[1]) :][:1])
+    if len(matching) == 1 and not matching[0].is_divided:
+        return matching[0]
     if look.uncountable and (allocation is None or allocation.strip()):
         raise DeviceUnavailable(
             f"`device.select` is `{select}`: {look.uncountable}",
             remedy="look at nvidia-smi and dmesg; name a GPU by its uuid, or use cpu",
         )
-    if number is not None and not found:
+    if number is not None and not matching:
         raise out_of_range(select, len(ours.counted), allocation)
     for gpu in look.readings:
-        if gpu.is_divided and (gpu in found or gpu.uuid.startswith(select)):
+        if gpu.is_divided and (gpu in matching or gpu.uuid.startswith(select)):
             raise _divided(gpu, [reading.uuid for reading in ours.usable if reading.gpu == gpu.uuid])
     some = ", ".join(reading.uuid for reading in ours.usable if reading.uuid)
     listed = f"use one of {some}, or cpu" if some else "use cpu"
-    matches = "is the beginning of several devices" if found else "is none of the devices"
+    matches = "is the beginning of several devices" if matching else "is none of the devices"
     given = "" if allocation is None else " that CUDA_VISIBLE_DEVICES leaves"
     raise ConfigurationError(f"`device.select` is `{select}`, which {matches}{given} here", remedy=listed)
 

@@ -108,8 +108,8 @@ def _numbered(gpus: list[tuple[str, list[Reading]]]) -> Look:
     A GPU that this user may not open is not counted: CUDA does not count it either.
     """
     known = sorted((gpu for gpu in gpus if gpu[0]), key=lambda gpu: gpu[0])
-    hidden = [own[0] for bus, own in gpus if not bus]
-    readings = [replace(reading, place=place) for place, (_, own) in enumerate(known) for reading in own]
+    hidden = [of_gpu[0] for bus, of_gpu in gpus if not bus]
+    readings = [replace(reading, place=place) for place, (_, of_gpu) in enumerate(known) for reading in of_gpu]
     causes = [reading.trouble for reading in hidden if reading.trouble != WORDS[NO_PERMISSION]]
     uncountable = f"GPUs cannot be counted while one of them cannot be read ({causes[0]})" if causes else ""
     return Look(readings=(*readings, *hidden), uncountable=uncountable)
@@ -146,13 +146,13 @@ def _slices(nvml: Any, gpu: Any, uuid: str) -> Iterator[Reading]:
 
 def _identified(nvml: Any, handle: Any) -> Reading:
     """The uuid and the name; empty where they cannot be read."""
-    found = []
+    texts = []
     for read in (nvml.nvmlDeviceGetUUID, nvml.nvmlDeviceGetName):
         try:
-            found.append(printable(str(read(handle))))
+            texts.append(printable(str(read(handle))))
         except nvml.NVMLError:
-            found.append("")
-    return Reading(uuid=found[0], name=found[1])
+            texts.append("")
+    return Reading(uuid=texts[0], name=texts[1])
 
 
 def _read(nvml: Any, handle: Any, known: Reading) -> Reading:

@@ -87,7 +87,9 @@ class Case:
         """The margins of the place in earlier reports that were measured as it is now, oldest first."""
         now = place.compared
         before = (one.compared for one in self.before(place)) if now is not None else ()
-        return tuple(own[1] for own in before if own is not None and now is not None and own[0] == now[0])
+        return tuple(
+            compared[1] for compared in before if compared is not None and now is not None and compared[0] == now[0]
+        )
 
     def peers(self, place: Place) -> tuple[Place, ...]:
         """The same place of the other blocks that have it."""

@@ -113,7 +113,7 @@ def dead(case: Case, place: Place) -> Finding | None:
 def _last_step(case: Case, place: Place, kind: str) -> int | None:
     """The last step at which the layer did not have a finding of this kind."""
     for report in reversed(case.history):
-        layer = next((own for own in report.layers if own.name == place.layer.name), None)
+        layer = next((earlier for earlier in report.layers if earlier.name == place.layer.name), None)
         if layer is None or layer.finding is None or layer.finding.kind != kind:
             return report.checkpoint.step
     return None
@@ -256,7 +256,7 @@ def flooding(case: Case) -> Finding | None:
     layers = case.report.layers
     for layer in layers[1:-1]:
         later = layers[layer.index + 1 :]
-        if layer.stream_share >= limits.FLOODING and all(own.status == "below" for own in later):
+        if layer.stream_share >= limits.FLOODING and all(block.status == "below" for block in later):
             words = (
                 f"{layer.name} floods the residual stream: {layer.stream_share:.0%} of what leaves it is its own, and "
                 f"all {len(later)} blocks after it look idle because of that"

@@ -4,7 +4,7 @@ Torch is imported in a child of this process only.
 """
 
 from peel_agent.doctor.examination import examine
-from peel_agent.doctor.found import Found, find
+from peel_agent.doctor.folder import WatchedPlace, watched_place
 from peel_agent.doctor.template import configuration_text
 
-__all__ = ["Found", "configuration_text", "examine", "find"]
+__all__ = ["WatchedPlace", "configuration_text", "examine", "watched_place"]

@@ -44,7 +44,7 @@ def _salvaged(file: Path | None, flags: Mapping[str, Any]) -> tuple[Settings, tu
     right: dict[str, Any] = {}
     faults: list[Check] = []
     settings = Settings()
-    for keys, value in ((), None), *_pieces(_tables(file)), *(((flag,), own) for flag, own in flags.items()):
+    for keys, value in ((), None), *_pieces(_tables(file)), *(((flag,), option) for flag, option in flags.items()):
         tried = copy.deepcopy(right)
         if keys:
             _put(tried, keys, value)
@@ -75,7 +75,7 @@ def _pieces(tables: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Each table key by key, each entry of a list of tables, and everything else as a whole."""
     for name, value in tables.items():
         if isinstance(value, Mapping) and value:
-            yield from (((name, key), own) for key, own in value.items())
+            yield from (((name, key), setting) for key, setting in value.items())
         elif isinstance(value, list):
             yield from (((name,), [entry]) for entry in value)
         else:

@@ -36,8 +36,8 @@ def check_trackers(
             yield failed(f"{name}trackers", error)
     key = run_key(run.name, str(run.watch.path), pinned_run(settings))
     folder = (state_dir or Path()) / "runs" / key
-    for used, own in settings.items():
-        connect = partial(registry.tracker(used).connect, own, checkpoint_dir=str(run.watch.path), state_dir=folder)
+    for used, options in settings.items():
+        connect = partial(registry.tracker(used).connect, options, checkpoint_dir=str(run.watch.path), state_dir=folder)
         yield from _checked(f"{name}tracker {used}", connect, now)
 
 

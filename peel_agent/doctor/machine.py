@@ -17,7 +17,7 @@ from peel_agent.devices import Devices, device_for
 from peel_agent.devices.idle import QuietTimes
 from peel_agent.devices.nvml import look
 from peel_agent.doctor.configuration import failed
-from peel_agent.doctor.found import opened_by_child
+from peel_agent.doctor.folder import opened_by_child
 from peel_agent.errors import DeviceUnavailable, PeelError
 from peel_agent.health.listen import listening, place_of
 from peel_agent.ledger import is_held

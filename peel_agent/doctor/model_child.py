@@ -81,7 +81,7 @@ def _decoder(
         ref.in_place(), form, registry.family, sets=model.precision, factory=model.factory, stored=weights
     )
     blocks = snapshot.model.get_submodule(snapshot.anatomy.blocks)
-    found = {
+    model_facts = {
         "family": snapshot.family,
         "blocks": len(list(blocks.children())),
         "width": snapshot.width,
@@ -91,13 +91,13 @@ def _decoder(
         "precision": snapshot.precision,
     }
     if probe.path is None:
-        return {"model": found}
+        return {"model": model_facts}
     try:
         tokens = probe_for(snapshot, probe, quick=quick)
     except PeelError as error:
-        return {"model": found, "probe_fault": {"what": error.what, "remedy": error.remedy}}
+        return {"model": model_facts, "probe_fault": {"what": error.what, "remedy": error.remedy}}
     return {
-        "model": found,
+        "model": model_facts,
         "probe": f"{tokens.fit.size:,} tokens to fit, {tokens.select.size:,} to select, {tokens.confirm.size:,} to "
         f"confirm, in sequences of {tokens.sequence_length:,}",
     }
@@ -107,7 +107,7 @@ def _network(weights: Weights, family: str, stack: Stack, probe: ProbeSettings) 
     from peel_agent.load import load_samples, open_network
 
     network = open_network(weights, family, stack)
-    found = {
+    model_facts = {
         "family": family,
         "blocks": len(network.weights),
         "width": int(network.weights[0].shape[1]),
@@ -117,13 +117,13 @@ def _network(weights: Weights, family: str, stack: Stack, probe: ProbeSettings) 
         "precision": network.precision,
     }
     if probe.path is None:
-        return {"model": found}
+        return {"model": model_facts}
     try:
         samples = load_samples(probe_path(probe), probe_sizes(probe))
     except PeelError as error:
-        return {"model": found, "probe_fault": {"what": error.what, "remedy": error.remedy}}
+        return {"model": model_facts, "probe_fault": {"what": error.what, "remedy": error.remedy}}
     counts = (part.X.shape[1] for part in (samples.fit, samples.select, samples.confirm))
-    return {"model": found, "probe": "samples to fit, select and confirm: {}, {}, {}".format(*counts)}
+    return {"model": model_facts, "probe": "samples to fit, select and confirm: {}, {}, {}".format(*counts)}
 
 
 if __name__ == "__main__":

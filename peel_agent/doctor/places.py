@@ -10,7 +10,7 @@ from pathlib import Path
 from peel_agent import registry
 from peel_agent.config import RunSettings
 from peel_agent.doctor.configuration import failed
-from peel_agent.doctor.found import Checkpoints, Opened, checkpoints_in, opened_by_child
+from peel_agent.doctor.folder import Checkpoints, Opened, checkpoints_in, opened_by_child
 from peel_agent.errors import PeelError
 from peel_agent.ledger import FILE, is_held, open_beside
 from peel_agent.mounts import SILENT, kind_of
@@ -92,35 +92,35 @@ def check_place(run: RunSettings, state_dir: Path | None, name: str, now: Callab
         yield Check(what, False, f"{root} is no directory", remedy)
         yield from _probe_file(run, name)
         return
-    found = checkpoints_in(root, run.watch.format, run.watch.ready_markers, now())
-    yield _contents(root, found, what)
+    checkpoints = checkpoints_in(root, run.watch.format, run.watch.ready_markers, now())
+    yield _contents(root, checkpoints, what)
     yield from _events_and_clock(root, name, now)
-    yield from _model_and_probe(run, found.newest, name)
-    yield from check_pins(root, found.newest, state_dir, name)
+    yield from _model_and_probe(run, checkpoints.newest, name)
+    yield from check_pins(root, checkpoints.newest, state_dir, name)
 
 
-def _contents(root: Path, found: Checkpoints, what: str) -> Check:
-    newest = found.newest
+def _contents(root: Path, checkpoints: Checkpoints, what: str) -> Check:
+    newest = checkpoints.newest
     if newest is not None:
         step = "" if newest.step is None else f", step {newest.step:,}"
         others = "".join(
             f"; {len(some)} {word}"
-            for some, word in ((found.waiting, "not whole"), (found.unreadable, "unreadable"))
+            for some, word in ((checkpoints.waiting, "not whole"), (checkpoints.unreadable, "unreadable"))
             if some
         )
-        count = f"{len(found.whole)} whole checkpoint{'s' if len(found.whole) != 1 else ''} in {root}"
+        count = f"{len(checkpoints.whole)} whole checkpoint{'s' if len(checkpoints.whole) != 1 else ''} in {root}"
         return Check(what, True, f"{count}, the last {newest.path.name} ({newest.format}{step}){others}")
-    if found.misplaced:
-        return Check(what, False, f"no checkpoint in {root}: {'; '.join(found.misplaced)}", WHERE)
-    if found.unreadable:
-        path, reason, remedy = found.unreadable[0]
+    if checkpoints.misplaced:
+        return Check(what, False, f"no checkpoint in {root}: {'; '.join(checkpoints.misplaced)}", WHERE)
+    if checkpoints.unreadable:
+        path, reason, remedy = checkpoints.unreadable[0]
         remedy = remedy or "save it in a format that is read"
         return Check(what, False, f"nothing readable in {root}: {path}: {reason}", remedy)
-    if found.waiting:
-        path, reason, remedy = found.waiting[0]
+    if checkpoints.waiting:
+        path, reason, remedy = checkpoints.waiting[0]
         remedy = remedy or "ask again once it is written"
         return Check(what, None, f"nothing whole in {root} yet: {path}: {reason}", remedy)
-    words = found.other[0] if found.other else f"{root} is empty as yet"
+    words = checkpoints.other[0] if checkpoints.other else f"{root} is empty as yet"
     return Check(what, None, words, "ask again once there is a checkpoint: then the model is tried")
 
 

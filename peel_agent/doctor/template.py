@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from peel_agent.doctor.found import Found
+from peel_agent.doctor.folder import WatchedPlace
 from peel_agent.errors import ConfigurationError, printable
 
 HEAD = """\
@@ -248,16 +248,16 @@ BODY = """
 """
 
 
-def configuration_text(found: Found | None = None) -> str:
+def configuration_text(watched: WatchedPlace | None = None) -> str:
     """The text of a peel.toml with every key, commented out; what was found of a place stands in it.
 
     Raises ConfigurationError for a place whose name no TOML file can hold.
     """
-    if found is None:
+    if watched is None:
         return HEAD + BODY
-    said = "".join(f"#   {printable(sentence)}\n" for sentence in found.sentences)
-    body = BODY.replace(WATCH_PATH, f"path = {_quoted(found.place)}", 1)
-    length = found.sequence_length
+    said = "".join(f"#   {printable(sentence)}\n" for sentence in watched.sentences)
+    body = BODY.replace(WATCH_PATH, f"path = {_quoted(watched.place)}", 1)
+    length = watched.sequence_length
     if length is not None:
         body = body.replace(LENGTH, f"# sequence_length = {length}", 1)
     return f"{HEAD}#\n# What `peel-agent init` found:\n{said}{body}"

@@ -118,15 +118,15 @@ def of_factory(name: str, config: Mapping[str, Any]) -> Architecture:
 def _callable(name: str) -> Callable[[Mapping[str, Any]], object]:
     module, _, attribute = name.partition(":")
     try:
-        found: object = getattr(importlib.import_module(module), attribute)
+        factory: object = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a module may raise when it is imported
         raise ConfigurationError(
             f"`model.factory` {name} cannot be imported: {type(error).__name__}: {error}",
             remedy="install its package, or put its folder into PYTHONPATH",
         ) from error
-    if not callable(found):
+    if not callable(factory):
         raise ConfigurationError(f"`model.factory` {name} is no callable", remedy="name a function package.module:name")
-    return found
+    return factory
 
 
 def _check_anatomy(name: str, custom: CustomModel) -> None:
@@ -138,7 +138,7 @@ def _check_anatomy(name: str, custom: CustomModel) -> None:
             f"the factory {name}: `{anatomy.blocks}` is no ModuleList of blocks", remedy="correct Anatomy.blocks"
         )
     inside = (anatomy.attention_output, anatomy.mlp_output, *anatomy.mlp_path)
-    wanted = [f"{anatomy.blocks}.0.{own}" for own in inside if own is not None]
+    wanted = [f"{anatomy.blocks}.0.{path}" for path in inside if path is not None]
     for module in (*wanted, anatomy.final_norm, anatomy.head):
         if module not in modules:
             raise ConfigurationError(
@@ -168,8 +168,8 @@ def _shared(module: nn.Module) -> dict[str, str]:
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    several = (own for own in names.values() if len(own) > 1)
-    return {name: own[0] if name != own[0] else own[1] for own in several for name in own}
+    several = (aliases for aliases in names.values() if len(aliases) > 1)
+    return {name: aliases[0] if name != aliases[0] else aliases[1] for aliases in several for name in aliases}
 
 
 def _reset(module: nn.Module) -> None:

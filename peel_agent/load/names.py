@@ -151,21 +151,21 @@ def _assigned(shapes: Iterable[str], spellings: Spellings, rules: StoredAs) -> _
 
     Time grows with what is stored, however many experts config.json claims.
     """
-    found = _Assigned(rules.composed())
+    assigned = _Assigned(rules.composed())
     for stored in shapes:
         for spelling in spellings.of(stored):
             if (weight := spellings.meant(spelling)) is not None:
-                first = found.whole.setdefault(weight, stored)
-                found.repeated.extend([(first, stored)] if first != stored else [])
+                first = assigned.whole.setdefault(weight, stored)
+                assigned.repeated.extend([(first, stored)] if first != stored else [])
                 break
-            if places := [place for place in rules.places(spelling) if place[1] < _count(found.composed, place[0])]:
+            if places := [place for place in rules.places(spelling) if place[1] < _count(assigned.composed, place[0])]:
                 for weight, place in places:
-                    first = found.composed[weight].names.setdefault(place, stored)
-                    found.repeated.extend([(first, stored)] if first != stored else [])
+                    first = assigned.composed[weight].names.setdefault(place, stored)
+                    assigned.repeated.extend([(first, stored)] if first != stored else [])
                 break
         else:
-            found.unknown.append(stored)
-    return found
+            assigned.unknown.append(stored)
+    return assigned
 
 
 def _count(composed: Mapping[str, Pieces], name: str) -> int:

@@ -79,7 +79,7 @@ def load_samples(path: Path, sizes: ProbeSizes) -> Samples:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(inputs))[:count]
     parts = np.split(order, [confirm, confirm + select])
     digest = hashlib.sha256(inputs[order].tobytes() + targets[order].tobytes()).hexdigest()[:16]
-    of_confirm, of_select, of_fit = (Part(_columns(inputs[own]), _columns(targets[own])) for own in parts)
+    of_confirm, of_select, of_fit = (Part(_columns(inputs[rows]), _columns(targets[rows])) for rows in parts)
     return Samples(of_fit, of_select, of_confirm, digest)
 
 

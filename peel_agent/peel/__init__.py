@@ -158,5 +158,5 @@ def _possible(plan: Plan, block: Block) -> tuple[Plan, tuple[Skipped, ...]]:
         skipped.append(Skipped("`previous` references", why))
     if "previous" in plan.references and not block.has_projections:
         skipped.append(Skipped("`previous` references", "this architecture has no output projections to refit"))
-        plan = replace(plan, references=tuple(own for own in plan.references if own != "previous"))
+        plan = replace(plan, references=tuple(reference for reference in plan.references if reference != "previous"))
     return plan, tuple(skipped)

@@ -53,8 +53,10 @@ def layer_reports(
     ]
     weak = far_under(of_target(measured.margins, "block")) if parts_open else frozenset()
     return tuple(
-        replace(own, status="undecided", hint=_hint(own)) if own.index in weak and own.status == "above" else own
-        for own in reports
+        replace(report, status="undecided", hint=_hint(report))
+        if report.index in weak and report.status == "above"
+        else report
+        for report in reports
     )
 
 

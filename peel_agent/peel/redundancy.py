@@ -58,7 +58,9 @@ def _stood_in(
         return {}
     with stopwatch("solve"):
         fitted = refit(block, hidden[block.index], [hidden[last + 1] for last in spans], trace.chunk)
-        streams = {last: through(own.run, confirm, trace.chunk) for last, own in zip(spans, fitted, strict=True)}
+        streams = {
+            last: through(refitted.run, confirm, trace.chunk) for last, refitted in zip(spans, fitted, strict=True)
+        }
     with stopwatch("score"):
         for later in trace.blocks(block.index + 2):
             for last in spans:

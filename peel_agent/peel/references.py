@@ -76,8 +76,8 @@ def refit(block: Block, inputs: Streams, targets: Sequence[Streams], chunk: Chun
     fit, select = (_Seen.of(block, h, chunk) for h in (inputs.fit, inputs.select))
     width = inputs.fit.shape[-1]
     gram = _gram_of(block.attention_projection, len(targets))
-    for features, output, *wanted in _rows(chunk, fit.features, fit.output, *(own.fit for own in targets)):
-        gram.update(features, torch.cat([own - output for own in wanted], dim=-1))
+    for features, output, *wanted in _rows(chunk, fit.features, fit.output, *(target.fit for target in targets)):
+        gram.update(features, torch.cat([aim - output for aim in wanted], dim=-1))
     solutions = gram.solve()
     for place, target in enumerate(targets):
         columns = slice(place * width, (place + 1) * width)
@@ -101,7 +101,7 @@ class _Seen:
     @classmethod
     def of(cls, block: Block, h: Tensor, chunk: Chunk) -> _Seen:
         seen = pieces(block.features, chunk, h)
-        return cls(*(torch.cat(own) for own in zip(*((s.attention, s.mid, s.output) for s in seen), strict=True)))
+        return cls(*(torch.cat(parts) for parts in zip(*((s.attention, s.mid, s.output) for s in seen), strict=True)))
 
 
 def _with_change(block: Block, seen: _Seen, change: Projection, chunk: Chunk) -> Tensor:
@@ -120,11 +120,11 @@ def _refit_mlp(block: Block, mid: Tensor, selected: Tensor, target: Streams, chu
     """The second step, from the stream between the parts on `fit` and on `select`; the output on `select` with it."""
     gram = _gram_of(block.mlp_projection)
     for (features, output), wanted in pieces(
-        lambda own, wanted: (block.observe_mlp_part(own), wanted), chunk, mid, target.fit
+        lambda piece, wanted: (block.observe_mlp_part(piece), wanted), chunk, mid, target.fit
     ):
         gram.update(features, wanted - output)
     scored = list(pieces(block.observe_mlp_part, chunk, selected))
-    features, output = (torch.cat(own) for own in zip(*scored, strict=True))
+    features, output = (torch.cat(parts) for parts in zip(*scored, strict=True))
     changes = _changes(gram.solve(), slice(None), block.mlp_projection, gram, block.mlp_set)
     best, reached = _nearest(changes, [output + logits(features, change) for change in changes], target.select)
     return _changed(block.mlp_projection, best), reached
@@ -178,30 +178,30 @@ def _gram_of(projection: Projection, targets: int = 1) -> Gram:
 
 
 def _rows(chunk: Chunk, *streams: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return pieces(lambda *own: own, chunk, *streams)
+    return pieces(lambda *rows: rows, chunk, *streams)
 
 
 def _changes(
-    solutions: Sequence[Solution], columns: slice, trained: Projection, gram: Gram, own: WeightSet
+    solutions: Sequence[Solution], columns: slice, trained: Projection, gram: Gram, weight_set: WeightSet
 ) -> list[Projection]:
     """The changes of a projection to choose among: none, and one a ridge, each within the projection's weight set."""
     none = Projection(
         torch.zeros_like(trained.weight), None if trained.bias is None else torch.zeros_like(trained.bias)
     )
-    found = [none]
+    changes = [none]
     for solution in solutions:
         change = solution.weight[:, columns]
         bias = None if trained.bias is None else change[-1].to(trained.bias.dtype)
         weight = change if trained.bias is None else change[:-1]
-        if own.restricts:
-            weight = within(trained.weight.double() + weight, gram, own) - trained.weight.double()
-        found.append(Projection(weight.to(trained.weight.dtype), bias))
-    return found
+        if weight_set.restricts:
+            weight = within(trained.weight.double() + weight, gram, weight_set) - trained.weight.double()
+        changes.append(Projection(weight.to(trained.weight.dtype), bias))
+    return changes
 
 
-def within(wanted: Tensor, gram: Gram, own: WeightSet) -> Tensor:
+def within(wanted: Tensor, gram: Gram, weight_set: WeightSet) -> Tensor:
     """A projection's wanted weight [in, out], float64, rounded into its set in the metric of its inputs."""
-    return round_in_gram(wanted.T, gram.metric, own).T if own.restricts else wanted
+    return round_in_gram(wanted.T, gram.metric, weight_set).T if weight_set.restricts else wanted
 
 
 def _changed(trained: Projection, change: Projection) -> Projection:

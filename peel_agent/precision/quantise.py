@@ -24,39 +24,39 @@ class Grid:
     The value of code c is scale * (c - zero). `least` and `most` bound the codes; for `sign` only these two exist.
     """
 
-    own: WeightSet
+    weight_set: WeightSet
     scale: Tensor
     zero: Tensor
     least: int
     most: int
 
     @classmethod
-    def of(cls, matrix: Tensor, own: WeightSet) -> Grid:
+    def of(cls, matrix: Tensor, weight_set: WeightSet) -> Grid:
         """The grid that the quantiser of this set lays over a matrix [out, in]."""
-        units = in_units(matrix, own)
-        over = (0, 1, 2) if own.unit == "matrix" else (2,)
+        units = in_units(matrix, weight_set)
+        over = (0, 1, 2) if weight_set.unit == "matrix" else (2,)
         none = torch.zeros_like(units.amax(dim=over, keepdim=True))
-        if own.kind in ("sign", "ternary"):
-            return cls(own, units.abs().mean(dim=over, keepdim=True), none, -1, 1)
-        if own.kind in _FP8:
-            most = torch.finfo(_FP8[own.kind]).max
-            return cls(own, units.abs().amax(dim=over, keepdim=True) / most, none, 0, 0)
-        if not own.affine:
-            most = 2 ** (own.bits - 1) - 1
-            return cls(own, units.abs().amax(dim=over, keepdim=True) / most, none, -most, most)
+        if weight_set.kind in ("sign", "ternary"):
+            return cls(weight_set, units.abs().mean(dim=over, keepdim=True), none, -1, 1)
+        if weight_set.kind in _FP8:
+            most = torch.finfo(_FP8[weight_set.kind]).max
+            return cls(weight_set, units.abs().amax(dim=over, keepdim=True) / most, none, 0, 0)
+        if not weight_set.affine:
+            most = 2 ** (weight_set.bits - 1) - 1
+            return cls(weight_set, units.abs().amax(dim=over, keepdim=True) / most, none, -most, most)
         low = units.amin(dim=over, keepdim=True).clamp(max=0)
         high = units.amax(dim=over, keepdim=True).clamp(min=0)
-        most = 2**own.bits - 1
+        most = 2**weight_set.bits - 1
         scale = (high - low) / most
-        return cls(own, scale, torch.round(-low / _nonzero(scale)), 0, most)
+        return cls(weight_set, scale, torch.round(-low / _nonzero(scale)), 0, most)
 
     def codes(self, units: Tensor) -> Tensor:
         """What is multiplied by the scale, for entries [out, units, size]: the nearest code minus the zero point."""
-        if self.own.kind == "sign":
+        if self.weight_set.kind == "sign":
             return torch.where(units >= 0, 1.0, -1.0).to(units.dtype)
         steps = units / _nonzero(self.scale)
-        if self.own.kind in _FP8:
-            dtype = _FP8[self.own.kind]
+        if self.weight_set.kind in _FP8:
+            dtype = _FP8[self.weight_set.kind]
             most = torch.finfo(dtype).max  # beyond it e5m2 has infinity, and error feedback goes beyond it
             return steps.clamp(-most, most).to(torch.float32).to(dtype).to(units.dtype)
         return (torch.round(steps) + self.zero).clamp(self.least, self.most) - self.zero
@@ -66,40 +66,40 @@ def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def in_units(matrix: Tensor, own: WeightSet) -> Tensor:
+def in_units(matrix: Tensor, weight_set: WeightSet) -> Tensor:
     """A matrix [out, in] as [out, units, size]. ValueError when a group does not divide the width."""
-    if own.unit != "group":
+    if weight_set.unit != "group":
         return matrix[:, None, :]
-    if matrix.shape[1] % own.group:
-        raise ValueError(f"groups of {own.group} do not divide a width of {matrix.shape[1]}")
-    units: Tensor = matrix.unflatten(1, (-1, own.group))
+    if matrix.shape[1] % weight_set.group:
+        raise ValueError(f"groups of {weight_set.group} do not divide a width of {matrix.shape[1]}")
+    units: Tensor = matrix.unflatten(1, (-1, weight_set.group))
     return units
 
 
-def quantise(matrix: Tensor, own: WeightSet) -> Tensor:
+def quantise(matrix: Tensor, weight_set: WeightSet) -> Tensor:
     """The effective weights [out, in] of a matrix of latents, in its own dtype. ValueError as `in_units`."""
-    if not own.restricts:
+    if not weight_set.restricts:
         return matrix
-    grid = Grid.of(matrix, own)
-    return (grid.scale * grid.codes(in_units(matrix, own))).flatten(1)
+    grid = Grid.of(matrix, weight_set)
+    return (grid.scale * grid.codes(in_units(matrix, weight_set))).flatten(1)
 
 
-def straight_through(matrix: Tensor, own: WeightSet) -> Tensor:
+def straight_through(matrix: Tensor, weight_set: WeightSet) -> Tensor:
     """The effective weights, with the gradient of the identity: what low-bit training differentiates."""
-    if not own.restricts:
+    if not weight_set.restricts:
         return matrix
-    effective: Tensor = matrix + (quantise(matrix, own) - matrix).detach()
+    effective: Tensor = matrix + (quantise(matrix, weight_set) - matrix).detach()
     return effective
 
 
-def latents_of(effective: Tensor, own: WeightSet) -> Tensor:
+def latents_of(effective: Tensor, weight_set: WeightSet) -> Tensor:
     """Latents [out, in] whose quantiser gives these effective weights, which must be in the set.
 
     Absmean quantisers see the zeros in the mean, so the others must be larger for it. Other sets hold their own fixed
     points; an integer one does where the largest entry of a unit is at the end of the grid.
     """
-    if own.kind != "ternary":
+    if weight_set.kind != "ternary":
         return effective
-    over = (0, 1) if own.unit == "matrix" else (1,)
+    over = (0, 1) if weight_set.unit == "matrix" else (1,)
     filled = (effective != 0).to(effective.dtype).mean(dim=over, keepdim=True)
     return effective / torch.where(filled == 0, 1.0, filled)

@@ -24,20 +24,20 @@ class Quantisers:
 
     def named(self, name: str) -> WeightSet | None:
         """The set that the first glob which fits this weight gives to it."""
-        return next((own for glob, own in self._named.items() if glob_fits(glob, name)), None)
+        return next((weight_set for glob, weight_set in self._named.items() if glob_fits(glob, name)), None)
 
     def of(self, name: str, stored: Tensor) -> WeightSet:
         """The set of a block's weight: as named, else recognised from its values. Only matrices have one."""
         if stored.dim() != 2:
             return FULL_PRECISION
-        own = self.named(name) or self._recognised.get(name)
-        if own is None:
-            own = self._recognised[name] = recognise(self._upright(stored))
-        return own
+        weight_set = self.named(name) or self._recognised.get(name)
+        if weight_set is None:
+            weight_set = self._recognised[name] = recognise(self._upright(stored))
+        return weight_set
 
-    def effective(self, stored: Tensor, own: WeightSet) -> Tensor:
+    def effective(self, stored: Tensor, weight_set: WeightSet) -> Tensor:
         """The weight that the forward pass uses, in the layout it is stored in."""
-        return self._upright(quantise(self._upright(stored), own)) if own.restricts else stored
+        return self._upright(quantise(self._upright(stored), weight_set)) if weight_set.restricts else stored
 
     def _upright(self, matrix: Tensor) -> Tensor:
         return matrix.T if self._transposed else matrix

@@ -28,7 +28,7 @@ def report_from_json(form: Mapping[str, Any]) -> PeelReport:
     """The report whose `report_json` this is, of this version or an older one. ValueError for another schema."""
     if form["schema"] != SCHEMA:
         raise ValueError(f"a report of schema {form['schema']!r}; this version reads {SCHEMA!r}")
-    return restored(PeelReport, {**form, "alerts": [_with_subject(own) for own in form.get("alerts", ())]})
+    return restored(PeelReport, {**form, "alerts": [_with_subject(alert) for alert in form.get("alerts", ())]})
 
 
 def notice_from_json(form: Mapping[str, Any]) -> Notice:

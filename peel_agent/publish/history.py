@@ -71,8 +71,8 @@ def _must_fit(hint: Any, value: Any, what: str) -> None:
             _must_fit(next(one for one in arguments if one is not type(None)), value, what)
     elif dataclasses.is_dataclass(hint):
         _must_be(isinstance(value, cast("type", hint)), f"{what} is missing or of another kind")
-        for name, own in _hints(cast("type", hint)).items():
-            _must_fit(own, getattr(value, name), name)
+        for name, annotation in _hints(cast("type", hint)).items():
+            _must_fit(annotation, getattr(value, name), name)
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         _must_be(isinstance(value, Mapping), f"{what} is no object")
         for key, entry in value.items():

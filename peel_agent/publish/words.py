@@ -114,7 +114,7 @@ def _winner(report: PeelReport) -> list[str]:
 
 def _headroom_line(layer: LayerReport) -> str:
     pieces = [f"  {layer.name:<20} {layer.headroom}"]
-    pieces += [f"{part} {own.headroom}" for part, own in layer.parts.items() if own.headroom is not None]
+    pieces += [f"{part} {report.headroom}" for part, report in layer.parts.items() if report.headroom is not None]
     if layer.quantization_share is not None and layer.optimization_share is not None:
         pieces.append(f"shares: optimiser {layer.optimization_share:z.4f}, quantiser {layer.quantization_share:z.4f}")
     return "  ".join(pieces)

@@ -42,20 +42,20 @@ class WeightSet:
     @classmethod
     def named(cls, name: str) -> WeightSet:
         """The set of this name. ValueError for a name that none has."""
-        found = _NAME.fullmatch(name)
-        if found is None:
+        match = _NAME.fullmatch(name)
+        if match is None:
             raise ValueError(name)
-        if found["none"]:
+        if match["none"]:
             return cls(name, "none")
-        if found["fp8"]:
-            return cls(name, "fp8-e4m3" if found["fp8"] == "fp8-e4m3" else "fp8-e5m2", bits=8)
-        if found["coarse"]:
-            kind: Literal["sign", "ternary"] = "sign" if found["coarse"] == "sign" else "ternary"
+        if match["fp8"]:
+            return cls(name, "fp8-e4m3" if match["fp8"] == "fp8-e4m3" else "fp8-e5m2", bits=8)
+        if match["coarse"]:
+            kind: Literal["sign", "ternary"] = "sign" if match["coarse"] == "sign" else "ternary"
             default: Literal["channel", "matrix"] = "channel" if kind == "sign" else "matrix"
-            unit = default if found["unit"] is None else "channel" if found["unit"] == "channel" else "matrix"
+            unit = default if match["unit"] is None else "channel" if match["unit"] == "channel" else "matrix"
             return cls(name, kind, unit, bits=1 if kind == "sign" else 2)
-        group, bits, affine = int(found["group"] or 0), int(found["bits"]), bool(found["affine"])
-        return cls(name, "int", "group" if group else _plain_unit(found["scaled"]), bits, group, affine)
+        group, bits, affine = int(match["group"] or 0), int(match["bits"]), bool(match["affine"])
+        return cls(name, "int", "group" if group else _plain_unit(match["scaled"]), bits, group, affine)
 
 
 def _plain_unit(text: str) -> Literal["channel", "matrix"]:

@@ -124,6 +124,6 @@ def _expect_in_order(text: str, *wanted: str) -> None:
         _expect(at >= 0, f"{one!r} is there, after what was delivered before it", text)
 
 
-def _expect(holds: bool, claim: str, found: object) -> None:
+def _expect(holds: bool, claim: str, actual: object) -> None:
     if not holds:
-        raise AssertionError(f"{claim}; found {found!r}")
+        raise AssertionError(f"{claim}; found {actual!r}")

@@ -212,10 +212,10 @@ def foreign_values_stay(connect: Connect, read_foreign: Callable[[], Mapping[str
 def _expect_steps(read_metrics: ReadMetrics, *steps: int) -> None:
     for step in steps:
         wanted = {key: [value] for key, value in example_publication(step).metrics.items()}
-        found = {key: list(values) for key, values in read_metrics(step).items()}
-        _expect(found == wanted, f"step {step} holds {wanted}", found)
+        read = {key: list(values) for key, values in read_metrics(step).items()}
+        _expect(read == wanted, f"step {step} holds {wanted}", read)
 
 
-def _expect(holds: bool, claim: str, found: object) -> None:
+def _expect(holds: bool, claim: str, actual: object) -> None:
     if not holds:
-        raise AssertionError(f"{claim}; found {found!r}")
+        raise AssertionError(f"{claim}; found {actual!r}")

@@ -92,5 +92,5 @@ def _lowest(cells: Table) -> int:
     """The layer whose block has the smallest margin at the last checkpoint that is drawn."""
     last = max(int(str(row[0])) for row in cells.rows)
     blocks = [row for row in cells.rows if row[2] == "block" and row[3] is not None]
-    own = [row for row in blocks if row[0] == last] or blocks or list(cells.rows)
-    return int(str(min(own, key=lambda row: float(str(row[3] or 0.0)))[1]))
+    candidates = [row for row in blocks if row[0] == last] or blocks or list(cells.rows)
+    return int(str(min(candidates, key=lambda row: float(str(row[3] or 0.0)))[1]))

@@ -31,7 +31,7 @@ def difference_page(report: DifferenceReport, verdict: str, made: Made) -> str:
         place=f"A: {_called(report.a)} | B: {_called(report.b)}",
         verdict=verdict,
         situation=_situation(report),
-        found="Statuses that changed",
+        findings_heading="Statuses that changed",
         findings=_changed(report),
         charts=[(chart, _beside(tables[chart.key])) for chart in charts],
         notes=[printable(note) for note in report.notes],

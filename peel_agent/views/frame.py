@@ -51,7 +51,7 @@ def page(
     place: str,
     verdict: str,
     situation: Sequence[str],
-    found: str,
+    findings_heading: str,
     findings: Sequence[tuple[str, str, list[str]]],
     charts: Sequence[tuple[Chart, Shown]],
     notes: Sequence[str],
@@ -61,7 +61,7 @@ def page(
 ) -> str:
     """The page of these texts, and of `data`, which has the charts' tables.
 
-    `found` is the heading above the `findings`, each a subject, words and causes. Raises as `vega_script`.
+    `findings_heading` is the heading above the `findings`, each a subject, words and causes. Raises as `vega_script`.
     """
     scripts = {"vega": vega_script(), "own": _asset("page.js")}
     style = _asset("page.css")
@@ -75,7 +75,7 @@ def page(
         place=printable(place),
         verdict=printable(verdict),
         situation=[printable(one) for one in situation],
-        found=found,
+        findings_heading=findings_heading,
         findings=findings,
         charts=charts,
         notes=notes,

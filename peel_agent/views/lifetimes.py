@@ -24,19 +24,19 @@ class Lifetime:
 
 def lifetimes(notices: Sequence[Notice]) -> tuple[Lifetime, ...]:
     """One for each alert, in the order in which they began; a notice that repeats one has its newest words."""
-    found: list[Lifetime] = []
+    lives: list[Lifetime] = []
     open_at: dict[tuple[str, str], int] = {}
     for notice in notices:
         key = (notice.rule, notice.subject)
         place = open_at.get(key)
         if notice.state == "resolved":
             if place is not None:
-                found[place] = dataclasses.replace(found[place], until=notice.step, is_over=True)
+                lives[place] = dataclasses.replace(lives[place], until=notice.step, is_over=True)
                 del open_at[key]
             continue
         if place is None:
             since = notice.step if notice.since_step is None else notice.since_step
-            place = open_at[key] = len(found)
-            found.append(Lifetime(*key, notice.severity, since, None, is_over=False, text=notice.text))
-        found[place] = dataclasses.replace(found[place], severity=notice.severity, text=notice.text)
-    return tuple(found)
+            place = open_at[key] = len(lives)
+            lives.append(Lifetime(*key, notice.severity, since, None, is_over=False, text=notice.text))
+        lives[place] = dataclasses.replace(lives[place], severity=notice.severity, text=notice.text)
+    return tuple(lives)

@@ -29,7 +29,7 @@ def report_page(history: History, made: Made) -> str:
         place=history.place,
         verdict=verdict(content.newest),
         situation=situation(content.newest, content.alerts, history),
-        found="Found at the newest checkpoint",
+        findings_heading="Found at the newest checkpoint",
         findings=_findings(content),
         charts=[(chart, _beside(chart, content)) for chart in content.charts],
         notes=_notes(history, content),
@@ -81,9 +81,11 @@ def _margins(content: Content) -> Shown:
     steps = content.line.drawn
     if len(steps) > MOST_STEPS:
         steps = tuple(dict.fromkeys(steps[round(n * (len(steps) - 1) / (MOST_STEPS - 1))] for n in range(MOST_STEPS)))
-    found = {(row[0], row[1]): f"{cell(row[3])} {row[6]}" for row in content.tables["cells"].rows if row[2] == "block"}
+    margin_words = {
+        (row[0], row[1]): f"{cell(row[3])} {row[6]}" for row in content.tables["cells"].rows if row[2] == "block"
+    }
     rows = tuple(
-        (str(index), str(name), *(found.get((step, index), "not measured") for step in steps))
+        (str(index), str(name), *(margin_words.get((step, index), "not measured") for step in steps))
         for index, name in content.tables["layers"].rows
     )
     left = len(content.line.drawn) - len(steps)

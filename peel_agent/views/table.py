@@ -26,9 +26,11 @@ class Table:
         for place, name in enumerate(self.columns):
             values = [row[place] for row in self.rows]
             if any(isinstance(value, str) for value in values):
-                own = {value: index for index, value in enumerate(dict.fromkeys(v for v in values if v is not None))}
-                texts[name] = [str(value) for value in own]
-                columns.append([None if value is None else own[value] for value in values])
+                place_by_value = {
+                    value: index for index, value in enumerate(dict.fromkeys(v for v in values if v is not None))
+                }
+                texts[name] = [str(value) for value in place_by_value]
+                columns.append([None if value is None else place_by_value[value] for value in values])
             else:
                 columns.append([_short(value) for value in values])
         rows = [list(row) for row in zip(*columns, strict=True)]

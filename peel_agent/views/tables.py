@@ -75,13 +75,13 @@ def cell_table(line: Timeline, bands: Sequence[str]) -> Table:
 
 
 def _cells(step: int, layer: LayerReport, bands: dict[str, int]) -> Iterator[tuple[Value, ...]]:
-    own: list[tuple[str, Status, Estimate | None, str | None]] = [
+    block_and_parts: list[tuple[str, Status, Estimate | None, str | None]] = [
         ("block", layer.status, layer.margin, layer.best_reference)
     ]
-    own += [(name, part.status, part.margin, None) for name, part in layer.parts.items()]
+    block_and_parts += [(name, part.status, part.margin, None) for name, part in layer.parts.items()]
     # The block has half of the cell, its parts a quarter each.
     edges = (0.0, 0.5, 0.75, 1.0) if len(bands) > 1 else (0.0, 1.0)
-    for band, status, margin, stand_in in own:
+    for band, status, margin, stand_in in block_and_parts:
         if band in bands and status != "not_measured":
             place = bands[band]
             shown = None if stand_in is None else printable(stand_in)

@@ -47,8 +47,8 @@ def fetch(url: str, folder: Path, formats: Sequence[Format], options: Mapping[st
 def _one(store: Store, name: str, formats: Sequence[Format]) -> tuple[Unit, tuple[RemoteObject, ...]]:
     """The checkpoint of this name, and the objects above it that it needs."""
     listed = store.list(name)
-    own = {remote.name for remote in listed}
-    beside = (store.stat(companion) for companion in COMPANIONS if f"{name}/{companion}" not in own)
+    listed_names = {remote.name for remote in listed}
+    beside = (store.stat(companion) for companion in COMPANIONS if f"{name}/{companion}" not in listed_names)
     companions = companions_of(remote for remote in beside if remote is not None)
     units = Division(store.name, formats).units((*listed, *companions))
     unit = next((unit for unit in units if unit.name in (name, ROOT)), None)

@@ -24,7 +24,7 @@ class Queue:
         return len(self._waiting) + len(self._put_off)
 
     def __contains__(self, ref: CheckpointRef) -> bool:
-        return any(own.fingerprint == ref.fingerprint for own in self._all())
+        return any(waiting.fingerprint == ref.fingerprint for waiting in self._all())
 
     def _all(self) -> tuple[CheckpointRef, ...]:
         return (*self._waiting, *(ref for _, ref in self._put_off))
@@ -47,7 +47,7 @@ class Queue:
 
     def take_out(self, ref: CheckpointRef) -> None:
         """It does not wait any more."""
-        self._waiting = [own for own in self._waiting if own is not ref]
+        self._waiting = [waiting for waiting in self._waiting if waiting is not ref]
 
     def held(self) -> tuple[CheckpointRef, ...]:
         """Those that are held."""

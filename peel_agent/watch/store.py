@@ -115,17 +115,17 @@ class Store:
         """
         path = f"{self._path}/{under}" if under else self._path
         with self._asking():
-            found = self._filesystem().find(path, detail=True, withdirs=False, **self._limit())
+            listed = self._filesystem().find(path, detail=True, withdirs=False, **self._limit())
         self._reached = True
-        if len(found) > MAX_OBJECTS:
+        if len(listed) > MAX_OBJECTS:
             raise ConfigurationError(
-                f"{self.url} holds {len(found):,} objects, more than the {MAX_OBJECTS:,} that are looked through",
+                f"{self.url} holds {len(listed):,} objects, more than the {MAX_OBJECTS:,} that are looked through",
                 remedy="give the folder that the run's checkpoints are directly in",
             )
-        if self._path in found:
+        if self._path in listed:
             raise ConfigurationError(f"{self.url} is an object", remedy="give the folder that it is in")
         start = len(self._path) + 1
-        objects = (_remote(key[start:], facts) for key, facts in found.items() if facts.get("type") == "file")
+        objects = (_remote(key[start:], facts) for key, facts in listed.items() if facts.get("type") == "file")
         return tuple(sorted((o for o in objects if o.size or not o.name.endswith("/")), key=lambda o: o.name))
 
     def stat(self, name: str) -> RemoteObject | None:

@@ -49,8 +49,8 @@ class Unit:
     @property
     def number(self) -> int | None:
         """The last number in the name, which is the step of most."""
-        found = re.search(r"(\d{1,18})\D*$", self.name)
-        return int(found[1]) if found else None
+        match = re.search(r"(\d{1,18})\D*$", self.name)
+        return int(match[1]) if match else None
 
     @property
     def size(self) -> int:

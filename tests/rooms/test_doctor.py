@@ -25,11 +25,11 @@ from peel_agent.config import (
     WatchSettings,
     load_settings,
 )
-from peel_agent.doctor import configuration_text, examination, examine, find, machine
-from peel_agent.doctor import found as found_module
+from peel_agent.doctor import configuration_text, examination, examine, machine, watched_place
+from peel_agent.doctor import folder as folder_module
 from peel_agent.doctor.configuration import read_configuration
 from peel_agent.doctor.destinations import check_sinks, check_trackers
-from peel_agent.doctor.found import Found
+from peel_agent.doctor.folder import WatchedPlace
 from peel_agent.doctor.model_child import answered
 from peel_agent.doctor.places import check_pins, check_place, check_state
 from peel_agent.errors import ConfigurationError
@@ -348,7 +348,7 @@ class TestDevice:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child's work is done here: this process has imported torch, which takes a child seconds."""
-    monkeypatch.setattr(found_module, "ask_child", lambda request: answered(json.loads(json.dumps(request))))
+    monkeypatch.setattr(folder_module, "ask_child", lambda request: answered(json.loads(json.dumps(request))))
 
 
 def run_of(root: Path | str, **more: Any) -> RunSettings:
@@ -779,7 +779,7 @@ class TestInit:
         folder = tmp_path / name
         folder.mkdir()
         file = tmp_path / "peel.toml"
-        file.write_text(configuration_text(find(folder, time.time())), encoding="utf-8")
+        file.write_text(configuration_text(watched_place(folder, time.time())), encoding="utf-8")
         settings = load_settings(file, {})
         assert [run.watch.path for run in settings.runs] == [str(folder)]
 
@@ -788,16 +788,18 @@ class TestInit:
         folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
         folder.mkdir()
         with pytest.raises(ConfigurationError, match="not UTF-8"):
-            configuration_text(find(folder, time.time()))
+            configuration_text(watched_place(folder, time.time()))
 
     @pytest.mark.usefixtures("in_process")
     def test_a_folder_that_is_itself_a_checkpoint(self, root: Path) -> None:
         """It says that a run is watched one folder higher."""
-        assert any("itself one checkpoint" in said for said in find(root / "checkpoint-10", time.time()).sentences)
+        assert any(
+            "itself one checkpoint" in said for said in watched_place(root / "checkpoint-10", time.time()).sentences
+        )
 
     def test_a_url(self, tmp_path: Path) -> None:
         """A URL is written as it is."""
-        (tmp_path / "peel.toml").write_text(configuration_text(Found("s3://bucket/run")))
+        (tmp_path / "peel.toml").write_text(configuration_text(WatchedPlace("s3://bucket/run")))
         assert load_settings(tmp_path / "peel.toml", {}).runs[0].watch.path == "s3://bucket/run"
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import peel_agent
 from peel_agent.cli.watch import check_length
 from peel_agent.config import RunSettings, WatchSettings, load_settings
-from peel_agent.doctor import found as found_module
+from peel_agent.doctor import folder as folder_module
 from peel_agent.doctor.model_child import answered
 from peel_agent.doctor.places import check_place
 from peel_agent.errors import ConfigurationError, ProbeError
@@ -25,7 +25,7 @@ from tests import zoo
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child's work is done here: this process has imported torch, which takes a child seconds."""
-    monkeypatch.setattr(found_module, "ask_child", lambda request: answered(json.loads(json.dumps(request))))
+    monkeypatch.setattr(folder_module, "ask_child", lambda request: answered(json.loads(json.dumps(request))))
 
 
 @pytest.fixture(scope="module")

@@ -62,13 +62,13 @@ def _quantised_linears(weights: Weights, patterns: Collection[str]) -> dict[str,
         skipped += _kept_by_default(model)
     kept = NotConverted(skipped, "modules_to_not_convert")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {name: (own.out_features, own.in_features) for name, own in linears.items() if name not in kept}
-    if not found:
+    shapes = {name: (module.out_features, module.in_features) for name, module in linears.items() if name not in kept}
+    if not shapes:
         raise refused(
             f"{CONFIG} is bitnet's, and this model has no linear layer that it would quantise",
             remedy=f"take {CONFIG} out of config.json if the weights are plain",
         )
-    return found
+    return shapes
 
 
 def _kept_by_default(model: Any) -> list[str]:
@@ -124,13 +124,13 @@ def _offline(weights: Weights, linears: Mapping[str, tuple[int, int]], *, divide
 
 def _is_packed(weights: Weights, name: str, shape: tuple[int, int], *, may_be_plain: bool) -> bool:
     """Whether the rows hold four codes a byte. Raises CheckpointError for a shape that is neither form."""
-    found = weights.shapes()[name]
+    stored = weights.shapes()[name]
     rows, columns = shape
-    if len(found) == 2 and found[1] == columns and found[0] * CODES_PER_BYTE == rows:
+    if len(stored) == 2 and stored[1] == columns and stored[0] * CODES_PER_BYTE == rows:
         return True
-    if found == shape and may_be_plain:
+    if stored == shape and may_be_plain:
         return False
-    raise refused(f"`{name}` is packed as {list(found)}: four codes a byte along the rows, it cannot be {list(shape)}")
+    raise refused(f"`{name}` is packed as {list(stored)}: four codes a byte along the rows, it cannot be {list(shape)}")
 
 
 def _dequantised(weights: Weights, name: str, scale_name: str, *, packed: bool, divides: bool) -> Tensor:

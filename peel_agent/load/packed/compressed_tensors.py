@@ -181,11 +181,11 @@ def _parts(weights: Weights, sources: tuple[str, ...], dtypes: tuple[torch.dtype
     """The tensors of one module by the library's local names."""
     parts = {}
     for name in sources:
-        own = name.rpartition(".")[2]
-        if own == SCALE:
-            parts[own] = read_scales(weights, name)
+        part = name.rpartition(".")[2]
+        if part == SCALE:
+            parts[part] = read_scales(weights, name)
         else:
-            parts[own] = read_codes(weights, name, *dtypes) if name == sources[0] else weights.read(name)
+            parts[part] = read_codes(weights, name, *dtypes) if name == sources[0] else weights.read(name)
     return parts
 
 

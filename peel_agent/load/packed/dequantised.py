@@ -107,11 +107,11 @@ def read_codes(stored: Weights, name: str, *dtypes: torch.dtype) -> Tensor:
 
 def require_shape(stored: Weights, name: str, shape: tuple[int, ...], matrix: str) -> None:
     """Raises CheckpointError unless a tensor is there in the shape that its matrix needs."""
-    found = stored.shapes().get(name)
-    if found is None:
+    stored_shape = stored.shapes().get(name)
+    if stored_shape is None:
         raise refused(f"`{name}` is missing, without which `{matrix}` cannot be dequantised")
-    if found != shape:
-        raise refused(f"`{name}` is {list(found)} where `{matrix}` needs {list(shape)}")
+    if stored_shape != shape:
+        raise refused(f"`{name}` is {list(stored_shape)} where `{matrix}` needs {list(shape)}")
 
 
 def text_of(

@@ -26,11 +26,11 @@ def unpack(weights: Weights, settings: Mapping[str, Any]) -> Unpacked:
         )
     matrices = [name for name, shape in weights.shapes().items() if len(shape) == 2]
     sets = {}
-    for glob, own in named.items():
+    for glob, set_name in named.items():
         if len(glob) > LONGEST or not any(glob_fits(glob, name) for name in matrices):
             raise refused(f"{CONFIG}.weights names {shown(glob)}, which fits no matrix", remedy=_REMEDY)
-        sets[glob] = _set_of(glob, own)
-    kinds = ", ".join(sorted({own.name for own in sets.values()}))
+        sets[glob] = _set_of(glob, set_name)
+    kinds = ", ".join(sorted({weight_set.name for weight_set in sets.values()}))
     return Unpacked(DequantisedWeights(weights, {}), f"latents of {kinds}, as config.json names them", sets)
 
 

@@ -93,10 +93,10 @@ def _modules(weights: Weights) -> list[str]:
         module, _, part = name.rpartition(".")
         if part in PARTS and f"{module}.qweight" not in shapes:
             raise refused(f"`{module}.qweight` is missing, where `{name}` is stored")
-    found = [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
-    if not found:
+    modules = [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
+    if not modules:
         raise refused(f"{CONFIG} says that weights are packed, but no tensor `...qweight` is stored", remedy=PLAIN)
-    return found
+    return modules
 
 
 def _matrix(weights: Weights, name: str) -> tuple[int, int]:

@@ -154,8 +154,8 @@ def _bits(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def _recipe(weights: Weights, name: str, entry: Entry) -> Recipe:
-    module, _, own = name.rpartition(".")
-    prefix = f"{module}._{own}_"
+    module, _, weight = name.rpartition(".")
+    prefix = f"{module}._{weight}_"
     shape = weights.shapes().get(f"{prefix}qdata")
     if shape is None or not {"qdata", "scale"} <= entry.parts:
         raise refused(f"`{prefix}qdata` or `{prefix}scale` is missing, without which `{name}` cannot be dequantised")

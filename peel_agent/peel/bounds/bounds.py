@@ -56,17 +56,17 @@ def measure_bounds(
     memory = remember(losses, selecting, trace.probe.fingerprint, earlier, step=step)
     confirm = np.array(memory.confirm)
     gap = estimate(trained[selecting:] - confirm)
-    signs = any(own.kind == "sign" for own in next(iter(trace.blocks(stop=1))).sets.values())
+    signs = any(weight_set.kind == "sign" for weight_set in next(iter(trace.blocks(stop=1))).sets.values())
     reports = tuple(
         BoundReport(
             label=label,
-            map=own,
+            map=target_map,
             solver=solver.name,
             value=estimate(losses[label][selecting:]),
             best=memory.best[label],
-            within_class=within_class(trace, own, signs=signs),
+            within_class=within_class(trace, target_map, signs=signs),
         )
-        for label, own in labelled.items()
+        for label, target_map in labelled.items()
         if label in losses
     )
     return Bounds(reports, estimate(confirm), gap, zone_of(gap), memory, skipped)
@@ -90,7 +90,7 @@ def remember(
     """
     label = min(losses, key=lambda name: float(losses[name][:selecting].mean()))
     winner = losses[label]
-    best = {label: float(own[selecting:].mean()) for label, own in losses.items()}
+    best = {label: float(values[selecting:].mean()) for label, values in losses.items()}
     memory = BoundMemory(
         fingerprint, float(winner[:selecting].mean()), tuple(winner[selecting:].tolist()), best, label, step
     )
@@ -101,13 +101,13 @@ def remember(
     return replace(ahead, best=lowest)
 
 
-def within_class(trace: Trace, own: TargetMap, *, signs: bool) -> bool:
+def within_class(trace: Trace, target_map: TargetMap, *, signs: bool) -> bool:
     """Whether the model itself could hold the construction (method.md 9).
 
     A head fitted apart from tied embeddings is outside; so is a chain shorter than a model whose signs leave no block
     that does nothing (`signs`).
     """
-    return not trace.tied_head and not (signs and len(own) < len(trace.block_names))
+    return not trace.tied_head and not (signs and len(target_map) < len(trace.block_names))
 
 
 def zone_of(gap: Estimate) -> Zone:
@@ -137,27 +137,29 @@ def _suite_losses(
         stopwatch.progress("bounds, maps", done, len(ends) + 1)
 
     tell(0)
-    for done, (own, streams) in enumerate({(): hidden[depth], **ends}.items(), 1):
+    for done, (target_map, streams) in enumerate({(): hidden[depth], **ends}.items(), 1):
         if by_map and not stopwatch.affords(stopwatch.last("solve")):
             break
         with stopwatch("solve"):
             head = fit_head(trace, streams, partial(tell, done - 1))
         with stopwatch("score"):
-            by_map[own] = sequence_losses(trace, streams.score, ids, head)
+            by_map[target_map] = sequence_losses(trace, streams.score, ids, head)
         tell(done)
-    construction = {label: own if own in needed and label != HEAD else () for label, own in labelled.items()}
-    return {label: by_map[own] for label, own in construction.items() if own in by_map}
+    map_by_label = {
+        label: target_map if target_map in needed and label != HEAD else () for label, target_map in labelled.items()
+    }
+    return {label: by_map[target_map] for label, target_map in map_by_label.items() if target_map in by_map}
 
 
 def _trusted(
     trace: Trace, labelled: Mapping[str, TargetMap], solver: Solver
 ) -> tuple[dict[str, TargetMap], tuple[Skipped, ...]]:
     """Only the maps whose fits can be trusted with this probe: with too few fit tokens, those without a solve."""
-    solved = [label for label, own in labelled.items() if label != HEAD and not is_direct(own)]
+    solved = [label for label, target_map in labelled.items() if label != HEAD and not is_direct(target_map)]
     if not solver.least_squares or not solved:
         return dict(labelled), ()
     why = refit_fault(trace)
     if why is None:
         return dict(labelled), ()
-    kept = {label: own for label, own in labelled.items() if label not in solved}
+    kept = {label: target_map for label, target_map in labelled.items() if label not in solved}
     return kept, tuple(Skipped(f"map {label}", why) for label in solved)

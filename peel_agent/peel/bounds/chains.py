@@ -23,16 +23,16 @@ def costs_nothing(prefix: TargetMap, solver: Solver) -> bool:
 
 def chained(labelled: Mapping[str, TargetMap], depth: int, solver: Solver) -> set[TargetMap]:
     """The maps that need a chain: not `head`, nor a whole map that costs nothing, which both are the trained blocks."""
-    own_maps = {own for label, own in labelled.items() if label != HEAD}
-    return {own for own in own_maps if len(own) < depth or not costs_nothing(own, solver)}
+    maps = {target_map for label, target_map in labelled.items() if label != HEAD}
+    return {target_map for target_map in maps if len(target_map) < depth or not costs_nothing(target_map, solver)}
 
 
 def hidden_states_of(maps: Iterable[TargetMap], solver: Solver) -> frozenset[int]:
     """The trained hidden states (transformers' numbering) that the chains of these maps start from or aim at."""
     needed = {0}
-    for own in maps:
-        for place in range(1, len(own) + 1):
-            needed.add(place if costs_nothing(own[:place], solver) else own[place - 1])
+    for target_map in maps:
+        for place in range(1, len(target_map) + 1):
+            needed.add(place if costs_nothing(target_map[:place], solver) else target_map[place - 1])
     return frozenset(needed)
 
 
@@ -49,21 +49,21 @@ def chain_ends(
         return {}
     level: dict[TargetMap, Streams] = {(): hidden[0]}
     ends: dict[TargetMap, Streams] = {}
-    deepest = max(len(own) for own in wanted)
+    deepest = max(len(target_map) for target_map in wanted)
     stopwatch.progress("bounds, blocks", 0, deepest)
     for block in trace.blocks(stop=deepest):
         place = block.index + 1
         above, level = level, {}
-        prefixes = dict.fromkeys(own[:place] for own in wanted if len(own) >= place)
+        prefixes = dict.fromkeys(target_map[:place] for target_map in wanted if len(target_map) >= place)
         for parent, inputs in above.items():
-            grown = [own for own in prefixes if own[:-1] == parent and not costs_nothing(own, solver)]
+            grown = [prefix for prefix in prefixes if prefix[:-1] == parent and not costs_nothing(prefix, solver)]
             if grown and not stopwatch.affords(stopwatch.last("solve")):
                 return ends
             if grown:
-                targets = [hidden[own[-1]] for own in grown]
+                targets = [hidden[prefix[-1]] for prefix in grown]
                 with stopwatch("solve"):
                     level |= zip(grown, solver.solve(block, inputs, targets, trace.chunk), strict=True)
-        level |= {own: hidden[place] for own in prefixes if costs_nothing(own, solver)}
-        ends |= {own: streams for own, streams in level.items() if own in wanted}
+        level |= {prefix: hidden[place] for prefix in prefixes if costs_nothing(prefix, solver)}
+        ends |= {prefix: streams for prefix, streams in level.items() if prefix in wanted}
         stopwatch.progress("bounds, blocks", place, deepest)
     return ends

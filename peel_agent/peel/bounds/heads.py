@@ -33,21 +33,21 @@ def fit_head(trace: Trace, ends: Streams, alive: Callable[[], None] = lambda: No
     features, targets = _positions(trace, ends.fit, probe.fit)
     select_features, select_targets = _positions(trace, ends.select, probe.select)
     best = trace.head
-    own = trace.head_set
+    weight_set = trace.head_set
     best_loss = float(position_losses(select_features, select_targets, best).mean())
     weight = trace.head_latents.clone().requires_grad_()
     optimiser = torch.optim.AdamW([weight], lr=LEARNING_RATE, weight_decay=0.0)
     generator = np.random.default_rng(SHUFFLE_SEED)
     for _ in range(MAX_EPOCHS):
         _run_epoch(
-            head=lambda: replace(trace.head, weight=straight_through(weight.T, own).T),
+            head=lambda: replace(trace.head, weight=straight_through(weight.T, weight_set).T),
             optimiser=optimiser,
             features=features,
             targets=targets,
             generator=generator,
             alive=alive,
         )
-        head = replace(trace.head, weight=quantise(weight.detach().T, own).T.clone())
+        head = replace(trace.head, weight=quantise(weight.detach().T, weight_set).T.clone())
         loss = float(position_losses(select_features, select_targets, head).mean())
         if not loss < best_loss:
             break

@@ -21,15 +21,15 @@ def suite(maps: str | tuple[TargetMap, ...], depth: int) -> dict[str, TargetMap]
     direct = tuple(range(1, depth + 1))
     labelled = {HEAD: direct}
     if isinstance(maps, tuple):
-        for own in maps:
-            check(own, depth)
-            labelled[label(own)] = own
+        for target_map in maps:
+            check(target_map, depth)
+            labelled[label(target_map)] = target_map
     elif maps == "direct":
         labelled["direct"] = direct
     elif maps == "ends":
-        labelled |= {label(own): own for own in ends(depth)}
+        labelled |= {label(target_map): target_map for target_map in ends(depth)}
     elif maps == "paper":
-        labelled |= {label(own): own for own in paper(depth)}
+        labelled |= {label(target_map): target_map for target_map in paper(depth)}
     elif maps == "all":
         raise ConfigurationError(
             f"all target maps of {depth} blocks are {count(depth):,}",
@@ -55,7 +55,13 @@ def ends(depth: int) -> tuple[TargetMap, ...]:
         (1, last - 1, last),
         (1, 2, last - 1, last),
     )
-    return tuple(dict.fromkeys(own for own in wanted if is_valid(own, depth) and own != tuple(range(1, depth + 1))))
+    return tuple(
+        dict.fromkeys(
+            target_map
+            for target_map in wanted
+            if is_valid(target_map, depth) and target_map != tuple(range(1, depth + 1))
+        )
+    )
 
 
 PAPER_FOUR_BLOCKS = (
@@ -75,69 +81,69 @@ def paper(depth: int) -> tuple[TargetMap, ...]:
     At 4 and at 26 blocks they are the paper's own.
     """
     lists, base = (PAPER_FOUR_BLOCKS, 4) if depth <= 8 else (PAPER_26_BLOCKS, 26)
-    return tuple(dict.fromkeys(_scaled(own, base, depth) for own in lists))
+    return tuple(dict.fromkeys(_scaled(target_map, base, depth) for target_map in lists))
 
 
-def _scaled(own: TargetMap, base: int, depth: int) -> TargetMap:
+def _scaled(target_map: TargetMap, base: int, depth: int) -> TargetMap:
     """A map for `base` blocks carried over to `depth`: its length too when it has an entry for every block."""
-    length = depth if len(own) == base else min(len(own), depth)
+    length = depth if len(target_map) == base else min(len(target_map), depth)
     scaled: list[int] = []
     for place in range(1, length + 1):
-        entry = own[-(-place * len(own) // length) - 1]
+        entry = target_map[-(-place * len(target_map) // length) - 1]
         target = -(-entry * depth // base)
         scaled.append(max(place, target, *scaled[-1:]))
     return tuple(scaled)
 
 
-def is_valid(own: TargetMap, depth: int) -> bool:
+def is_valid(target_map: TargetMap, depth: int) -> bool:
     """method.md 3: L' <= L, values within 1..L, non-decreasing, and pi(i) >= i."""
-    return _fault(own, depth) is None
+    return _fault(target_map, depth) is None
 
 
-def check(own: TargetMap, depth: int) -> None:
+def check(target_map: TargetMap, depth: int) -> None:
     """Raises ConfigurationError with the reason when the map is not a target map for `depth` blocks."""
-    fault = _fault(own, depth)
+    fault = _fault(target_map, depth)
     if fault is not None:
         raise ConfigurationError(
-            f"{list(own)} is no target map for {depth} blocks: {fault}",
+            f"{list(target_map)} is no target map for {depth} blocks: {fault}",
             remedy="list, for each block of the chain, the hidden state (1..L) it is fitted to, never decreasing",
         )
 
 
-def _fault(own: TargetMap, depth: int) -> str | None:
-    if not 1 <= len(own) <= depth:
-        return f"it has {len(own)} entries, the model {depth} blocks"
-    for place, target in enumerate(own, 1):
+def _fault(target_map: TargetMap, depth: int) -> str | None:
+    if not 1 <= len(target_map) <= depth:
+        return f"it has {len(target_map)} entries, the model {depth} blocks"
+    for place, target in enumerate(target_map, 1):
         if not 1 <= target <= depth:
             return f"entry {place} is {target}, outside 1..{depth}"
         if target < place:
             return f"entry {place} is {target}: block {place} cannot aim at a hidden state before its own"
-        if place > 1 and target < own[place - 2]:
-            return f"entry {place} is {target}, less than the {own[place - 2]} before it"
+        if place > 1 and target < target_map[place - 2]:
+            return f"entry {place} is {target}, less than the {target_map[place - 2]} before it"
     return None
 
 
-def label(own: TargetMap) -> str:
+def label(target_map: TargetMap) -> str:
     """A short lossless name, fit for a metric key: `1-4`; `1..26` for 1,2,...,26; `1-2-26x3` for 1,2,26,26,26."""
     pieces = []
     start = 0
-    while start < len(own):
-        same = _run(own, start, step=0)
-        rising = _run(own, start, step=1)
+    while start < len(target_map):
+        same = _run(target_map, start, step=0)
+        rising = _run(target_map, start, step=1)
         if same >= 3:
-            pieces.append(f"{own[start]}x{same}")
+            pieces.append(f"{target_map[start]}x{same}")
         elif rising >= 3:
-            pieces.append(f"{own[start]}..{own[start + rising - 1]}")
+            pieces.append(f"{target_map[start]}..{target_map[start + rising - 1]}")
         else:
-            pieces.append(str(own[start]))
+            pieces.append(str(target_map[start]))
         start += max(same if same >= 3 else 1, rising if same < 3 <= rising else 1)
     return "-".join(pieces)
 
 
-def _run(own: TargetMap, start: int, step: int) -> int:
+def _run(target_map: TargetMap, start: int, step: int) -> int:
     """Length of the run from `start` in which each entry is `step` more than the one before."""
     end = start + 1
-    while end < len(own) and own[end] == own[end - 1] + step:
+    while end < len(target_map) and target_map[end] == target_map[end - 1] + step:
         end += 1
     return end - start
 

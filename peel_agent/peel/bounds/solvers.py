@@ -82,8 +82,8 @@ def descend(block: Block, start: Mapping[str, Tensor], inputs: Streams, targets:
 
     for _ in range(DESCENT_STEPS):
         optimiser.zero_grad()
-        for found in pieces(gradients, chunk, inputs.fit, targets.fit):
-            for tensor, gradient in zip(free.values(), found, strict=True):
+        for piece_gradients in pieces(gradients, chunk, inputs.fit, targets.fit):
+            for tensor, gradient in zip(free.values(), piece_gradients, strict=True):
                 tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
         optimiser.step()
     fitted = {name: tensor.detach() for name, tensor in free.items()}

@@ -53,7 +53,9 @@ class Net:
             raise ConfigurationError("a network without layers", remedy="give at least one weight matrix")
         shapes = " -> ".join("x".join(map(str, weight.shape)) for weight in weights)
         joints = itertools.pairwise(weights)
-        if any(weight.ndim != 2 for weight in weights) or any(after.shape[1] != own.shape[0] for own, after in joints):
+        if any(weight.ndim != 2 for weight in weights) or any(
+            after.shape[1] != layer.shape[0] for layer, after in joints
+        ):
             raise ConfigurationError(
                 f"layers of shapes {shapes} do not fit each other", remedy="give each as [rows, columns], first to last"
             )
@@ -76,7 +78,7 @@ class Net:
     def one_bit(self) -> bool:
         """Whether the weights of every row (biases apart) have one magnitude, up to float32 rounding."""
         magnitudes = [_weights(layer, self.biased).abs() for layer in self.layers]
-        return all(bool((own.amax(1) - own.amin(1) <= 1e-6 * own.amax(1)).all()) for own in magnitudes)
+        return all(bool((weights.amax(1) - weights.amin(1) <= 1e-6 * weights.amax(1)).all()) for weights in magnitudes)
 
     def outputs(self, X: Tensor) -> tuple[Tensor, ...]:
         """Every layer's output [rows, N] for X [n, N]: the K - 1 hidden states, then the network's answer."""

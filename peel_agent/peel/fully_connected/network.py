@@ -21,28 +21,28 @@ def peel_network(
     start = clock()
     net = Net.of(network.weights, network.biases)
     precision: Precision = "one_bit" if net.one_bit else "full"
-    found = measure_feedforward(net, samples, precision=precision, earlier=earlier)
+    yes_bounds = measure_feedforward(net, samples, precision=precision, earlier=earlier)
     bounds = tuple(
         BoundReport(
-            label=own.label,
-            map=own.waypoints,
+            label=yes_value.label,
+            map=yes_value.waypoints,
             solver=f"pseudo_inverse, {precision}",
-            value=own.value,
-            best=own.value.value,
-            within_class=own.within_class,
+            value=yes_value.value,
+            best=yes_value.value.value,
+            within_class=yes_value.within_class,
         )
-        for own in found.values
+        for yes_value in yes_bounds.values
     )
     findings = Findings(
-        loss=found.loss,
+        loss=yes_bounds.loss,
         bound=bounds[-1].value if bounds else None,
-        gap=found.gap,
-        zone=found.zone,
+        gap=yes_bounds.gap,
+        zone=yes_bounds.zone,
         bounds=bounds,
         layers=(),
         redundancy=None,
-        memory=found.memory,
-        skipped=(*found.skipped, NO_BLOCKS),
+        memory=yes_bounds.memory,
+        skipped=(*yes_bounds.skipped, NO_BLOCKS),
         timing=Timing(solve=clock() - start),
         bound_label=bounds[-1].label if bounds else None,
     )

@@ -62,28 +62,30 @@ def measure_feedforward(
     _check(trained, samples)
     score = torch.cat([samples.select.X, samples.confirm.X], dim=1), torch.cat([samples.select.Y, samples.confirm.Y], 1)
     selecting = samples.select.X.shape[1]
-    own = sample_losses(trained, *score)
-    if not (np.isfinite(own).all() and all(bool(layer.isfinite().all()) for layer in trained.layers)):
+    trained_losses = sample_losses(trained, *score)
+    if not (np.isfinite(trained_losses).all() and all(bool(layer.isfinite().all()) for layer in trained.layers)):
         raise CheckpointError(
             "the loss of this checkpoint is not a finite number",
             remedy="its weights hold NaN or infinity, or the training diverged: take an earlier checkpoint",
         )
-    loss = estimate(own[selecting:])
+    loss = estimate(trained_losses[selecting:])
     why = _shortfall(trained, samples)
     if why is not None:
         return YesBounds(loss, (), None, "undecided", earlier, (Skipped("YES bounds", why),))
-    found = (
+    scored = (
         _best(waypoints, net, sample_losses(net, *score), selecting, trained)
         for waypoints, net in constructions(trained, samples.fit.X, samples.fit.Y, precision)
     )
-    own_best = best_by_size(found, len(trained.layers))
+    best_now = best_by_size(scored, len(trained.layers))
     network = f"{trained.widths} {'biased' if trained.biased else 'unbiased'} {precision}"
-    memory = remember(YesMemory(samples.fingerprint, network, own_best), earlier)
+    memory = remember(YesMemory(samples.fingerprint, network, best_now), earlier)
     values = tuple(
-        YesValue(f"yes-{k}", estimate(np.array(best.confirm)), best.waypoints, best not in own_best, best.within_class)
+        YesValue(f"yes-{k}", estimate(np.array(best.confirm)), best.waypoints, best not in best_now, best.within_class)
         for k, best in enumerate(memory.best)
     )
-    beyond = [estimate(own[selecting:] - np.array(best.confirm)) for best in (memory.best[0], memory.best[-1])]
+    beyond = [
+        estimate(trained_losses[selecting:] - np.array(best.confirm)) for best in (memory.best[0], memory.best[-1])
+    ]
     return YesBounds(loss, values, beyond[1], zone_of(*beyond), memory, ())
 
 
@@ -93,25 +95,25 @@ def sample_losses(net: Net, X: Tensor, Y: Tensor) -> SampleLosses:
     return errors
 
 
-def best_by_size(found: Iterable[Best], depth: int) -> tuple[Best, ...]:
+def best_by_size(candidates: Iterable[Best], depth: int) -> tuple[Best, ...]:
     """For k = 0..depth - 1 the construction of at most k way-points with the least loss on select; ties to fewer."""
     exact: dict[int, Best] = {}
-    for one in found:
-        size = len(one.waypoints)
-        if size not in exact or one.select < exact[size].select:
-            exact[size] = one
+    for candidate in candidates:
+        size = len(candidate.waypoints)
+        if size not in exact or candidate.select < exact[size].select:
+            exact[size] = candidate
     best = [exact[0]]
     for size in range(1, depth):
-        best.append(min(best[-1], exact[size], key=lambda one: one.select))
+        best.append(min(best[-1], exact[size], key=lambda candidate: candidate.select))
     return tuple(best)
 
 
-def remember(own: YesMemory, earlier: YesMemory | None) -> YesMemory:
+def remember(current: YesMemory, earlier: YesMemory | None) -> YesMemory:
     """The running minimum on select, for each k: this checkpoint's construction or the earlier best; ties to that."""
-    if earlier is None or (earlier.probe, earlier.network) != (own.probe, own.network):
-        return own
-    pairs = zip(earlier.best, own.best, strict=True)
-    return YesMemory(own.probe, own.network, tuple(min(pair, key=lambda one: one.select) for pair in pairs))
+    if earlier is None or (earlier.probe, earlier.network) != (current.probe, current.network):
+        return current
+    pairs = zip(earlier.best, current.best, strict=True)
+    return YesMemory(current.probe, current.network, tuple(min(pair, key=lambda best: best.select) for pair in pairs))
 
 
 def zone_of(beyond_first: Estimate, beyond_last: Estimate) -> Zone:
@@ -131,7 +133,7 @@ def zone_of(beyond_first: Estimate, beyond_last: Estimate) -> Zone:
 
 
 def _best(waypoints: Waypoints, net: Net, losses: SampleLosses, selecting: int, trained: Net) -> Best:
-    spare = [theirs - own for own, theirs in zip(net.widths, trained.widths, strict=True)]
+    spare = [trained_width - width for width, trained_width in zip(net.widths, trained.widths, strict=True)]
     within = min(spare) >= 0
     if trained.one_bit:  # one bit has no 0, but two copies of a unit that leave with +lambda and -lambda cancel
         within = within and net.one_bit and all(units % 2 == 0 for units in spare)

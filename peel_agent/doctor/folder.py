@@ -150,7 +150,7 @@ def _fault(form: dict[str, str] | None) -> PeelError | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class WatchedPlace:
     """What `init` found: the place, the newest checkpoint and its model; or why there is none."""
 
     place: str
@@ -194,18 +194,18 @@ class Found:
         return None if model is None or model.context is None else min(model.context, MAX_LENGTH)
 
 
-def find(root: Path, now: float) -> Found:
+def watched_place(root: Path, now: float) -> WatchedPlace:
     """What is in a folder, for its configuration. Raises ConfigurationError when it is none, or may not be listed."""
     root = root.expanduser().resolve()
     if not root.is_dir():
         raise ConfigurationError(
             f"{root} is no directory", remedy="give the directory that the training writes its checkpoints to"
         )
-    found = checkpoints_in(root, "auto", (), now)
-    if found.newest is None:
-        return Found(str(root), found)
+    checkpoints = checkpoints_in(root, "auto", (), now)
+    if checkpoints.newest is None:
+        return WatchedPlace(str(root), checkpoints)
     try:
-        opened = opened_by_child(found.newest, ModelSettings(), ProbeSettings())
+        opened = opened_by_child(checkpoints.newest, ModelSettings(), ProbeSettings())
     except WorkerError as error:
         opened = Opened("", fault=error)
-    return Found(str(root), found, opened)
+    return WatchedPlace(str(root), checkpoints, opened)
