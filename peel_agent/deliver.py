@@ -113,9 +113,9 @@ class Carrier:
         """Made now: of several that were owed only the last is left."""
         extent = Extent(body["history_until"], body.get("alerts_until"), most=MOST_REPORTS)
         with tempfile.TemporaryDirectory(prefix="peel-pages-") as folder:
-            made = pages(Order(self._folder.parents[1], self.lane.run, extent, Path(folder)))
-            if made is not None and isinstance(self._tracker, Showing):
-                self._tracker.show(made)
+            rendered = pages(Order(self._folder.parents[1], self.lane.run, extent, Path(folder)))
+            if rendered is not None and isinstance(self._tracker, Showing):
+                self._tracker.show(rendered)
 
     def _of_a_report(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The publication of a checkpoint that was peeled before this tracker was there; its report is what is frozen.

@@ -195,10 +195,10 @@ def _is_exposed(value: object, *, secret: bool) -> bool:
 
     An address that is a scheme, a host and a port lets nobody in by itself.
     """
-    texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
+    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
     if secret:
-        return any(not re.fullmatch(r"\$\{\w+\}|file:.*|https?://[\w.:\[\]-]+/?", one) for one in texts)
-    return any(re.search(r"://[^/@\s]*:[^/@\s]+@", one) for one in texts)
+        return any(not re.fullmatch(r"\$\{\w+\}|file:.*|https?://[\w.:\[\]-]+/?", text) for text in texts)
+    return any(re.search(r"://[^/@\s]*:[^/@\s]+@", text) for text in texts)
 
 
 def _loss_keys(run: RunSettings) -> tuple[str, ...]:

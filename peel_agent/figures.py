@@ -61,7 +61,7 @@ class Figures:
             version=version("peel-agent"),
             started_at=self._started_at,
             runs=tuple(_run(run, now) for run in runs),
-            deliveries=tuple(one for run in runs for one in _deliveries(run, owed)),
+            deliveries=tuple(delivery for run in runs for delivery in _deliveries(run, owed)),
             child_memory_bytes=self._memory_bytes(),
             ready=not unready,
             unready=unready,
@@ -184,13 +184,13 @@ def _standing(run: RunState, now: float, owed: dict[Lane, tuple[int, int]], why:
         "firing": [{"rule": rule, "subject": subject, "since_step": step} for rule, subject, step in run.firing],
         "deliveries": [
             {
-                "destination": one.destination,
-                "lane": one.lane,
-                "delivered": one.delivered,
-                "owed": one.owed,
-                "dead": one.dead,
-                "why": why.get(Lane(run.run, one.destination, one.lane)),
+                "destination": delivery.destination,
+                "lane": delivery.lane,
+                "delivered": delivery.delivered,
+                "owed": delivery.owed,
+                "dead": delivery.dead,
+                "why": why.get(Lane(run.run, delivery.destination, delivery.lane)),
             }
-            for one in _deliveries(run, owed)
+            for delivery in _deliveries(run, owed)
         ],
     }

@@ -91,16 +91,16 @@ class Claims:
 
 def claims(listing: Listing, formats: Sequence[Format]) -> Claims:
     """The strongest claim, of equal ones that of the first format. One that fails has none, and stops no other."""
-    made: list[tuple[int, Format, Claim]] = []
+    ranked: list[tuple[int, Format, Claim]] = []
     failure = None
     for form in formats:
         try:
             claim = form.claim(listing)
             if claim is not None:
-                made.append((STRENGTHS.index(claim.strength), form, claim))
+                ranked.append((STRENGTHS.index(claim.strength), form, claim))
         except Exception as error:  # somebody else's plug-in may raise anything
             failure = failure or failed(form, listing, error)
-    winner = min(made, key=lambda one: one[0], default=None)
+    winner = min(ranked, key=lambda entry: entry[0], default=None)
     return Claims(None if winner is None else winner[1:], failure)
 
 

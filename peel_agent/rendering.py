@@ -26,7 +26,7 @@ from peel_agent.records import History, Pages, PeelReport, plain, restored
 from peel_agent.worker import be_ended_first, end_with_parent, give_way, quiet_libraries
 
 if TYPE_CHECKING:
-    from peel_agent.views import Made
+    from peel_agent.views import Provenance
 
 REPORT_FILE = "peel/report.html"
 
@@ -92,11 +92,11 @@ def is_kept(count: int) -> bool:
     return count % int(10 ** max(0, len(str(count)) - 2)) == 0
 
 
-def made(command: str, at: str) -> Made:
+def provenance(command: str, at: str) -> Provenance:
     """How a page was made: with this command, when, and by which versions."""
-    from peel_agent.views import Made
+    from peel_agent.views import Provenance
 
-    return Made(command, at, {"peel-agent": version("peel-agent"), "Python": platform.python_version()})
+    return Provenance(command, at, {"peel-agent": version("peel-agent"), "Python": platform.python_version()})
 
 
 def utc(seconds: float | None = None) -> str:
@@ -120,7 +120,7 @@ def drawn(order: Order) -> Answer:
     at = f"of the checkpoint written at {utc(order.extent.until)}"
     try:
         texts: dict[str, bytes | None] = {
-            REPORT_FILE: report_page(history, made(shlex.join(command), at)).encode(),
+            REPORT_FILE: report_page(history, provenance(shlex.join(command), at)).encode(),
             f"{MARGINS}.png": heat_map_png(history, card=True),
             f"{REDUNDANCY}.png": redundancy_png(history, card=True),
         }

@@ -101,7 +101,11 @@ def _is_asynchronous(trainer: Any) -> bool:
 
 
 def _savers(trainer: Any) -> list[Any]:
-    return [one for one in trainer.checkpoint_callbacks if isinstance(one, _LIGHTNING.callbacks.ModelCheckpoint)]
+    return [
+        callback
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, _LIGHTNING.callbacks.ModelCheckpoint)
+    ]
 
 
 def _saved(trainer: Any) -> Iterator[Path]:

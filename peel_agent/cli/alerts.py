@@ -60,10 +60,10 @@ def _list(options: argparse.Namespace) -> int:
         print(printable(_line(run, state, silenced_by(silences, run, state, now))))
     if not any(state.phase == "firing" for _, state in alerts):
         print("nothing fires")
-    for one in silences:
-        until = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.until))
-        why = f": {one.why}" if one.why else ""
-        print(f"silence {one.id} until {until}: run {one.run}, rule {one.rule}, subject {one.subject}{why}")
+    for quiet in silences:
+        until = time.strftime("%Y-%m-%d %H:%M", time.localtime(quiet.until))
+        why = f": {quiet.why}" if quiet.why else ""
+        print(f"silence {quiet.id} until {until}: run {quiet.run}, rule {quiet.rule}, subject {quiet.subject}{why}")
     return 0
 
 
@@ -111,8 +111,8 @@ def _silence(options: argparse.Namespace) -> int:
         number = reading(lambda: silence(database, **globs, until=until, why=printable(options.why)))
     with closing(Reader(state_folder(options))) as reader:
         alerts = reading(reader.alerts)
-    made = Silence(number, **globs, until=until, why="")
-    held = sum(state.phase == "firing" and silenced_by([made], run, state, now) is not None for run, state in alerts)
+    new = Silence(number, **globs, until=until, why="")
+    held = sum(state.phase == "firing" and silenced_by([new], run, state, now) is not None for run, state in alerts)
     ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(until))
     print(f"silence {number} until {ends}; `peel-agent alerts unsilence {number}` ends it")
     print(f"alerts that fire now, and that it is for: {held}")

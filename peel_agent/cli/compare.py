@@ -25,7 +25,7 @@ from peel_agent.contrast import contrast_runs, difference_verdict, is_worse, new
 from peel_agent.errors import ConfigurationError
 from peel_agent.publish import Lines, Sheet, difference_line, difference_sheet, plain_text, sheet
 from peel_agent.records import DifferenceReport
-from peel_agent.rendering import made, utc
+from peel_agent.rendering import provenance, utc
 from peel_agent.signals import Interrupted
 
 DEFAULT_QUANTITIES = {"quick": "margin", "standard": "margin", "full": "margin,headroom"}
@@ -152,7 +152,7 @@ def _tell(options: argparse.Namespace, report: DifferenceReport) -> None:
 def _page(options: argparse.Namespace, report: DifferenceReport) -> str:
     from peel_agent.views import difference_page
 
-    return difference_page(report, difference_verdict(report), made(_command(options), utc()))
+    return difference_page(report, difference_verdict(report), provenance(_command(options), utc()))
 
 
 def _command(options: argparse.Namespace) -> str:

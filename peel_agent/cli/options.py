@@ -118,9 +118,9 @@ def command_again(words: Sequence[str], named: Iterable[tuple[str, object]]) -> 
     given = [
         text
         for flag, value in named
-        for one in (value if isinstance(value, list) else [value])
-        if one
-        for text in (flag, re.sub(r"://[^/@\s]*@", "://", str(one)))
+        for entry in (value if isinstance(value, list) else [value])
+        if entry
+        for text in (flag, re.sub(r"://[^/@\s]*@", "://", str(entry)))
     ]
     return shlex.join(["peel-agent", *words, *given])
 

@@ -56,8 +56,8 @@ def _probe(options: argparse.Namespace) -> int:
         probe = split(sequences, used, source, sizes, vocabulary)
         check_vocabulary(ids, source, vocabulary)
     _write(options.out, ids, force=options.force)
-    for one in probe.left_out:
-        say(printable(f"left out: {one.what}: {one.why}"))
+    for left_out in probe.left_out:
+        say(printable(f"left out: {left_out.what}: {left_out.why}"))
     print(printable(_words(options.out, ids, probe, snapshot)))
     return 0
 

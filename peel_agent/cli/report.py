@@ -17,7 +17,7 @@ from peel_agent.errors import ConfigurationError, NoReport, PeelError
 from peel_agent.ledger import FILE, kept_run
 from peel_agent.publish import history_of
 from peel_agent.records import History, KeptRun, LocalListing
-from peel_agent.rendering import made, utc
+from peel_agent.rendering import provenance, utc
 from peel_agent.watch import is_url
 
 RUN_ID = re.compile("[0-9a-f]{32}")
@@ -55,7 +55,7 @@ def _report(options: argparse.Namespace) -> int:
         state=options.state,
     )
     history = place.history()
-    page = report_page(history, made(_command(options), utc())).encode()
+    page = report_page(history, provenance(_command(options), utc())).encode()
     write_whole(options.out, page)
     count = len(history.reports)
     told = f"{count:,} checkpoint{'' if count == 1 else 's'} of the run {history.name}"

@@ -120,7 +120,9 @@ def converted(dotted: str, kind: str, value: Any) -> Any:
         raise ConfigurationError(f"`{dotted}` is {value!r}", remedy=f"it must be {words}") from error
     choices = CHOICES.get(dotted)
     wrong = [
-        one for one in (converted if isinstance(converted, tuple) else (converted,)) if choices and one not in choices
+        choice
+        for choice in (converted if isinstance(converted, tuple) else (converted,))
+        if choices and choice not in choices
     ]
     if choices and wrong:
         raise ConfigurationError(f"`{dotted}` is `{wrong[0]}`", remedy=f"it must be one of: {', '.join(choices)}")

@@ -221,8 +221,8 @@ def plugin_settings(
     """
     variables = {key: variable_of(variable) for key, variable in from_environment.items()}
     looked_up = {key: text for key, text in variables.items() if text is not None}
-    bare = {key: one.strip() if isinstance(one, str) else one for key, one in table.items()}
-    revealed = {key: _revealed_in(f"{name}.{key}", one) for key, one in bare.items()}
+    bare = {key: value.strip() if isinstance(value, str) else value for key, value in table.items()}
+    revealed = {key: _revealed_in(f"{name}.{key}", value) for key, value in bare.items()}
     try:
         return section(kind, name, {**looked_up, **revealed})
     except ConfigurationError as error:

@@ -67,8 +67,8 @@ def _changed_of_late(case: Case) -> dict[str, Finding]:
     """The layers that changed unusually since the checkpoint before, or in the interval before that."""
     now = (_narrowest(case, Place(layer, None), signs.changed) for layer in case.report.layers)
     earlier = (layer.finding for layer in (case.history[-1].layers if case.history else ()))
-    changed = [one for one in (*now, *earlier) if one is not None and one.kind == "changed"]
-    return {one.subject.partition("/")[0]: one for one in reversed(changed)}
+    changed = [finding for finding in (*now, *earlier) if finding is not None and finding.kind == "changed"]
+    return {finding.subject.partition("/")[0]: finding for finding in reversed(changed)}
 
 
 def _finding(case: Case, layer: LayerReport, culprits: Culprits, run: Finding | None) -> Finding | None:
@@ -89,7 +89,7 @@ def _finding(case: Case, layer: LayerReport, culprits: Culprits, run: Finding | 
 def _narrowest(case: Case, whole: Place, sign: Sign) -> Finding | None:
     """The sign at the block; at one of its parts when only that part shows it, or shows it while the block does not."""
     at_block, *at_parts = (sign(case, place) for place in places(whole.layer))
-    shown = [one for one in at_parts if one is not None]
+    shown = [finding for finding in at_parts if finding is not None]
     if at_block is None:
         return shown[0] if shown else None
     return shown[0] if len(shown) == 1 and sign in EVENTS else at_block

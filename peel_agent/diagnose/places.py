@@ -86,7 +86,7 @@ class Case:
     def comparable(self, place: Place) -> tuple[Estimate, ...]:
         """The margins of the place in earlier reports that were measured as it is now, oldest first."""
         now = place.compared
-        before = (one.compared for one in self.before(place)) if now is not None else ()
+        before = (earlier.compared for earlier in self.before(place)) if now is not None else ()
         return tuple(
             compared[1] for compared in before if compared is not None and now is not None and compared[0] == now[0]
         )

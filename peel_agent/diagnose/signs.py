@@ -43,7 +43,7 @@ def changed(case: Case, place: Place) -> Finding | None:
 
 
 def _usually(case: Case, place: Place) -> str:
-    ratios = [one.change.ratio for one in case.before(place) if one.change is not None]
+    ratios = [earlier.change.ratio for earlier in case.before(place) if earlier.change is not None]
     return f" (usual for it: {median(ratios):.1f} times)" if ratios else ""
 
 
@@ -55,12 +55,12 @@ def _unusual(case: Case, place: Place) -> float:
     change = place.change
     if change is None:
         return 0.0
-    before = [one.change for one in case.before(place) if one.change is not None]
+    before = [earlier.change for earlier in case.before(place) if earlier.change is not None]
     worst = _worst_ratio(change)
     if not before:
         return max(change.ratio / limits.FIRST_CHANGED_BLOCK, worst / limits.FIRST_CHANGED_MATRIX)
-    usual_ratio = max(limits.STILL, median(one.ratio for one in before))
-    usual_worst = max(1.0, median(_worst_ratio(one) for one in before))
+    usual_ratio = max(limits.STILL, median(change.ratio for change in before))
+    usual_worst = max(1.0, median(_worst_ratio(change) for change in before))
     return max(change.ratio / usual_ratio / limits.CHANGED_BLOCK, worst / usual_worst / limits.CHANGED_MATRIX)
 
 
@@ -71,7 +71,7 @@ def stands_out(case: Case, place: Place) -> bool:
 
 def _elsewhere(case: Case, place: Place) -> Iterator[Place]:
     """Every block and part of the other layers."""
-    return (one for layer in case.report.layers if layer.name != place.layer.name for one in places(layer))
+    return (other for layer in case.report.layers if layer.name != place.layer.name for other in places(layer))
 
 
 def _worst_ratio(change: Change) -> float:
@@ -96,8 +96,8 @@ def regressed(case: Case, place: Place) -> Finding | None:
 
 def _lost_elsewhere(case: Case, place: Place) -> float:
     """The most that earlier weights would win in any other layer, or in any layer at earlier checkpoints."""
-    before = (one for report in case.history for layer in report.layers for one in places(layer))
-    won = [-one.progress.value for one in (*_elsewhere(case, place), *before) if one.progress is not None]
+    before = (other for report in case.history for layer in report.layers for other in places(layer))
+    won = [-other.progress.value for other in (*_elsewhere(case, place), *before) if other.progress is not None]
     return max([0.0, *won])
 
 
@@ -163,8 +163,8 @@ def drop(now: Estimate, before: list[Estimate]) -> float | None:
     """What a margin certainly fell by, (least lower limit before - upper limit now), over the median before."""
     if not before:
         return None
-    typical = median(one.value for one in before)
-    return (min(one.low for one in before) - now.high) / typical if typical > 0.0 else None
+    typical = median(margin.value for margin in before)
+    return (min(margin.low for margin in before) - now.high) / typical if typical > 0.0 else None
 
 
 def _peers_kept(case: Case, place: Place) -> float:
@@ -182,7 +182,7 @@ def still(case: Case, place: Place) -> Finding | None:
     change = place.change
     if change is None or change.ratio >= limits.STILL or _worst_ratio(change) >= limits.MOVING:
         return None
-    ratios = [one.change.ratio for one in case.before(place) if one.change is not None]
+    ratios = [earlier.change.ratio for earlier in case.before(place) if earlier.change is not None]
     evidence = {"change": change.ratio}
     if any(ratio >= limits.MOVING for ratio in ratios):
         since = _last_moving(case, place)
@@ -235,7 +235,7 @@ def improvable(case: Case, place: Place) -> Finding | None:
     room = place.headroom
     if room is None or room.low <= 0.0 or not case.history:
         return None
-    rooms = [one.headroom.high for one in case.before(place) if one.headroom is not None]
+    rooms = [earlier.headroom.high for earlier in case.before(place) if earlier.headroom is not None]
     grown = bool(rooms) and room.low > limits.IMPROVABLE * max(0.0, *rooms)
     flat = _is_flat(case)
     if not (grown or flat):
@@ -310,10 +310,10 @@ def diverged(case: Case) -> Finding | None:
     losses = [(earlier.loss, earlier.checkpoint.step) for earlier in case.history]
     if not losses:
         return None
-    loss, (best, step) = case.report.loss, min(losses, key=lambda one: one[0].value)
+    loss, (best, step) = case.report.loss, min(losses, key=lambda entry: entry[0].value)
     if loss.value < (1.0 + limits.DIVERGED) * best.value or loss.low <= best.low:
         return None
-    if any(stands_out(case, one) for layer in case.report.layers for one in places(layer)):
+    if any(stands_out(case, place) for layer in case.report.layers for place in places(layer)):
         return None
     words = f"the loss is {loss.value:.4f}, where it was {best.value:.4f} at step {step}, and no layer stands out: "
     words += "look at the run, not at one layer"
@@ -332,5 +332,5 @@ def _last_earning(case: Case) -> int | None:
 def _is_idle_part(case: Case, place: Place) -> bool:
     """Whether a part that is below says nothing of its block: most other blocks' are too, or it never earned yet."""
     judged = [peer.status == "below" for peer in case.peers(place) if peer.status != "not_measured"]
-    before = [one.status for one in case.before(place)]
+    before = [earlier.status for earlier in case.before(place)]
     return sum(judged) > limits.EARLY * max(1, len(judged)) or (bool(before) and "above" not in before)

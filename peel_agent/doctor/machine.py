@@ -87,15 +87,15 @@ def check_plugins() -> Iterator[Check]:
 def check_device(settings: DeviceSettings) -> Iterator[Check]:
     """What a peel would compute on now, and why on no other device."""
     devices = Devices(settings.select, settings.memory_fraction, Path(), visible_gpus(), lambda: 0.0)
-    seen = devices.survey() if settings.select != "cpu" else ()
+    devices_seen = devices.survey() if settings.select != "cpu" else ()
     if settings.select not in ("auto", "cpu"):
-        yield _named_device(settings.select, seen)
+        yield _named_device(settings.select, devices_seen)
         return
     if settings.select == "cpu":
         yield Check("device", True, "the CPU, as [device] select says")
         return
-    free = [device for device in seen if _why_busy(device) is None]
-    each = "; ".join(f"{device.label}: {_why_busy(device) or 'free'}" for device in seen)
+    free = [device for device in devices_seen if _why_busy(device) is None]
+    each = "; ".join(f"{device.label}: {_why_busy(device) or 'free'}" for device in devices_seen)
     if free:
         words = f"auto: a GPU that stays free while the agent watches it is taken, else the CPU ({each})"
     else:
@@ -103,12 +103,12 @@ def check_device(settings: DeviceSettings) -> Iterator[Check]:
     yield Check("device", True, words)
 
 
-def _named_device(select: str, seen: tuple[SeenDevice, ...]) -> Check:
+def _named_device(select: str, devices_seen: tuple[SeenDevice, ...]) -> Check:
     try:
         lease = device_for(select, visible_gpus())
     except (PeelError, DeviceUnavailable) as error:
         return failed("device", error)
-    device = next((one for one in seen if one.uuid == lease.visible), None)
+    device = next((candidate for candidate in devices_seen if candidate.uuid == lease.visible), None)
     if device is None:
         return Check("device", None, lease.reason, 'pip install "peel-agent[nvidia]", so that it can be watched')
     busy = _why_busy(device)

@@ -44,8 +44,8 @@ def fall_of(points: Sequence[tuple[int, float]]) -> Fall | None:
     x = [fmean((step - first) / (last - first) for step, _ in stretch) for stretch in stretches]
     y = [fmean(loss for _, loss in stretch) for stretch in stretches]
     mean_x, mean_y = fmean(x), fmean(y)
-    spread = sum((one - mean_x) ** 2 for one in x)
+    spread = sum((abscissa - mean_x) ** 2 for abscissa in x)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
     residuals = (b - mean_y - slope * (a - mean_x) for a, b in zip(x, y, strict=True))
-    error = (sum(one**2 for one in residuals) / (BINS - 2) / spread) ** 0.5
+    error = (sum(residual**2 for residual in residuals) / (BINS - 2) / spread) ** 0.5
     return Fall(-slope, -slope - T_95 * error, -slope + T_95 * error, mean_y)

@@ -72,7 +72,7 @@ def _winner(report: PeelReport) -> BoundReport | None:
 def false_convergence(observed: ReportObservation, rule: Rule) -> dict[str, Testimony]:
     """The training loss is flat over the last checkpoints while a better model is proven to be near."""
     report, window = observed.report, rule.raised_after
-    earlier = [one for one in observed.history if one.checkpoint.step is not None][-window:]
+    earlier = [report for report in observed.history if report.checkpoint.step is not None][-window:]
     step = report.checkpoint.step
     if len(earlier) < window or step is None:
         return {RUN: SILENCE}
@@ -113,8 +113,8 @@ def _standing_room(reports: list[PeelReport], fraction: float) -> str | None:
         name, room = max(best.items(), key=lambda entry: entry[1].value)
         return f"{name} could be better by {room} nats/token, and could at each of the last {len(reports)} checkpoints"
     known: list[Estimate | None] = [gaps[-1], *(layer.headroom for layer in reports[-1].layers)]
-    measured = [one for one in known if one is not None]
-    return "" if measured and all(one.high <= floors[-1] for one in measured) else None
+    measured = [estimate for estimate in known if estimate is not None]
+    return "" if measured and all(estimate.high <= floors[-1] for estimate in measured) else None
 
 
 def _has_room(report: PeelReport, name: str, fraction: float) -> bool:

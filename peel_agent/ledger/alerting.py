@@ -112,7 +112,8 @@ def keep_rule_states(db: sqlite3.Connection, run: str, states: Sequence[RuleStat
     """These states instead of those before."""
     db.execute("DELETE FROM rule_states WHERE run = ?", (run,))
     rows = [
-        (run, *(json.dumps(value) if isinstance(value, tuple) else value for value in astuple(one))) for one in states
+        (run, *(json.dumps(value) if isinstance(value, tuple) else value for value in astuple(state)))
+        for state in states
     ]
     db.executemany("INSERT INTO rule_states VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 

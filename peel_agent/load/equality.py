@@ -50,7 +50,7 @@ def _block_of(snapshot: Snapshot, name: str) -> int | None:
 
 
 def _are_equal(a: Snapshot, b: Snapshot, name: str) -> bool:
-    one, other = a.weights.read(name), b.weights.read(name)
-    if one.dtype != other.dtype or one.itemsize == 1:  # there is no torch.equal of every small type
-        one, other = one.double(), other.double()
-    return torch.equal(one, other)
+    of_a, of_b = a.weights.read(name), b.weights.read(name)
+    if of_a.dtype != of_b.dtype or of_a.itemsize == 1:  # there is no torch.equal of every small type
+        of_a, of_b = of_a.double(), of_b.double()
+    return torch.equal(of_a, of_b)

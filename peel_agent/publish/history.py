@@ -59,7 +59,7 @@ def _notice(line: str) -> Notice:
     _must_be(isinstance(form, dict), "it is no object")
     notice = notice_from_json(form)
     _must_fit(Notice, notice, "it")
-    _must_be(all(one is None or _is_place(one) for one in (notice.step, notice.since_step)), "a step is no step")
+    _must_be(all(step is None or _is_place(step) for step in (notice.step, notice.since_step)), "a step is no step")
     return notice
 
 
@@ -68,7 +68,7 @@ def _must_fit(hint: Any, value: Any, what: str) -> None:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is not None or type(None) not in arguments:
-            _must_fit(next(one for one in arguments if one is not type(None)), value, what)
+            _must_fit(next(option for option in arguments if option is not type(None)), value, what)
     elif dataclasses.is_dataclass(hint):
         _must_be(isinstance(value, cast("type", hint)), f"{what} is missing or of another kind")
         for name, annotation in _hints(cast("type", hint)).items():

@@ -103,9 +103,9 @@ def _layer_series(report: PeelReport) -> Iterator[tuple[str, float]]:
     ordered = sorted(report.layers, key=_worst_first)
     for layer in ordered:
         estimates = {"margin": layer.margin, "headroom": layer.headroom, "progress": layer.progress}
-        for name, one in estimates.items():
-            if one is not None:
-                yield f"peel/{name}/{_label(layer.index)}", one.value
+        for name, measured in estimates.items():
+            if measured is not None:
+                yield f"peel/{name}/{_label(layer.index)}", measured.value
         if layer.change is not None:
             yield f"peel/change/{_label(layer.index)}", layer.change.ratio
     for layer in ordered:

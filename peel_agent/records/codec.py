@@ -48,7 +48,7 @@ def decoded(hint: Any, value: Any) -> Any:
     if value is None:
         return None
     if origin in (typing.Union, types.UnionType):
-        return decoded(_fitting([one for one in arguments if one is not type(None)], value), value)
+        return decoded(_fitting([argument for argument in arguments if argument is not type(None)], value), value)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return restored(hint, cast("Mapping[str, Any]", value))
     if isinstance(origin, type):
@@ -59,7 +59,7 @@ def decoded(hint: Any, value: Any) -> Any:
 def _collection(origin: type, arguments: tuple[Any, ...], value: Any) -> Any:
     if origin is tuple:
         inner = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
-        return tuple(decoded(one, entry) for one, entry in zip(inner, value, strict=True))
+        return tuple(decoded(hint, entry) for hint, entry in zip(inner, value, strict=True))
     if origin is frozenset:
         return frozenset(decoded(arguments[0], entry) for entry in value)
     return {key: decoded(arguments[1], entry) for key, entry in value.items()} if issubclass(origin, Mapping) else value
@@ -68,8 +68,8 @@ def _collection(origin: type, arguments: tuple[Any, ...], value: Any) -> Any:
 def _fitting(kinds: list[Any], value: Any) -> Any:
     """Which member of a union a plain value is: the dataclass that has most of its keys, a tuple for a list."""
     if isinstance(value, Mapping):
-        records = [cast("type", one) for one in kinds if dataclasses.is_dataclass(one)]
-        return max(records, key=lambda one: len(set(value) & set(_hints(one))), default=kinds[0])
+        records = [cast("type", kind) for kind in kinds if dataclasses.is_dataclass(kind)]
+        return max(records, key=lambda kind: len(set(value) & set(_hints(kind))), default=kinds[0])
     if isinstance(value, list):
-        return next(one for one in kinds if typing.get_origin(one) is tuple)
-    return next((one for one in kinds if one is Path or not dataclasses.is_dataclass(one)), kinds[0])
+        return next(kind for kind in kinds if typing.get_origin(kind) is tuple)
+    return next((kind for kind in kinds if kind is Path or not dataclasses.is_dataclass(kind)), kinds[0])

@@ -117,11 +117,11 @@ CHECKS: tuple[Callable[[Connect, Read], None], ...] = (
 )
 
 
-def _expect_in_order(text: str, *wanted: str) -> None:
+def _expect_in_order(text: str, *phrases: str) -> None:
     at = -1
-    for one in wanted:
-        at = text.find(one, at + 1)
-        _expect(at >= 0, f"{one!r} is there, after what was delivered before it", text)
+    for phrase in phrases:
+        at = text.find(phrase, at + 1)
+        _expect(at >= 0, f"{phrase!r} is there, after what was delivered before it", text)
 
 
 def _expect(holds: bool, claim: str, actual: object) -> None:

@@ -110,15 +110,19 @@ def two_lanes_meet(connect: Connect, read_metrics: ReadMetrics) -> None:
     def send(tracker: Tracker, sent: Sequence[Publication]) -> None:
         begin.wait()
         try:
-            for one in sent:
-                tracker.publish(one)
+            for publication in sent:
+                tracker.publish(publication)
         except Exception as error:  # whatever it is, the check fails with it
             faults.append(error)
 
     whole = [example_publication(step) for step in (100, 200)]
     threads = [
-        threading.Thread(target=send, args=(numbers, [dataclasses.replace(one, files={}) for one in whole])),
-        threading.Thread(target=send, args=(files, [dataclasses.replace(one, metrics={}, tags={}) for one in whole])),
+        threading.Thread(
+            target=send, args=(numbers, [dataclasses.replace(publication, files={}) for publication in whole])
+        ),
+        threading.Thread(
+            target=send, args=(files, [dataclasses.replace(publication, metrics={}, tags={}) for publication in whole])
+        ),
     ]
     for thread in threads:
         thread.start()

@@ -2,13 +2,13 @@
 
 from peel_agent.views.difference_page import difference_page
 from peel_agent.views.drawing import EXTRA, heat_map_png, lacks, redundancy_png
-from peel_agent.views.frame import Made
+from peel_agent.views.frame import Provenance
 from peel_agent.views.page import report_page
 from peel_agent.views.verdict import standing, verdict
 
 __all__ = [
     "EXTRA",
-    "Made",
+    "Provenance",
     "difference_page",
     "heat_map_png",
     "lacks",

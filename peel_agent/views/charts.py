@@ -79,7 +79,7 @@ def loss_chart(domain: tuple[float, float], unit: str, *, has_bound: bool, has_m
         shade = {"datum": name, "scale": {"domain": list(series), "range": list(series.values())}, "legend": legend}
         point = {"filled": True, "size": 18}
         line = {"mark": {"type": "line", "point": point}, "encoding": {"x": x, "y": y, "color": shade}}
-        layers += [{"data": {"name": "checkpoints"}, **one} for one in (band, line)]
+        layers += [{"data": {"name": "checkpoints"}, **layer} for layer in (band, line)]
     for layer in layers[1:]:
         layer["mark"]["tooltip"] = None
     bound = interval_words("bound", "bound_low", "bound_high", "bound_words")

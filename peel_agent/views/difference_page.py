@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from peel_agent.errors import printable
 from peel_agent.records import Both, Compared, DifferenceReport, LayerDifference, PlaceDifference, plain
 from peel_agent.views.difference_charts import places_chart, step_chart
-from peel_agent.views.frame import Made, Shown, page, probe_words, shown
+from peel_agent.views.frame import Provenance, Shown, page, probe_words, shown
 from peel_agent.views.specs import Chart
 from peel_agent.views.table import DIGITS, Table, Value
 
@@ -19,14 +19,14 @@ _STEPS = ("step", "difference", "low", "high", "a", "b", "statuses_changed", "fi
 _HIDDEN = ("layer",)
 
 
-def difference_page(report: DifferenceReport, verdict: str, made: Made) -> str:
+def difference_page(report: DifferenceReport, verdict: str, provenance: Provenance) -> str:
     """The page; `verdict` is what it comes to in words. Raises ConfigurationError without the extra `report`."""
     tables = _tables(report)
     charts = _charts(report, tables)
     return page(
         title="peel-agent compare",
         schema=report.schema,
-        data=_form(report, verdict, made, tables, charts),
+        data=_form(report, verdict, provenance, tables, charts),
         name="B against A",
         place=f"A: {_called(report.a)} | B: {_called(report.b)}",
         verdict=verdict,
@@ -36,18 +36,18 @@ def difference_page(report: DifferenceReport, verdict: str, made: Made) -> str:
         charts=[(chart, _beside(tables[chart.key])) for chart in charts],
         notes=[printable(note) for note in report.notes],
         unchecked=_unchecked(report),
-        reproduce=_reproduce(report, made),
+        reproduce=_reproduce(report, provenance),
     )
 
 
 def _form(
-    report: DifferenceReport, verdict: str, made: Made, tables: Mapping[str, Table], charts: list[Chart]
+    report: DifferenceReport, verdict: str, provenance: Provenance, tables: Mapping[str, Table], charts: list[Chart]
 ) -> dict[str, object]:
     """The comparison as `--format json` has it, and what the charts draw."""
     return {
         "schema": report.schema,
         **plain(report),
-        "made": plain(made),
+        "made": plain(provenance),
         "verdict": verdict,
         "unit": report.probe.unit,
         "significant_digits": DIGITS,
@@ -151,13 +151,13 @@ def _unchecked(report: DifferenceReport) -> list[tuple[str, str]]:
     return rows
 
 
-def _reproduce(report: DifferenceReport, made: Made) -> list[tuple[str, str]]:
+def _reproduce(report: DifferenceReport, provenance: Provenance) -> list[tuple[str, str]]:
     rows = [
-        ("this page", made.command),
+        ("this page", provenance.command),
         *((name, _side(side)) for name, side in (("A", report.a), ("B", report.b))),
         ("probe", probe_words(report.probe)),
-        ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
-        ("made", made.at),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
+        ("made", provenance.at),
     ]
     return [(what, printable(words)) for what, words in rows]
 

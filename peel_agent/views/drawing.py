@@ -62,7 +62,7 @@ def redundancy_png(history: History, *, card: bool = False) -> bytes | None:
 def _png(history: History, key: str, *, card: bool) -> bytes | None:
     vl_convert = _vl_convert()
     content = content_of(history)
-    chart = next((one for one in content.charts if one.key == key), None)
+    chart = next((candidate for candidate in content.charts if candidate.key == key), None)
     if chart is None:
         return None
     spec = _image_spec(chart, content) | (CARD if card else {})

@@ -25,7 +25,7 @@ MOST_ROWS = 200
 
 
 @dataclass(frozen=True)
-class Made:
+class Provenance:
     """How the page was made: with which `command`, when (`at`, in words), and by which `versions` of what."""
 
     command: str
@@ -74,7 +74,7 @@ def page(
         name=printable(name),
         place=printable(place),
         verdict=printable(verdict),
-        situation=[printable(one) for one in situation],
+        situation=[printable(sentence) for sentence in situation],
         findings_heading=findings_heading,
         findings=findings,
         charts=charts,
@@ -123,8 +123,8 @@ def _clean_all(value: Any) -> Any:
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, dict):
-        return {printable(str(key)): _clean_all(one) for key, one in value.items()}
-    return [_clean_all(one) for one in value] if isinstance(value, list) else value
+        return {printable(str(key)): _clean_all(entry) for key, entry in value.items()}
+    return [_clean_all(entry) for entry in value] if isinstance(value, list) else value
 
 
 def shown(table: Table, columns: Sequence[str]) -> Shown:

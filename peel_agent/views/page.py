@@ -7,7 +7,7 @@ from typing import Any
 from peel_agent.errors import printable
 from peel_agent.records import History, Skipped, plain
 from peel_agent.views.content import Content, content_of
-from peel_agent.views.frame import MOST_ROWS, Made, Shown, cell, page, probe_words, shown
+from peel_agent.views.frame import MOST_ROWS, Provenance, Shown, cell, page, probe_words, shown
 from peel_agent.views.specs import Chart
 from peel_agent.views.table import DIGITS
 from peel_agent.views.verdict import situation, verdict
@@ -18,13 +18,13 @@ MOST_STEPS = 12
 """Columns of the table of margins."""
 
 
-def report_page(history: History, made: Made) -> str:
+def report_page(history: History, provenance: Provenance) -> str:
     """The page of a history with at least one report. Raises ConfigurationError without the extra `report`."""
     content = content_of(history)
     return page(
         title="peel-agent report",
         schema=SCHEMA,
-        data=_form(history, content, made),
+        data=_form(history, content, provenance),
         name=history.name,
         place=history.place,
         verdict=verdict(content.newest),
@@ -35,17 +35,17 @@ def report_page(history: History, made: Made) -> str:
         notes=_notes(history, content),
         unchecked=_unchecked(history, content),
         alerts=_alerts(content),
-        reproduce=_reproduce(history, content, made),
+        reproduce=_reproduce(history, content, provenance),
     )
 
 
-def _form(history: History, content: Content, made: Made) -> dict[str, Any]:
+def _form(history: History, content: Content, provenance: Provenance) -> dict[str, Any]:
     """The data of the page."""
     newest = content.newest
     return {
         "schema": SCHEMA,
         "run": {"name": history.name, "place": history.place},
-        "made": plain(made),
+        "made": plain(provenance),
         "verdict": verdict(newest),
         "unit": newest.probe.unit,
         "significant_digits": DIGITS,
@@ -111,16 +111,16 @@ def _findings(content: Content) -> list[tuple[str, str, list[str]]]:
     newest = content.newest
     findings = [newest.finding, *(layer.finding for layer in newest.layers)]
     return [
-        (printable(one.subject), printable(one.words), [printable(cause) for cause in one.causes])
-        for one in findings
-        if one is not None
+        (printable(finding.subject), printable(finding.words), [printable(cause) for cause in finding.causes])
+        for finding in findings
+        if finding is not None
     ]
 
 
 def _alerts(content: Content) -> list[tuple[str, str]]:
     """Rule with subject, and text, of each alert that fires."""
-    firing = [one for one in content.alerts if not one.is_over][-MOST_ROWS:]
-    return [(printable(f"{one.rule}: {one.subject}"), printable(one.text)) for one in firing]
+    firing = [alert for alert in content.alerts if not alert.is_over][-MOST_ROWS:]
+    return [(printable(f"{alert.rule}: {alert.subject}"), printable(alert.text)) for alert in firing]
 
 
 def _notes(history: History, content: Content) -> list[str]:
@@ -153,7 +153,9 @@ def _notes(history: History, content: Content) -> list[str]:
 def _unchecked(history: History, content: Content) -> list[tuple[str, str]]:
     """What was not checked, and why."""
     newest = content.newest
-    rows = [(printable(one.what), printable(one.why)) for one in newest.skipped if isinstance(one, Skipped)]
+    rows = [
+        (printable(skipped.what), printable(skipped.why)) for skipped in newest.skipped if isinstance(skipped, Skipped)
+    ]
     blank = [layer.name for layer in newest.layers if layer.status == "not_measured"]
     if blank:
         rows.append((f"margins of {len(blank)} of {len(newest.layers)} layers", printable(", ".join(blank))))
@@ -169,17 +171,17 @@ def _unchecked(history: History, content: Content) -> list[tuple[str, str]]:
     return rows
 
 
-def _reproduce(history: History, content: Content, made: Made) -> list[tuple[str, str]]:
+def _reproduce(history: History, content: Content, provenance: Provenance) -> list[tuple[str, str]]:
     """What somebody needs who wants the same numbers."""
     newest, model = content.newest, content.newest.model
     scans = [notice.command for notice in history.notices if notice.command]
     rows = [
-        ("this page", made.command),
+        ("this page", provenance.command),
         ("one checkpoint", scans[-1] if scans else f"peel-agent scan {newest.checkpoint.path} --probe PROBE"),
         ("checkpoint", f"{newest.checkpoint.path} ({newest.checkpoint.format}, {newest.checkpoint.fingerprint})"),
         ("probe", probe_words(newest.probe)),
         ("model", f"{model.family}, {model.blocks} blocks, {model.parameters:,} parameters, {model.precision}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
-        ("made", made.at),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
+        ("made", provenance.at),
     ]
     return [(what, printable(words)) for what, words in rows]

@@ -156,8 +156,8 @@ def redundancy_table(report: PeelReport | None) -> Table:
 def newest_with(reports: Sequence[PeelReport], what: str) -> PeelReport | None:
     """The newest report that has shares, or redundancy."""
     has: dict[str, Any] = {
-        "shares": lambda one: any(layer.optimization_share is not None for layer in one.layers),
-        "redundancy": lambda one: bool(one.redundancy),
+        "shares": lambda report: any(layer.optimization_share is not None for layer in report.layers),
+        "redundancy": lambda report: bool(report.redundancy),
     }
     return next((report for report in reversed(reports) if has[what](report)), None)
 

@@ -22,8 +22,8 @@ ZONES: dict[Zone, str] = {
 def verdict(report: PeelReport) -> str:
     """One sentence on a checkpoint: what is wrong, or that nothing was found, or that nothing was looked at."""
     at = f"At step {report.checkpoint.step:,}" if report.checkpoint.step is not None else "In the last export"
-    accused = [one.finding for one in report.layers if one.finding is not None and one.finding.kind in ACCUSING]
-    words = [*([report.finding.words] if report.finding is not None else []), *(one.words for one in accused)]
+    accused = [layer.finding for layer in report.layers if layer.finding is not None and layer.finding.kind in ACCUSING]
+    words = [*([report.finding.words] if report.finding is not None else []), *(finding.words for finding in accused)]
     if words:
         more = len(words) - NAMED
         others = f"; and {more} more {'is' if more == 1 else 'are'} listed below" if more > 0 else ""

@@ -95,7 +95,10 @@ class Bucket:
         return Observed(
             ready=tuple(dataclasses.replace(ref, url=self._url(ref.path)) for ref in observed.ready),
             waiting=(*observed.waiting, *waiting),
-            unreadable=(*(one._replace(place=self._url(Path(one.place))) for one in observed.unreadable), *refused),
+            unreadable=(
+                *(unread._replace(place=self._url(Path(unread.place))) for unread in observed.unreadable),
+                *refused,
+            ),
         )
 
     def near(self) -> tuple[str, ...]:

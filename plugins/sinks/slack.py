@@ -51,12 +51,12 @@ class SlackSink:
 
 def chat_message(group: NoticeGroup, *, with_blocks: bool) -> dict[str, object]:
     """The JSON of one message: what is too long for a chat is cut at a notice, and how many are left out is said."""
-    title, notices = harmless(headline(group)), [harmless(one) for one in paragraphs(group)]
+    title, notices = harmless(headline(group)), [harmless(paragraph) for paragraph in paragraphs(group)]
     message: dict[str, object] = {"text": "\n\n".join(_fitting([title, *notices], LONGEST_TEXT))}
     if with_blocks:
         header = {"type": "header", "text": {"type": "plain_text", "text": _cut(title, LONGEST_HEADER)}}
         shown = notices if len(notices) <= MOST_BLOCKS else [*notices[:MOST_BLOCKS], _left_out(notices[MOST_BLOCKS:])]
-        message["blocks"] = [header, *(_block(one) for one in shown)]
+        message["blocks"] = [header, *(_block(paragraph) for paragraph in shown)]
     return message
 
 

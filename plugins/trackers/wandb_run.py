@@ -102,7 +102,7 @@ class WandbTracker:
         step, at_ms = publication.step, publication.timestamp_ms
         if [kind, step, at_ms] in state["written"]:
             return
-        is_late = any(one == kind and then > at_ms for one, _, then in state["written"])
+        is_late = any(written == kind and then > at_ms for written, _, then in state["written"])
         summary = dict(publication.tags) if publication.tags and not is_late else state["summary"]
         row = _Row(publication, len(state["written"]), summary, is_late)
         stamp = datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y%m%d_%H%M%S")
@@ -129,11 +129,11 @@ class WandbTracker:
             write(run)
         finally:
             run.finish()
-        (made,) = (work / "wandb").glob("offline-run-*")
-        (log,) = made.glob("*.wandb")
+        (run_folder,) = (work / "wandb").glob("offline-run-*")
+        (log,) = run_folder.glob("*.wandb")
         sync(log)
         place.parent.mkdir(parents=True, exist_ok=True)
-        made.rename(place)
+        run_folder.rename(place)
         sync(place.parent)
         shutil.rmtree(work, ignore_errors=True)
 

@@ -204,11 +204,11 @@ def test_an_interrupt_leaves_nothing(
 def test_a_hostile_run_makes_an_inert_page() -> None:
     """Names that try to be HTML, a script or a template are text in the page of a comparison, and in no chart."""
     from peel_agent.contrast import contrast_runs, difference_verdict
-    from peel_agent.views import Made, difference_page
+    from peel_agent.views import Provenance, difference_page
 
     history = histories.hostile_history()
     report = contrast_runs(history, history, where=(histories.HOSTILE[0], histories.HOSTILE[1]))
-    made = Made("peel-agent compare", "2026-01-01", {})
+    made = Provenance("peel-agent compare", "2026-01-01", {})
     page = difference_page(report, difference_verdict(report), made)
     shown = Page(page).text + str(data_of(page))
     assert not [character for character in shown if not character.isprintable() and character != "\n"]

@@ -22,7 +22,7 @@ from peel_agent.publish import history_of, publication_of_the_past, report_line,
 from peel_agent.publish.form import alert_line
 from peel_agent.records import CheckpointRef, Notice, Pages, Publication, Verdict
 from peel_agent.rendering import Order, drawn, is_kept, pages
-from peel_agent.views import Made, report_page
+from peel_agent.views import Provenance, report_page
 from tests import histories
 from tests.rooms.test_delivery import Faulty
 
@@ -185,7 +185,7 @@ def test_a_long_run_makes_a_page_of_some(desk: Desk) -> None:
     assert (steps[0], steps[-1], count, kept.left_out) == (100, 900, 10, 10 - len(steps))
     assert 350 in steps
     assert 4 <= len(steps) <= 5
-    page = report_page(history_of(kept), Made("c", "at", {}))
+    page = report_page(history_of(kept), Provenance("c", "at", {}))
     assert f"Left out, evenly over the run: {kept.left_out} of 10 checkpoints" in page
     assert "10 checkpoints peeled" in page
 

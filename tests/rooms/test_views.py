@@ -13,7 +13,7 @@ import pytest
 
 from peel_agent.errors import ConfigurationError
 from peel_agent.records import Finding, Gap, History
-from peel_agent.views import Made, heat_map_png, report_page
+from peel_agent.views import Provenance, heat_map_png, report_page
 from peel_agent.views.content import content_of
 from peel_agent.views.lifetimes import lifetimes
 from peel_agent.views.table import Table
@@ -21,7 +21,7 @@ from peel_agent.views.timeline import Span, timeline
 from peel_agent.views.verdict import standing, verdict
 from tests import histories
 
-MADE = Made("peel-agent report run --out report.html", "2026-01-01 00:00:00 UTC", {"peel-agent": "0.1.0"})
+MADE = Provenance("peel-agent report run --out report.html", "2026-01-01 00:00:00 UTC", {"peel-agent": "0.1.0"})
 
 
 class Page(HTMLParser):

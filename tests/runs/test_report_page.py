@@ -12,7 +12,7 @@ import pytest
 
 from peel_agent.contrast import contrast_runs, difference_verdict
 from peel_agent.records import History
-from peel_agent.views import Made, difference_page, report_page
+from peel_agent.views import Provenance, difference_page, report_page
 from tests import histories
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium (apt-get install chromium)"),
 ]
 
-MADE = Made("peel-agent report run --out report.html", "2026-01-01 00:00:00 UTC", {"peel-agent": "0.1.0"})
+MADE = Provenance("peel-agent report run --out report.html", "2026-01-01 00:00:00 UTC", {"peel-agent": "0.1.0"})
 
 Open = Callable[..., Any]
 

@@ -163,8 +163,8 @@ def _decompressed(weights: Weights, sources: tuple[str, ...], group: Group, shap
 def _fake_quantised(weights: Weights, sources: tuple[str, ...], group: Group, shape: tuple[int, int]) -> Tensor:
     parts = _parts(weights, sources, _FLOATS)
     forward = library("quantization.lifecycle.forward")
-    made = lambda: forward.fake_quantize(parts[PLAIN], parts[SCALE], parts.get(ZERO), group.args)  # noqa: E731
-    return _oflibrary(made, sources[0], shape)
+    fake_quantised = lambda: forward.fake_quantize(parts[PLAIN], parts[SCALE], parts.get(ZERO), group.args)  # noqa: E731
+    return _oflibrary(fake_quantised, sources[0], shape)
 
 
 def _as_stored(weights: Weights, name: str) -> Tensor:

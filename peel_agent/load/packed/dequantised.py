@@ -65,10 +65,10 @@ class DequantisedWeights:
 
     def read(self, name: str) -> Tensor:
         if name in self._recipes:
-            made = self._recipes[name].make()
-            if not bool(made.isfinite().all()):
+            tensor = self._recipes[name].make()
+            if not bool(tensor.isfinite().all()):
                 raise refused(f"`{name}` is not finite once it is dequantised", remedy="save the checkpoint again")
-            return made
+            return tensor
         tensor = self._stored.read(name)
         if tensor.dim() > 1 and (not tensor.is_floating_point() or tensor.element_size() < 2):
             raise refused(

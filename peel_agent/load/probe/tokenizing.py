@@ -114,8 +114,8 @@ def _converted(file: Path) -> Encode:
     with TemporaryDirectory(prefix="peel-agent-") as copy:
         _copy_data(file, Path(copy))
         try:
-            made = AutoTokenizer.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
-            return _whole(made.backend_tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
+            return _whole(tokenizer.backend_tokenizer)
         except Exception as error:  # a library that is missing, a file that is damaged, a class that is not known
             raise ProbeError(
                 f"transformers makes no tokenizer of {file}: {type(error).__name__}: {error}",

@@ -158,7 +158,7 @@ def keys_of(listing: Listing, name: str, most: int) -> frozenset[str]:
 
 def by_name(*stamps: Iterable[FileStamp]) -> tuple[FileStamp, ...]:
     """All stamps in the order of their names."""
-    return tuple(sorted((stamp for some in stamps for stamp in some), key=lambda stamp: stamp.name))
+    return tuple(sorted((stamp for stamps_of_one in stamps for stamp in stamps_of_one), key=lambda stamp: stamp.name))
 
 
 def not_whole(error: CheckpointError, files: tuple[FileStamp, ...]) -> Readiness:
