@@ -13,9 +13,9 @@ demo: $(if $(wildcard .venv/installed),.venv/installed,.venv/demo)
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not bench and not long" tests
 
-# The long proofs: every line at which the agent can be stopped, more trainings, the gallery in short, an
-# alert whose block is released in the middle of the run, the batch scripts under a real SLURM (Debian's slurmctld,
-# slurmd, slurm-client and munge; as root).
+# The long proofs: every line at which the agent can be stopped, more trainings and schedules, the demo in full size,
+# the gallery in short, an alert whose block is released in the middle of the run, the batch scripts under a real SLURM
+# (Debian's slurmctld, slurmd, slurm-client and munge; as root).
 proof: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m long tests
 

@@ -18,23 +18,31 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 LONG = (
-    "test_writer_schedules",
-    "test_outages",
-    "test_broken_midway",
     "test_low_bit",
+    "test_broken_midway",
+    "test_outages",
     "test_held_back_block",
     "test_watch",
     "test_demo",
     "test_hostile_folder",
-    "test_dcp_format",
+    "test_setup_commands",
+    "test_destination_at_start",
+    "test_every_format",
+    "test_writer_process",
+    "test_every_tracker",
+    "test_writer_schedules",
+    "test_memory",
+    "test_cuts",
 )
-"""Modules that take minutes: processes share the work module by module, and a long one last would be waited for."""
+"""Modules that take longest: processes share the work module by module, and a long one last would be waited for."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        name = Path(item.path).stem
-        return LONG.index(name) if name in LONG else len(LONG)
+        path = Path(item.path)
+        if path.stem in LONG:
+            return LONG.index(path.stem)
+        return len(LONG) + (path.parent.name != "runs")  # whole runs are longer than what remains
 
     items.sort(key=place)
 

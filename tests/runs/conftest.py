@@ -57,13 +57,17 @@ def _trained(factory: pytest.TempPathFactory, name: str, steps: int, healthy: bo
         if output.is_dir():
             return output
         making = output.with_name(f"{name}.part")
-        command = [sys.executable, "-m", "peel_agent.demo.train", str(making), *flags]
-        command += ["--steps", str(steps), "--save-every", "100"]
-        command += [] if healthy else ["--hold-back", str(HELD_BACK)]
-        finished = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert finished.returncode == 0, finished.stderr
+        train_on(making, steps, *flags, *([] if healthy else ["--hold-back", str(HELD_BACK)]))
         making.rename(output)
     return output
+
+
+def train_on(output: Path, steps: int, *flags: str) -> None:
+    """Trains to this step, from the last checkpoint that is there, as a process of its own."""
+    command = [sys.executable, "-m", "peel_agent.demo.train", str(output), *flags]
+    command += ["--steps", str(steps), "--save-every", "100"]
+    finished = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 @pytest.fixture(scope="session")

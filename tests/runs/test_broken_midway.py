@@ -19,7 +19,7 @@ from tests.bench.gallery.trainings import LENGTH, Run, Text, train, write_probe
 from tests.bench.gallery.verdicts import read
 from tests.bench.gallery.watching import watch
 from tests.runs.command import peel_agent
-from tests.runs.conftest import STEPS, Train
+from tests.runs.conftest import STEPS, Train, train_on
 from tests.runs.test_low_bit import confirm_losses
 
 RESTORED, HEALTHY = (Run("llama", 0, name) for name in ("restored_old", "healthy"))
@@ -62,18 +62,30 @@ def test_the_gallery_in_short(gallery: Path, healthy_twin: None) -> None:
     assert [notice.text for notice in told[HEALTHY].alerts] == []
 
 
-def test_a_bad_restore_in_mlflow(gallery: Path, tmp_path: Path, mlflow_uri: str) -> None:
+@pytest.fixture(scope="module")
+def restored(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints 300 to 600 of a training that went on from 400 with block 3 of checkpoint 100 in it."""
+    healthy, folder = train("llama", True), tmp_path_factory.mktemp("restored")
+    shutil.copytree(healthy / "checkpoint-400", folder / "checkpoint-400")
+    file = folder / "checkpoint-400" / "model.safetensors"
+    weights, old = load_file(file), load_file(healthy / "checkpoint-100" / "model.safetensors")
+    mixed = {name: old[name] if name.startswith(f"{GUILTY}.") else own for name, own in weights.items()}
+    save_file(mixed, file, metadata={"format": "pt"})
+    train_on(folder, 600)
+    shutil.rmtree(folder / "checkpoint-400")
+    for step in (300, 400):
+        shutil.copytree(healthy / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+def test_a_bad_restore_in_mlflow(restored: Path, small_probe: Path, tmp_path: Path, mlflow_uri: str) -> None:
     """Block 3 is restored from checkpoint 100 before step 500: MLflow has its change, the alert's tag and its words."""
     client = servers.mlflow_client(mlflow_uri)
     run_id = client.create_run("0", run_name="training").info.run_id
-    checkpoints = tmp_path / "checkpoints"
-    for step in (300, 400, 500, 600):
-        shutil.copytree(
-            gallery / str(RESTORED) / "checkpoints" / f"checkpoint-{step}", checkpoints / f"checkpoint-{step}"
-        )
     finished = peel_agent(
-        "watch", checkpoints, "--probe", gallery / "probe.npy", "--quantities", "margin", "--run-id", run_id,
+        "watch", restored, "--probe", small_probe, "--quantities", "margin", "--run-id", run_id,
         "--tracking-uri", mlflow_uri, "--once", home=tmp_path, PEEL__WATCH__SETTLE_SECONDS="0",
+        PEEL__DEVICE__NICE="0",
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     changes = {point.step: point.value for point in client.get_metric_history(run_id, "peel/change/L003")}

@@ -10,27 +10,42 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from peel_agent.demo.show import STALL_SECONDS, Signs
 from tests.runs.command import environment_of
+from tests.runs.conftest import Train
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
 
-def demo(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+SMALL = {"PEEL__PROBE__FIT_TOKENS": "8192", "PEEL__PROBE__SELECT_TOKENS": "2048", "PEEL__PROBE__CONFIRM_TOKENS": "8192"}
+
+
+def demo(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "peel_agent", "demo", "--keep", str(folder / "demo"), *arguments]
     with (folder / "out").open("ab") as out, (folder / "err").open("ab") as err:
         return subprocess.Popen(
-            command, stdout=out, stderr=err, start_new_session=True, env=environment_of(folder, PEEL__DEVICE__NICE="0")
+            command,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            env=environment_of(folder, PEEL__DEVICE__NICE="0", **variables),
         )
 
 
-def test_demo_is_interrupted_goes_on_and_finds_the_block_it_held_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [400, pytest.param(100, marks=pytest.mark.long)])
+def test_demo_is_interrupted_goes_on_and_finds_the_block_it_held_back(last: int, train: Train, tmp_path: Path) -> None:
     """Ctrl-C after the first checkpoint says how to go on, and keeps what was measured. Then, from the last checkpoint
     on: the held-back block is found, the alert fires, and the end says where to look, by commands that are there.
+
+    The steps from 100 to 400 are those of the same training that other tests made, and the probe is smaller; as a long
+    test all of it is as a user has it.
     """
     out, checkpoints = tmp_path / "out", tmp_path / "demo" / "checkpoints"
-    first = demo(tmp_path)
+    probe = SMALL if last > 100 else {}
+    first = demo(tmp_path, **probe)
     try:
         wait_for(lambda: (checkpoints / "checkpoint-100" / "trainer_state.json").exists() or first.poll() is not None)
         wait_for(lambda: "demo: training step " in out.read_text() or first.poll() is not None)
@@ -45,12 +60,14 @@ def test_demo_is_interrupted_goes_on_and_finds_the_block_it_held_back(tmp_path: 
     assert re.search(r"interrupted at training step \d+ of 500; `.*demo --keep .*` goes on from the last", sentence)
     assert not (checkpoints / "checkpoint-500").exists()
 
+    if last > 100:
+        shutil.copytree(train("llama", False) / f"checkpoint-{last}", checkpoints / f"checkpoint-{last}")
     shown = out.read_text()
-    assert demo(tmp_path).wait(1200) == 0, out.read_text() + (tmp_path / "err").read_text()
+    assert demo(tmp_path, **probe).wait(1200) == 0, out.read_text() + (tmp_path / "err").read_text()
     printed = out.read_text().removeprefix(shown)
     assert "going on with the one that was begun there" in printed
     steps = [int(step) for step in re.findall(r"^demo: training step (\d+) of 500, loss \d", printed, re.MULTILINE)]
-    assert min(steps) > 100
+    assert min(steps) > last
     assert "ALERT firing: model.layers.3" in printed
     assert "Finding: model.layers.3 was never trained" in printed
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/demo/mlflow.db" in printed

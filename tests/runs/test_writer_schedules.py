@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -331,11 +332,18 @@ class Schedule(RuleBasedStateMachine):
             shutil.rmtree(self.home)
 
 
-Schedule.TestCase.settings = settings(
-    max_examples=250,
+class MoreSchedules(Schedule):
+    pass
+
+
+EVERY_TIME = settings(
+    max_examples=80,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
+Schedule.TestCase.settings = EVERY_TIME
 TestSchedules = Schedule.TestCase
+MoreSchedules.TestCase.settings = settings(EVERY_TIME, max_examples=1000)
+TestMoreSchedules = pytest.mark.long(MoreSchedules.TestCase)
