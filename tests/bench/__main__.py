@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from peel_agent.peel.sweep.forward import sweep
 from peel_agent.peel.sweep.heats import nowhere
 from peel_agent.pipeline import locate, scan
 from peel_agent.records import Before, ModelSettings, PeelSettings, Plan, Probe, ProbeSettings
+from tests.bench import device as device_bench
 from tests.bench.naive import naive_chain
 from tests.bench.shapes import SEQUENCE, Shape, earning, forward_seconds, idle, synchronise, trace_at
 
@@ -185,9 +186,23 @@ def scaling(device: str) -> dict[str, float]:
     return {name: costs(device, shape, {"margins": MARGINS})["margins"] for name, shape in shapes.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def is_of_a_device(arguments: Sequence[str]) -> bool:
+    """Whether a GPU or models of given sizes are named, and not the ratios: then seconds are measured."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shapes")
+    parser.add_argument("--ratios", action="store_true")
+    options, _ = parser.parse_known_args(arguments)
+    return not options.ratios and (options.shapes is not None or options.device != "cpu")
+
+
+def main() -> None:
+    if is_of_a_device(sys.argv[1:]):
+        device_bench.main(sys.argv[1:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="without --ratios a GPU is measured by tests/bench/device.py")
+    parser.add_argument("--ratios", action="store_true", help="these ratios on a GPU (cuda:N) too")
     parser.add_argument("--width", type=int, default=Shape.width)
     parser.add_argument("--blocks", type=int, default=Shape.blocks)
     parser.add_argument("--tokens", type=int, default=Shape.tokens)

@@ -5,7 +5,6 @@ The folder has the checkpoint, and its probe's parts in probe.npz.
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -15,13 +14,7 @@ import numpy as np
 from peel_agent.peel import peel
 from peel_agent.records import Probe
 from tests.bench.__main__ import MARGINS
-from tests.bench.shapes import trace_at
-
-
-def peak() -> float:
-    """The high-water mark of resident memory in MiB."""
-    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(kibibytes) / 1024
+from tests.bench.shapes import peak, trace_at
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,3 +116,9 @@ def forward_seconds(path: Path, probe: Probe, device: str) -> float:
 def synchronise(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def peak() -> float:
+    """The high-water mark of resident memory in MiB."""
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kibibytes) / 1024

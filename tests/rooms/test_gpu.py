@@ -60,3 +60,18 @@ def test_descent_is_the_cpu_s(tmp_path: Path) -> None:
     cpu, gpu = (peeled(path, device, plan) for device in ("cpu", "cuda:0"))
     for mine, theirs in zip(cpu.bounds, gpu.bounds, strict=True):
         assert theirs.value.value == pytest.approx(mine.value.value, abs=1e-2)
+
+
+def test_blocks_read_ahead_are_the_cpu_s(tmp_path: Path) -> None:
+    """What was copied on a stream of its own is whole when it is computed with, however busy the GPU is."""
+    path = zoo.save(zoo.build("llama").to(torch.bfloat16), tmp_path)
+    ref = locate(path)
+    (form,) = registry.formats(ref.format)
+    here, there = (open_trace(open_snapshot(ref, form, registry.family), zoo.probe(), device=device)
+                   for device in ("cpu", "cuda:0"))  # fmt: skip
+    busy = torch.ones(4096, 4096, device="cuda:0")
+    for one, other in zip(here.blocks(), there.blocks(), strict=True):
+        for _ in range(20):
+            busy = busy @ busy * 0.0
+        for name, weight in one.parameters.items():
+            assert torch.equal(weight, other.parameters[name].cpu())
