@@ -91,12 +91,12 @@ def peeled(now: Path, before: Path) -> Findings:
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo.save(zoo.build("llama").to(request.param), tmp_path_factory.mktemp("stored"))
+    return zoo.save(zoo.build("llama", steps=10).to(request.param), tmp_path_factory.mktemp("stored"))
 
 
 def test_every_number_is_the_same_to_the_bit(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a peel measures, with the checkpoint before at hand too, hangs on nothing of who reads when."""
-    before = zoo.save(zoo.build("llama", steps=70), tmp_path)
+    before = zoo.save(zoo.build("llama", steps=5), tmp_path)
     ahead = peeled(stored, before)
     monkeypatch.setattr(ReadAhead, "begin", lambda _ahead, _names: None)
     assert dataclasses.replace(peeled(stored, before), timing=ahead.timing) == ahead
