@@ -15,8 +15,9 @@ test: .venv/installed
 
 # The long proofs: every line at which the agent can be stopped, more trainings and schedules, the demo in full size,
 # the gallery in short, an alert whose block is released in the middle of the run, the batch scripts under a real SLURM
-# (Debian's slurmctld, slurmd, slurm-client and munge; as root).
-proof: .venv/installed
+# (Debian's slurmctld, slurmd, slurm-client and munge; as root), a Ray
+# cluster of two nodes.
+proof: .venv/proof
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m long tests
 
 lint: .venv/installed
@@ -36,6 +37,10 @@ bench: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peel-agent needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test]"
+	touch $@
+
+.venv/proof: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ray]"
 	touch $@
 
 .venv/demo: pyproject.toml constraints.txt

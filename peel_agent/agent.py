@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from peel_agent import registry
+from peel_agent import engines, registry
 from peel_agent.backfill import end
 from peel_agent.config import RunSettings, Settings, service_manager, visible_gpus, worker_environment
 from peel_agent.destinations import Address, addresses, notes, pinned_run, tracker_settings
@@ -77,7 +77,7 @@ class Agent:
         self._reload = reload
         log = settings.log
         self.journal = Journal(say, time.time, form=log.format, level=log.level, keep=ledger.note)
-        self._engine = engine or registry.engine(settings.engine.use).open(worker_environment)
+        self._engine = engine or engines.opened(settings.engine)
         self._dispatch = Dispatch(ledger, worker_environment(""), self.journal, time.time, self._name_of)
         devices = Devices(
             settings.device.select,

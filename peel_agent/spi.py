@@ -260,9 +260,17 @@ class Leasing(Protocol):
 
 
 class EnginePlugin(Protocol):
-    """`peel_agent.engines`: opens an Engine."""
+    """`peel_agent.engines`: opens an Engine from its own table of the configuration, `[engine.<name>]`.
+
+    `needs` as of a TrackerPlugin.
+    """
 
     name: str
+    settings: type[Any]
+    """As of a TrackerPlugin."""
 
-    def open(self, environment: Callable[[str], Mapping[str, str]]) -> Engine:
-        """An engine; `environment` gives a child's by the GPUs that it may see (CUDA_VISIBLE_DEVICES)."""
+    def open(self, environment: Callable[[str], Mapping[str, str]], settings: Any) -> Engine:
+        """An engine; `environment` gives a child's by the GPUs that it may see (CUDA_VISIBLE_DEVICES).
+
+        Contacts nobody yet. Raises ConfigurationError for settings that cannot be.
+        """

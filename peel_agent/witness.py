@@ -13,9 +13,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peel_agent import registry
+from peel_agent import engines, registry
 from peel_agent.before import check_earlier, open_past
-from peel_agent.config import visible_gpus, worker_environment
+from peel_agent.config import EngineSettings, visible_gpus
 from peel_agent.errors import ConfigurationError, NoWitness
 from peel_agent.pipeline import located
 from peel_agent.probing import probe_for
@@ -142,7 +142,7 @@ def _witness(
 
 def _proven(better: Improvement, request: Request, precision: str) -> Estimate:
     """The loss with the patch, by a fresh process that is ended with us; raises NoWitness when it does not win."""
-    engine = registry.engine("local").open(worker_environment)
+    engine = engines.opened(EngineSettings())
     try:
         patched = engine.submit(request).result().report.loss
     finally:

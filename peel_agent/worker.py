@@ -38,7 +38,7 @@ def main() -> int:
     """Answers one request. An expected error is an answer too; anything else ends the process with a traceback."""
     end_with_parent()
     request = restored(Request, json.loads(sys.stdin.read()))
-    stay_second(request.nice, request.memory_fraction, request.lease.name)
+    stay_second(request.nice, request.memory_fraction, request.lease.name, request.threads)
     with quiet_libraries():
         answer = _answer(request)
     sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
@@ -89,11 +89,11 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def stay_second(niceness: int, memory_fraction: float, device: str) -> None:
+def stay_second(niceness: int, memory_fraction: float, device: str, threads: int | None = None) -> None:
     """Lets the training have processor, disk and memory first, and be spared when memory runs out."""
     give_way(niceness)
     be_ended_first()
-    share_processors(device)
+    share_processors(device, threads)
     limit_memory(memory_fraction, device)
 
 
@@ -121,12 +121,16 @@ def give_way(niceness: int) -> None:
         process.ionice(psutil.IOPRIO_CLASS_IDLE)
 
 
-def share_processors(device: str) -> None:
-    """On the CPU, takes half of the processors at most: two processes with a thread each on every core both crawl."""
+def share_processors(device: str, threads: int | None = None) -> None:
+    """Computes with these threads, or on the CPU with one for every second processor: two processes with a thread each
+    on every core both crawl.
+    """
     import psutil
     import torch
 
-    if device == "cpu":
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif device == "cpu":
         torch.set_num_threads(max(1, len(psutil.Process().cpu_affinity()) // 2))
 
 

@@ -20,6 +20,7 @@ from peel_agent.config.environment import variable_of
 from peel_agent.config.ranges import check_ranges
 from peel_agent.config.sections import (
     DEFAULT_RULES,
+    EngineSettings,
     RunSettings,
     Settings,
     SinkSettings,
@@ -118,8 +119,9 @@ def _settings(raw: Mapping[str, Any]) -> Settings:
 
 
 def _sections(raw: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    special = {"tracker": _tracker, "engine": _engine}
     return {
-        name: _tracker(_table(raw, name)) if name == "tracker" else section(_SECTIONS[name], name, _table(raw, name))
+        name: special[name](_table(raw, name)) if name in special else section(_SECTIONS[name], name, _table(raw, name))
         for name in names
     }
 
@@ -187,9 +189,19 @@ def _over(general: Mapping[str, Any], particular: Mapping[str, Any]) -> dict[str
 
 def _tracker(table: Mapping[str, Any]) -> TrackerSettings:
     flags = table.get("*", {})  # options of the command line
-    options = {name: value for name, value in table.items() if isinstance(value, Mapping) and name != "*"}
-    common = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    common, options = _parted({name: value for name, value in table.items() if name != "*"})
     return dataclasses.replace(section(TrackerSettings, "tracker", common), options=options, flags=flags)
+
+
+def _engine(table: Mapping[str, Any]) -> EngineSettings:
+    common, options = _parted(table)
+    return dataclasses.replace(section(EngineSettings, "engine", common), options=options)
+
+
+def _parted(table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
+    """The keys of a section, and the tables of plug-ins within it."""
+    options = {name: value for name, value in table.items() if isinstance(value, Mapping)}
+    return {key: value for key, value in table.items() if key not in options}, options
 
 
 def section(kind: type[Kind], name: str, table: Mapping[str, Any]) -> Kind:

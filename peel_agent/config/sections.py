@@ -98,9 +98,10 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`[engine]`: what peels; `local` is a child process of the agent."""
+    """`[engine]`: what peels, and each engine's own table as it stands; `local` is a child process of the agent."""
 
     use: str = "local"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 SHIPPED_RULES: tuple[RuleKind, ...] = (

@@ -98,7 +98,7 @@ def _parts(settings: Settings, state_dir: Path | PeelError, now: Callable[[], fl
     parts = [
         _Part("libraries", check_libraries),
         _Part("plug-ins", check_plugins),
-        _Part("device", partial(check_device, settings.device)),
+        _Part("device", partial(check_device, settings.device, settings.engine)),
         _Part("limits", partial(check_limits, settings.device)),
         _Part("state folder", partial(_state, state_dir)),
         _Part("health endpoint", partial(check_health, settings.health, folder)),

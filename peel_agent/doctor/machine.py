@@ -12,17 +12,18 @@ from pathlib import Path
 import psutil
 
 from peel_agent import registry
-from peel_agent.config import DeviceSettings, HealthSettings, visible_gpus
+from peel_agent.config import DeviceSettings, EngineSettings, HealthSettings, visible_gpus
 from peel_agent.devices import Devices, device_for
 from peel_agent.devices.idle import QuietTimes
 from peel_agent.devices.nvml import look
 from peel_agent.doctor.configuration import failed
 from peel_agent.doctor.folder import opened_by_child
+from peel_agent.engines import opened
 from peel_agent.errors import DeviceUnavailable, PeelError
 from peel_agent.health.listen import listening, place_of
 from peel_agent.ledger import is_held
 from peel_agent.records import Check, ModelSettings, ProbeSettings, SeenDevice
-from peel_agent.spi import KINDS
+from peel_agent.spi import KINDS, Leasing
 from peel_agent.worker import cgroup_limits
 
 GIB = 2**30
@@ -84,8 +85,14 @@ def check_plugins() -> Iterator[Check]:
 # ---------------------------------------------------------------- devices
 
 
-def check_device(settings: DeviceSettings) -> Iterator[Check]:
-    """What a peel would compute on now, and why on no other device."""
+def check_device(settings: DeviceSettings, engine: EngineSettings = EngineSettings()) -> Iterator[Check]:
+    """What a peel would compute on now, and why on no other device. A cluster is not asked for it."""
+    lender = opened(engine)
+    lease = lender.acquire() if isinstance(lender, Leasing) else None
+    lender.close(0.0)
+    if lease is not None:
+        yield Check("device", True, f"{lease.label}, not asked from here: {lease.reason}")
+        return
     devices = Devices(settings.select, settings.memory_fraction, Path(), visible_gpus(), lambda: 0.0)
     devices_seen = devices.survey() if settings.select != "cpu" else ()
     if settings.select not in ("auto", "cpu"):

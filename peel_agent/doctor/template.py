@@ -101,9 +101,19 @@ BODY = """
 # format = "text"          # or "json", one object a line
 # level = "info"           # or warning, error
 
-# What peels.
+# What peels: "local", a child process of the agent, or "ray", a cluster; pip install "peel-agent[ray]".
 [engine]
-# use = "local"            # a child process of the agent
+# use = "local"
+
+# A Ray cluster, with use = "ray": what each checkpoint asks of it. [device] select does not count then.
+# [engine.ray]
+# address = "auto"         # HOST:PORT or ray://HOST:PORT; by default RAY_ADDRESS, or else the cluster of this machine
+# num_cpus = 1             # as many threads
+# num_gpus = 0             # above 0 and up to 1: peeled on a GPU, and never on the CPU instead
+# memory_bytes = 8_000_000_000  # by default none is asked for, and [device] memory_fraction is the limit
+# resource = "peel"        # one of this custom resource, to keep to the nodes that have it; by default none
+# at_once = 2              # checkpoints that are peeled at a time, of all runs
+# retries = 3              # how often one is started again whose node died
 
 # Where notices go, beside the trackers: each [[sink]] is one place; all keys but use and name are the plug-in's own.
 # A secret is "${NAME}", of the environment, or "file:/path"; also within a list.

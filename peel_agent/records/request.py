@@ -18,7 +18,7 @@ class Request:
 
     The worker takes at most `memory_fraction` of the machine's memory, or of the GPU's. `earlier` are the best bounds
     so far, `before` is the checkpoint to hold this one against (None: nobody asked for that). A `patch` of safetensors
-    replaces weights.
+    replaces weights. `threads` is how many it computes with (None: on the CPU half of its processors).
     """
 
     ref: CheckpointRef
@@ -32,3 +32,4 @@ class Request:
     keep_sketches: bool = False
     patch: Path | None = None
     memory_fraction: float = 1.0
+    threads: int | None = None

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -169,10 +170,16 @@ def _peeled(written: str, status: int) -> Peeled:
     return restored(Peeled, answer["peeled"])
 
 
+@dataclass(frozen=True)
+class LocalSettings:
+    """`[engine.local]`: there is nothing to set; its devices are those of `[device]`."""
+
+
 class LocalPlugin:
     name = "local"
+    settings = LocalSettings
 
-    def open(self, environment: Callable[[str], Mapping[str, str]]) -> Engine:
+    def open(self, environment: Callable[[str], Mapping[str, str]], settings: LocalSettings) -> Engine:  # noqa: ARG002
         return LocalEngine(environment)
 
 

@@ -147,7 +147,7 @@ def test_the_example_has_every_key_with_its_default(tmp_path: Path) -> None:
 
 
 def test_the_example_has_every_key_of_the_plug_ins() -> None:
-    """Each tracker and each sink of this distribution is in the example with all of its keys."""
+    """Each tracker, sink and engine of this distribution is in the example with all of its keys."""
     shown = tomli.loads(uncommented(EXAMPLE.read_text()))
     sinks = {sink["use"]: set(sink) for sink in shown["sink"]}
     for point in (one for one in entry_points(group="peel_agent.trackers") if one.value.startswith("peel_plugins")):
@@ -157,6 +157,9 @@ def test_the_example_has_every_key_of_the_plug_ins() -> None:
         own = {field.name for field in dataclasses.fields(registry.sink(point.name).settings)}
         assert own <= sinks.get(point.name, set()), point.name
         assert point.name in sinks
+    for point in (one for one in entry_points(group="peel_agent.engines") if one.value.startswith("peel_plugins")):
+        fields = {field.name for field in dataclasses.fields(registry.engine(point.name).settings)}
+        assert set(shown["engine"].get(point.name, {})) == fields, point.name
 
 
 def test_the_sinks_that_are_shown_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

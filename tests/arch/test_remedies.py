@@ -21,7 +21,7 @@ FOREIGN = frozenset(
     {
         "--checkpoint_path", "--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-format", "--details",
         "--input_name_or_path", "--load-dir", "--loader", "--model-type", "--output_dir", "--output_path", "--run-id",
-        "--save-dir", "--saver", "--allowed-hosts", "--output",
+        "--save-dir", "--saver", "--allowed-hosts", "--output", "--num-gpus",
     }
 )  # fmt: skip
 """Options of other people's commands, which the remedy names."""

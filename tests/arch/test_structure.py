@@ -19,6 +19,7 @@ LOOSE = ("README.md", "Makefile", "pyproject.toml")
     [
         "import peel_agent.cli, peel_agent.agent, peel_agent.watcher",
         "from peel_agent import registry; registry.formats(); registry.tracker('mlflow'); registry.family('gpt2')",
+        "from peel_agent import engines, registry; registry.engine('local'); registry.engine('ray')",
         "from peel_agent.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
     ],
 )
@@ -26,7 +27,7 @@ def test_the_parent_starts_without_torch(statement: str) -> None:
     """The agent, `--help` and every plug-in the parent loads import no torch, transformers or mlflow, and nothing that
     draws.
     """
-    heavy = {"torch", "transformers", "mlflow", "rich", "jinja2", "vl_convert"}
+    heavy = {"torch", "transformers", "mlflow", "ray", "rich", "jinja2", "vl_convert"}
     check = f"import sys; print(sorted({heavy!r} & set(sys.modules)))"
     finished = subprocess.run(
         [sys.executable, "-c", f"{statement}\n{check}"], check=True, capture_output=True, text=True

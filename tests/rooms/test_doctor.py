@@ -18,6 +18,7 @@ import pytest
 from peel_agent import registry
 from peel_agent.config import (
     DeviceSettings,
+    EngineSettings,
     HealthSettings,
     RunSettings,
     SinkSettings,
@@ -340,6 +341,15 @@ class TestDevice:
         check = by_name(machine.check_device(DeviceSettings()))["device"]
         assert check.ok
         assert "no NVIDIA driver" in check.words
+
+    def test_a_cluster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With an engine that leases its own devices it says what is asked of it; settings that cannot be are wrong."""
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+        check = by_name(machine.check_device(DeviceSettings("cuda:7"), EngineSettings("ray")))["device"]
+        assert check.ok
+        assert "the Ray cluster, not asked from here: [engine.ray] asks for 1 CPU" in check.words
+        with pytest.raises(ConfigurationError, match="at least 1"):
+            list(machine.check_device(DeviceSettings(), EngineSettings("ray", {"ray": {"at_once": 0}})))
 
 
 # ---------------------------------------------------------------- places

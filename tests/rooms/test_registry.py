@@ -153,7 +153,7 @@ def test_listing(broken: None) -> None:
 
 def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a plug-in's package is missing, the list has it as not usable, with the command; none counts as broken."""
-    lacking = {("trackers", "tensorboard"), ("trackers", "wandb"), ("sinks", "apprise")}
+    lacking = {("trackers", "tensorboard"), ("trackers", "wandb"), ("sinks", "apprise"), ("engines", "ray")}
     monkeypatch.setattr("peel_agent.registry.importlib.util.find_spec", lambda _name: None)
     for one in registry.installed():
         if (one.kind, one.name) in lacking:

@@ -24,7 +24,9 @@ class Engine:
         self.answer = answer
         self.patch: Path | None = None
 
-    def open(self, environment: object) -> Engine:
+    settings = registry.engine("local").settings
+
+    def open(self, environment: object, settings: object) -> Engine:
         return self
 
     def submit(self, request: Request) -> Future[Peeled]:
@@ -111,9 +113,11 @@ def test_a_file_that_came_meanwhile_stays(checkpoint: Path, tmp_path: Path, monk
     real = registry.engine("local")
 
     class Meanwhile:
-        def open(self, environment: Any) -> Any:
+        settings = real.settings
+
+        def open(self, environment: Any, settings: Any) -> Any:
             out.write_text("another's")
-            return real.open(environment)
+            return real.open(environment, settings)
 
     monkeypatch.setattr(registry, "engine", lambda _: Meanwhile())
     with pytest.raises(ConfigurationError, match="is there already"):
