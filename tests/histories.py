@@ -71,7 +71,7 @@ def report(
     at = step or 0
     loss = 4.0 * math.exp(-at / 900) + 1.5
     bound = loss + 0.3 - at / 4000
-    own = tuple(layer_report(i, at, name=name.format(i), low_bit=full) for i in range(layers))
+    layer_reports = tuple(layer_report(i, at, name=name.format(i), low_bit=full) for i in range(layers))
     redundancy = tuple(tuple(0.01 * (j - i) ** 2 if j > i else 0.0 for j in range(layers)) for i in range(layers))
     return PeelReport(
         CheckpointInfo(path.format(at), step, "transformers", f"c0ffee{at:06x}"),
@@ -82,7 +82,7 @@ def report(
         estimate(loss - bound, 0.03),
         "effective" if loss < bound else "caution",
         (BoundReport("head", (1, 2), "closed_form", estimate(bound), bound, within_class=True),),
-        own,
+        layer_reports,
         (Skipped("headroom of model.layers.0", "the time budget was spent"),),
         Timing(0.1, 0.2, 0.3, 0.4),
         redundancy=redundancy if full else None,

@@ -41,12 +41,12 @@ def certificates(folder: Path, *names: str) -> Certificates:
     """Certificates for `localhost`, 127.0.0.1 and these names."""
     authority, stranger = trustme.CA(), trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-    own = ("localhost", "127.0.0.1", *names)
+    hosts = ("localhost", "127.0.0.1", *names)
     return Certificates(
         folder / "ca.pem",
-        _context(authority, *own),
+        _context(authority, *hosts),
         _context(authority, "elsewhere.example"),
-        _context(stranger, *own),
+        _context(stranger, *hosts),
     )
 
 

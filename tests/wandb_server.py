@@ -62,7 +62,7 @@ class WandbServer:
 @contextlib.contextmanager
 def wandb_server() -> Iterator[WandbServer]:
     """One on loopback, for the time of the block."""
-    own = WandbServer()
+    wandb = WandbServer()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
@@ -84,23 +84,23 @@ def wandb_server() -> Iterator[WandbServer]:
             self.send({})
 
         def do_PUT(self) -> None:
-            own.files[self.path.removeprefix("/up/")] = self.body()
+            wandb.files[self.path.removeprefix("/up/")] = self.body()
             self.send({})
 
         def do_POST(self) -> None:
             sent = json.loads(self.body())
             if "file_stream" in self.path:
-                own.stream(sent)
+                wandb.stream(sent)
                 self.send({"exitcode": None, "limits": {}})
             else:
-                self.send({"data": own.answer(sent["query"], sent.get("variables") or {})})
+                self.send({"data": wandb.answer(sent["query"], sent.get("variables") or {})})
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    own.uri = f"http://127.0.0.1:{server.server_port}"
+    wandb.uri = f"http://127.0.0.1:{server.server_port}"
     serving = threading.Thread(target=server.serve_forever)
     serving.start()
     try:
-        yield own
+        yield wandb
     finally:
         server.shutdown()
         serving.join()

@@ -98,7 +98,7 @@ def build(kind: str, steps: int = 80, idle: Sequence[str] = ()) -> Any:
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]))
     for name in idle:
         model.get_parameter(name).requires_grad_(False).zero_()
-    optimiser = torch.optim.AdamW([own for own in model.parameters() if own.requires_grad], lr=5e-3)
+    optimiser = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=5e-3)
     ids = torch.from_numpy(token_ids(64, 0))
     for _ in range(steps):
         optimiser.zero_grad()

@@ -151,11 +151,11 @@ def test_the_example_has_every_key_of_the_plug_ins() -> None:
     shown = tomli.loads(uncommented(EXAMPLE.read_text()))
     sinks = {sink["use"]: set(sink) for sink in shown["sink"]}
     for point in (one for one in entry_points(group="peel_agent.trackers") if one.value.startswith("peel_plugins")):
-        own = {field.name for field in dataclasses.fields(registry.tracker(point.name).settings)}
-        assert set(shown["tracker"][point.name]) == own, point.name
+        keys = {field.name for field in dataclasses.fields(registry.tracker(point.name).settings)}
+        assert set(shown["tracker"][point.name]) == keys, point.name
     for point in (one for one in entry_points(group="peel_agent.sinks") if one.value.startswith("peel_plugins")):
-        own = {field.name for field in dataclasses.fields(registry.sink(point.name).settings)}
-        assert own <= sinks.get(point.name, set()), point.name
+        keys = {field.name for field in dataclasses.fields(registry.sink(point.name).settings)}
+        assert keys <= sinks.get(point.name, set()), point.name
         assert point.name in sinks
     for point in (one for one in entry_points(group="peel_agent.engines") if one.value.startswith("peel_plugins")):
         fields = {field.name for field in dataclasses.fields(registry.engine(point.name).settings)}
@@ -224,7 +224,7 @@ def test_every_section_that_is_cited_exists() -> None:
     """What is cited as a number of method.md is a section of it, and no number stands for two."""
     sections = re.findall(r"^## (\d+[a-z]?)\. ", (ROOT / "docs" / "method.md").read_text(), flags=re.MULTILINE)
     cited: dict[str, str] = {}
-    for path in [own for top in ("peel_agent", "plugins", "tests") for own in (ROOT / top).rglob("*.py")]:
+    for path in [source for top in ("peel_agent", "plugins", "tests") for source in (ROOT / top).rglob("*.py")]:
         for numbers in re.findall(r"method\.md (\d+[a-z]?(?:, \d+[a-z]?)*)", path.read_text()):
             cited |= dict.fromkeys(numbers.split(", "), str(path))
     assert len(sections) == len(set(sections))

@@ -35,13 +35,13 @@ def remedies() -> list[tuple[str, str]]:
     """(where, text) of every text given as `remedy=`, or as the second part of an error or a Check, and of constants
     that hold one; what is filled in is {}.
     """
-    found = []
+    located = []
     for path in SOURCES:
         where = str(path.relative_to(ROOT))
         for node in ast.walk(ast.parse(path.read_text())):
             for given in _given(node):
-                found += [(f"{where}:{given.lineno}", text) for text in _texts(given) if len(text) > 3]
-    return found
+                located += [(f"{where}:{given.lineno}", text) for text in _texts(given) if len(text) > 3]
+    return located
 
 
 def _given(node: ast.AST) -> list[ast.expr]:

@@ -60,9 +60,9 @@ def test_constraints_pin_what_is_installed() -> None:
 
 def test_no_address_of_a_machine() -> None:
     """No file holds an absolute path of somebody's home or workplace."""
-    found = [
+    with_address = [
         str(path)
         for path in [*SOURCES, *(ROOT / "docs").glob("*.md"), *(ROOT / name for name in LOOSE)]
         if re.search(r"/(home|root|Users|work)/\w+", path.read_text())
     ]
-    assert found == []
+    assert with_address == []

@@ -198,9 +198,9 @@ def fill(model: Any, weights: Mapping[str, Any], config: Any) -> None:
             from megatron.core import parallel_state
 
             size = parallel_state.get_tensor_model_parallel_world_size()
-            own = parallel_state.get_tensor_model_parallel_rank()
+            rank = parallel_state.get_tensor_model_parallel_rank()
             halves = whole.chunk(2) if "linear_fc1" in name and not gpt2 else (whole,)
-            share = torch.cat([half.chunk(size, dim=axis)[own] for half in halves])
+            share = torch.cat([half.chunk(size, dim=axis)[rank] for half in halves])
         parameter.copy_(share)
 
 
@@ -235,7 +235,7 @@ def _llama_source(name: str, model: Any, weights: Mapping[str, Any], config: Any
     if name == "decoder.final_layernorm.weight":
         return weights["model.norm.weight"], None
     number, rest = _layer(name, model)
-    own = f"model.layers.{number}."
+    block = f"model.layers.{number}."
     plain = {
         "input_layernorm.weight": ("input_layernorm.weight", None),
         "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight", None),
@@ -245,13 +245,13 @@ def _llama_source(name: str, model: Any, weights: Mapping[str, Any], config: Any
         "mlp.linear_fc2.weight": ("mlp.down_proj.weight", 1),
     }
     if rest in plain:
-        return weights[own + plain[rest][0]], plain[rest][1]
+        return weights[block + plain[rest][0]], plain[rest][1]
     what = rest.rsplit(".", 1)[1]
     if rest.startswith("self_attention.linear_qkv."):
-        parts = [weights[f"{own}self_attn.{part}_proj.{what}"] for part in "qkv"]
+        parts = [weights[f"{block}self_attn.{part}_proj.{what}"] for part in "qkv"]
         return _interleaved(*parts, config.num_key_value_heads), 0
     assert rest == "mlp.linear_fc1.weight"
-    return torch.cat([weights[f"{own}mlp.{part}_proj.weight"] for part in ("gate", "up")]), 0
+    return torch.cat([weights[f"{block}mlp.{part}_proj.weight"] for part in ("gate", "up")]), 0
 
 
 def _gpt2_source(name: str, model: Any, weights: Mapping[str, Any]) -> tuple[Any, int | None]:
@@ -266,7 +266,7 @@ def _gpt2_source(name: str, model: Any, weights: Mapping[str, Any]) -> tuple[Any
         return _padded(weights["transformer.wte.weight"]), 0
     number, rest = _layer(name, model)
     module, what = rest.rsplit(".", 1)
-    own, axis = {
+    local, axis = {
         "input_layernorm": ("ln_1", None),
         "pre_mlp_layernorm": ("ln_2", None),
         "self_attention.linear_qkv": ("attn.c_attn", 0),
@@ -274,9 +274,9 @@ def _gpt2_source(name: str, model: Any, weights: Mapping[str, Any]) -> tuple[Any
         "mlp.linear_fc1": ("mlp.c_fc", 0),
         "mlp.linear_fc2": ("mlp.c_proj", 1),
     }[module]
-    stored = weights[f"transformer.h.{number}.{own}.{what}"]
+    stored = weights[f"transformer.h.{number}.{local}.{what}"]
     stored = stored.t() if stored.ndim == 2 else stored
-    if own == "attn.c_attn":
+    if local == "attn.c_attn":
         stored = _interleaved(*stored.chunk(3), 4)
     return stored, axis if axis != 1 or what == "weight" else None
 
@@ -311,8 +311,10 @@ def _moments(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
     moments = {
-        f"exp_avg.{name}": make_sharded_optimizer_tensor(own, torch.ones_like(own.data), "optimizer.state.exp_avg")
-        for name, own in state.items()
-        if isinstance(own, ShardedTensor)
+        f"exp_avg.{name}": make_sharded_optimizer_tensor(
+            sharded, torch.ones_like(sharded.data), "optimizer.state.exp_avg"
+        )
+        for name, sharded in state.items()
+        if isinstance(sharded, ShardedTensor)
     }
     return {"state": moments, "param_groups": [{"params": [0, 1], "lr": 0.0}]}

@@ -72,8 +72,8 @@ def alertmanager(folder: Path, hook: str, resolve_timeout: str = "2s") -> Iterat
 
 def active(url: str) -> list[dict[str, Any]]:
     with urllib.request.urlopen(f"{url}/api/v2/alerts") as answer:
-        found: list[dict[str, Any]] = json.load(answer)
-    return found
+        alerts: list[dict[str, Any]] = json.load(answer)
+    return alerts
 
 
 def passed_on(receiver: Receiver) -> list[tuple[str, str]]:
@@ -92,7 +92,7 @@ def test_a_real_alertmanager_receives_groups_and_resolves(tmp_path: Path) -> Non
         assert all(check.ok for check in sink.check(lambda: 0.0))
         sink.deliver(group(notice("firing"), notice("firing", "model.layers.4")))
         wait_for(lambda: len(active(url)) == 2)
-        (one,) = [found for found in active(url) if found["labels"]["subject"] == "model.layers.3"]
+        (one,) = [received for received in active(url) if received["labels"]["subject"] == "model.layers.3"]
         assert one["labels"] == {
             "alertname": "layer_below", "job": "peel-agent", "run": "a run", "severity": "critical",
             "subject": "model.layers.3",

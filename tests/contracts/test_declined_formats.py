@@ -339,8 +339,8 @@ def test_a_run_with_some_of_each(tmp_path: Path) -> None:
     lay_out(tmp_path / "100", "_CHECKPOINT_METADATA")
     single(tmp_path / "model.gguf")
     lay_out(tmp_path / "logs", "events.out.tfevents.1")
-    found = {sighting.path.name: sighting.readiness.state for sighting in scan(tmp_path, registry.formats())}
-    assert found == {"100": "damaged", "model.gguf": "damaged"}
+    states = {sighting.path.name: sighting.readiness.state for sighting in scan(tmp_path, registry.formats())}
+    assert states == {"100": "damaged", "model.gguf": "damaged"}
 
 
 def test_the_parent_imports_no_torch(tmp_path: Path) -> None:

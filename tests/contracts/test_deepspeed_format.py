@@ -136,9 +136,9 @@ def test_what_the_watch_room_sees(written: Path) -> None:
     """`global_stepN` beside `latest`, and Trainer's folders, are found once each, by this format, with their steps."""
     formats = registry.formats()
     for label, name in (("plain-2", "global_step3"), ("plain-3", "global_step3"), ("trainer", "checkpoint-3")):
-        found = [sighting for sighting in scan(written / label, formats) if sighting.format == "deepspeed"]
-        assert [(sighting.path.name, sighting.step) for sighting in found] == [(name, 3)]
-        assert found[0].readiness.state == "complete"
+        sightings = [sighting for sighting in scan(written / label, formats) if sighting.format == "deepspeed"]
+        assert [(sighting.path.name, sighting.step) for sighting in sightings] == [(name, 3)]
+        assert sightings[0].readiness.state == "complete"
     inside = scan(written / "trainer" / "checkpoint-3", formats)
     assert [(sighting.path.name, sighting.format) for sighting in inside] == [("checkpoint-3", "deepspeed")]
 
@@ -382,8 +382,8 @@ class TestRecognition:
         assert (FORMAT.claim(LocalListing(tmp_path / path)) is not None) == (by == "deepspeed")
         names = ("deepspeed", "safetensors", "torch", "transformers")
         formats = [form for form in registry.formats() if form.name in names]
-        found = [form.name for form in formats if form.claim(LocalListing(tmp_path / path))]
-        assert found[:1] == ([by] if by else [])
+        claimants = [form.name for form in formats if form.claim(LocalListing(tmp_path / path))]
+        assert claimants[:1] == ([by] if by else [])
 
     def test_what_is_inside_another_s_folder_is_part_of_it(self, tmp_path: Path) -> None:
         """The states inside a folder that is a checkpoint are not a second one."""

@@ -152,44 +152,44 @@ MASK = torch.ones(1, 1, zoo.CONTEXT, zoo.CONTEXT, dtype=torch.bool).tril()
 BUFFERS: dict[str, tuple[str, Callable[[Saved], State]]] = {
     "Llama's frequencies in each block": (
         "llama",
-        lambda own: _each_block(own, "model.layers.{}.self_attn.rotary_emb.inv_freq", torch.rand(2)),
+        lambda saved: _each_block(saved, "model.layers.{}.self_attn.rotary_emb.inv_freq", torch.rand(2)),
     ),
-    "Llama's frequencies, once": ("llama", lambda own: own.state | {"model.rotary_emb.inv_freq": torch.rand(2)}),
+    "Llama's frequencies, once": ("llama", lambda saved: saved.state | {"model.rotary_emb.inv_freq": torch.rand(2)}),
     "Mistral's rotary tables": (
         "mistral",
-        lambda own: _each_block(own, "model.layers.{}.self_attn.rotary_emb.cos_cached", torch.rand(1, 1, 32, 4)),
+        lambda saved: _each_block(saved, "model.layers.{}.self_attn.rotary_emb.cos_cached", torch.rand(1, 1, 32, 4)),
     ),
-    "GPT-2's masks": ("gpt2", lambda own: _each_block(own, "transformer.h.{}.attn.bias", MASK)),
+    "GPT-2's masks": ("gpt2", lambda saved: _each_block(saved, "transformer.h.{}.attn.bias", MASK)),
     "GPT-2's masks without the prefix": (
         "gpt2",
-        lambda own: _without_prefix(own) | {f"h.{i}.attn.bias": MASK.byte() for i in range(zoo.BLOCKS)},
+        lambda saved: _without_prefix(saved) | {f"h.{i}.attn.bias": MASK.byte() for i in range(zoo.BLOCKS)},
     ),
     "GPT-2's number in the masks": (
         "gpt2",
-        lambda own: _each_block(own, "transformer.h.{}.attn.masked_bias", torch.tensor(-1e4)),
+        lambda saved: _each_block(saved, "transformer.h.{}.attn.masked_bias", torch.tensor(-1e4)),
     ),
-    "Pythia's masks": ("gpt_neox", lambda own: _each_block(own, "gpt_neox.layers.{}.attention.bias", MASK)),
+    "Pythia's masks": ("gpt_neox", lambda saved: _each_block(saved, "gpt_neox.layers.{}.attention.bias", MASK)),
     "Pythia's number in the masks": (
         "gpt_neox",
-        lambda own: _each_block(own, "gpt_neox.layers.{}.attention.masked_bias", torch.tensor(-1e9)),
+        lambda saved: _each_block(saved, "gpt_neox.layers.{}.attention.masked_bias", torch.tensor(-1e9)),
     ),
     "Pythia's frequencies": (
         "gpt_neox",
-        lambda own: _each_block(own, "gpt_neox.layers.{}.attention.rotary_emb.inv_freq", torch.rand(2)),
+        lambda saved: _each_block(saved, "gpt_neox.layers.{}.attention.rotary_emb.inv_freq", torch.rand(2)),
     ),
     "masks by another name": (
         "llama",
-        lambda own: _each_block(own, "model.layers.{}.self_attn.bias", MASK),
+        lambda saved: _each_block(saved, "model.layers.{}.self_attn.bias", MASK),
     ),
-    "positions": ("opt", lambda own: own.state | {"model.decoder.position_ids": torch.arange(32)[None]}),
-    "the version of fairseq": ("opt", lambda own: own.state | {"decoder.version": torch.tensor([3.0])}),
+    "positions": ("opt", lambda saved: saved.state | {"model.decoder.position_ids": torch.arange(32)[None]}),
+    "the version of fairseq": ("opt", lambda saved: saved.state | {"decoder.version": torch.tensor([3.0])}),
     "the scale of embeddings": (
         "gemma3",
-        lambda own: own.state | {"model.embed_tokens.embed_scale": torch.tensor(9.0)},
+        lambda saved: saved.state | {"model.embed_tokens.embed_scale": torch.tensor(9.0)},
     ),
     "frequencies inside a wrapper": (
         "llama",
-        lambda own: _each_block(own, "_orig_mod.model.layers.{}.self_attn.rotary_emb.inv_freq", torch.rand(2)),
+        lambda saved: _each_block(saved, "_orig_mod.model.layers.{}.self_attn.rotary_emb.inv_freq", torch.rand(2)),
     ),
 }
 
@@ -220,11 +220,11 @@ def test_tied_heads(saved: Callable[[str], Saved], kind: str, stored: str, tmp_p
 
 def test_a_head_of_its_own_although_config_json_ties_it(saved: Callable[[str], Saved], tmp_path: Path) -> None:
     """A stored head that is not the embeddings is the head, as transformers has it, and is not called tied."""
-    own = saved("gpt2")
-    path = _write(tmp_path, own.config, own.state | {"lm_head.weight": torch.randn(zoo.VOCABULARY, zoo.WIDTH) / 4})
+    gpt2 = saved("gpt2")
+    path = _write(tmp_path, gpt2.config, gpt2.state | {"lm_head.weight": torch.randn(zoo.VOCABULARY, zoo.WIDTH) / 4})
     assert not _opened(path).tied_head
     assert _peeled_loss(path) == pytest.approx(_loads_whole(path), abs=1e-5)
-    assert _peeled_loss(path) != pytest.approx(own.loss, abs=1e-3)
+    assert _peeled_loss(path) != pytest.approx(gpt2.loss, abs=1e-3)
 
 
 RENAMED: dict[str, tuple[str, Callable[[Saved], State]]] = {
@@ -277,16 +277,16 @@ def test_wrappers(saved: Callable[[str], Saved], name: str, tmp_path: Path, *, p
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt"])
 def test_older_names_of_norms(saved: Callable[[str], Saved], kind: str, tmp_path: Path) -> None:
     """gamma and beta of norms are their weight and bias."""
-    own = saved(kind)
+    stored = saved(kind)
 
     def older(name: str) -> str:
         if "norm" not in name and ".ln_" not in name:
             return name
         return name.replace(".weight", ".gamma").replace(".bias", ".beta")
 
-    state = _renamed(older)(own)
+    state = _renamed(older)(stored)
     assert any(name.endswith(".beta") for name in state)
-    assert _peeled_loss(_write(tmp_path, own.config, state)) == pytest.approx(own.loss, abs=1e-5)
+    assert _peeled_loss(_write(tmp_path, stored.config, state)) == pytest.approx(stored.loss, abs=1e-5)
 
 
 OLDER_CONFIGS: list[tuple[str, dict[str, Any]]] = [
@@ -329,18 +329,18 @@ def _refusal(path: Path) -> WeightsMismatch:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_padded_vocabulary_has_its_size_named(saved: Callable[[str], Saved], kind: str, tmp_path: Path) -> None:
     """More rows than config.json says are refused by transformers and here; with the size named, both read them."""
-    own = saved(kind)
+    stored = saved(kind)
     state = {
         name: torch.cat([tensor, torch.zeros(5, zoo.WIDTH)]) if len(tensor) == zoo.VOCABULARY else tensor
-        for name, tensor in own.state.items()
+        for name, tensor in stored.state.items()
     }
-    path = _write(tmp_path, own.config, state)
+    path = _write(tmp_path, stored.config, state)
     with pytest.raises(RuntimeError):
         AutoModelForCausalLM.from_pretrained(path)
     refusal = _refusal(path)
     assert "[24, 16] instead of [19, 16]" in refusal.what
     assert "set vocab_size to 24 in config.json" in refusal.remedy
-    _write(tmp_path, own.config | {"vocab_size": 24}, state)
+    _write(tmp_path, stored.config | {"vocab_size": 24}, state)
     assert _peeled_loss(path) == pytest.approx(_loads_whole(path), abs=1e-5)
 
 
@@ -349,34 +349,39 @@ def test_a_padded_vocabulary_has_its_size_named(saved: Callable[[str], Saved], k
     [
         (
             "llama",
-            lambda own: own.state | {"norm.weight": torch.ones(16)},
+            lambda saved: saved.state | {"norm.weight": torch.ones(16)},
             "two names model.norm.weight and norm.weight",
             "once",
         ),
         (
             "llama",
-            lambda own: own.state | {"module.model.norm.weight": torch.ones(16)},
+            lambda saved: saved.state | {"module.model.norm.weight": torch.ones(16)},
             "two names model.norm.weight and module.model.norm.weight",
             "once",
         ),
-        ("gpt2", lambda own: own.state | {"transformer.ln_f.gamma": torch.ones(16)}, "two names .*ln_f.*ln_f", "once"),
+        (
+            "gpt2",
+            lambda saved: saved.state | {"transformer.ln_f.gamma": torch.ones(16)},
+            "two names .*ln_f.*ln_f",
+            "once",
+        ),
         (
             "llama",
-            lambda own: {name: tensor for name, tensor in _without_prefix(own).items() if "lm_head" not in name},
+            lambda saved: {name: tensor for name, tensor in _without_prefix(saved).items() if "lm_head" not in name},
             "missing lm_head.weight$",
             "AutoModelForCausalLM",
         ),
         (
             "llama",
-            lambda own: {name: tensor for name, tensor in own.state.items() if "layers.2" not in name},
+            lambda saved: {name: tensor for name, tensor in saved.state.items() if "layers.2" not in name},
             "missing model.layers.2",
             "save_pretrained",
         ),
         (
             "gpt2",
-            lambda own: {
+            lambda saved: {
                 name: tensor.T if name.endswith(("c_attn.weight", "c_fc.weight")) else tensor
-                for name, tensor in own.state.items()
+                for name, tensor in saved.state.items()
             },
             r"misshapen .*\[48, 16\] instead of \[16, 48\]",
             "nanoGPT",
@@ -387,10 +392,10 @@ def test_a_padded_vocabulary_has_its_size_named(saved: Callable[[str], Saved], k
             "unexpected model.layers.0._fsdp_wrapped_module._flat_param",
             "FULL_STATE_DICT",
         ),
-        ("llama", lambda own: own.state | {"v_head.weight": torch.ones(1, 16)}, "unexpected v_head.weight", ""),
+        ("llama", lambda saved: saved.state | {"v_head.weight": torch.ones(1, 16)}, "unexpected v_head.weight", ""),
         (
             "llama",
-            lambda own: _each_block(own, "model.layers.{}.self_attn.bias", torch.ones(16)),
+            lambda saved: _each_block(saved, "model.layers.{}.self_attn.bias", torch.ones(16)),
             "unexpected .*attn.bias",
             "",
         ),

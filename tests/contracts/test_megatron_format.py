@@ -104,11 +104,11 @@ def test_the_weights_are_those_of_the_transformers_model(name: str, written: Pat
     """Names, dtypes and bits: two tensor or pipeline ranks, stacked or numbered layers, split gates, tied or not."""
     expected = put(name, written, tmp_path / ITERATION)
     weights = FORMAT.open(reference(tmp_path / ITERATION))
-    assert dict(weights.shapes()) == {own: tuple(tensor.shape) for own, tensor in expected.items()}
-    for own, tensor in expected.items():
-        read = weights.read(own)
+    assert dict(weights.shapes()) == {weight: tuple(tensor.shape) for weight, tensor in expected.items()}
+    for weight, tensor in expected.items():
+        read = weights.read(weight)
         assert read.dtype == tensor.dtype
-        assert torch.equal(read, tensor), own
+        assert torch.equal(read, tensor), weight
 
 
 @pytest.mark.parametrize("name", [name for name in READABLE if CASES[name].dtype == "float32"])
@@ -119,7 +119,7 @@ def test_the_logits_are_those_of_megatron(name: str, written: Path, tmp_path: Pa
     model = AutoModelForCausalLM.from_config(
         AutoModelForCausalLM.from_pretrained(written / name / REFERENCE).config, attn_implementation="eager"
     )
-    model.load_state_dict({own: weights.read(own) for own in weights.shapes()}, strict=not CASES[name].tied)
+    model.load_state_dict({weight: weights.read(weight) for weight in weights.shapes()}, strict=not CASES[name].tied)
     model.tie_weights()
     with torch.no_grad():
         logits = model.eval()(megatron_producer.token_ids()).logits

@@ -36,8 +36,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings_of(text: str, folder: Path, *, alone: bool = True) -> MlflowSettings:
     (folder / "peel.toml").write_text(text)
     tracking = load_settings(folder / "peel.toml", {}).tracker
-    own: MlflowSettings = tracker_settings(tracking, alone=alone)["mlflow"]
-    return own
+    mlflow: MlflowSettings = tracker_settings(tracking, alone=alone)["mlflow"]
+    return mlflow
 
 
 def connect(folder: Path, uri: str, **options: str | None) -> MlflowTracker:
@@ -70,9 +70,9 @@ def test_the_experiment_of_the_environment(case: str, tmp_path: Path, monkeypatc
     text, variables, expected = WHICH[case]
     for name, value in variables.items():
         monkeypatch.setenv(f"MLFLOW_EXPERIMENT_{name}", value)
-    own = settings_of(text, tmp_path)
-    assert (own.experiment, own.experiment_id) == expected
-    assert settings_of(text, tmp_path, alone=False) == own
+    settings = settings_of(text, tmp_path)
+    assert (settings.experiment, settings.experiment_id) == expected
+    assert settings_of(text, tmp_path, alone=False) == settings
 
 
 def test_what_comes_from_the_environment_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +190,8 @@ def strange() -> Iterator[Strange]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            own.asked.append((self.command, self.path))
-            status, text, headers = own.elsewhere if self.path.startswith("/login") else own.answer
+            server_state.asked.append((self.command, self.path))
+            status, text, headers = server_state.elsewhere if self.path.startswith("/login") else server_state.answer
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
                 self.send_header(name, value)
@@ -205,10 +205,10 @@ def strange() -> Iterator[Strange]:
             """Silent."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        own = Strange(f"http://127.0.0.1:{server.server_port}", (200, "", {}))
+        server_state = Strange(f"http://127.0.0.1:{server.server_port}", (200, "", {}))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield own
+        yield server_state
         server.shutdown()
         thread.join()
 
@@ -227,8 +227,8 @@ def test_something_else_answers(case: str, options: dict[str, str], strange: Str
     """Nothing is taken for sent, and no run is remembered; what answers is told, with what to change."""
     strange.answer, kind, words = STRANGE[case]
     tracker = connect(tmp_path, strange.uri, **options)
-    for what, remedy, own in refusals(tracker):
-        assert own in (kind, None)
+    for what, remedy, answered in refusals(tracker):
+        assert answered in (kind, None)
         assert strange.uri in what
         assert "it is tried again" in remedy
         assert all(word in what + remedy for word in words), (what, remedy)

@@ -43,8 +43,10 @@ class Place:
         self.numbers, self.files = self.connect(), self.connect()
 
     def connect(self, **settings: str) -> Tracker:
-        own = MlflowSettings(**{"tracking_uri": self.proxy.uri, "experiment": self.name, **settings})
-        return mlflow_run.PLUGIN.connect(own, checkpoint_dir=str(self.folder / "c"), state_dir=self.folder / "state")
+        options = MlflowSettings(**{"tracking_uri": self.proxy.uri, "experiment": self.name, **settings})
+        return mlflow_run.PLUGIN.connect(
+            options, checkpoint_dir=str(self.folder / "c"), state_dir=self.folder / "state"
+        )
 
     def runs(self) -> list:
         return list(self.client.search_runs([self.experiment]))  # type: ignore[attr-defined]

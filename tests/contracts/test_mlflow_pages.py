@@ -50,14 +50,14 @@ def shown(run: Run, sent: Pages) -> str:
 
 def images(run: Run, run_id: str) -> dict[tuple[int, bool], str]:
     """The images of a run by step, and whether it is the small one."""
-    found = {}
+    path_by_image = {}
     for entry in run.client.list_artifacts(run_id, "images"):
         match = re.fullmatch(NAME, entry.path.removeprefix("images/"))
         assert match, entry.path
         key = (int(match["step"]), bool(match["small"]))
-        assert (match["key"], key in found) == ("peel~margins", False)
-        found[key] = entry.path
-    return found
+        assert (match["key"], key in path_by_image) == ("peel~margins", False)
+        path_by_image[key] = entry.path
+    return path_by_image
 
 
 def shade(run: Run, run_id: str, path: str) -> int:
@@ -72,12 +72,12 @@ def test_images_lie_where_mlflow_puts_its_own(run: Run, tmp_path: Path) -> None:
     """The names are those of MLflow's own `log_image`, and the run has its mark: so its pages show a slider."""
     run_id = shown(run, pages(tmp_path, 100, shade=90))
     run.client.log_image(run_id, np.zeros((4, 4, 3), np.uint8), key="peel/margins", step=300, timestamp=NOW)
-    found = images(run, run_id)
-    assert set(found) == {(step, small) for step in (0, 100, 300) for small in (False, True)}
+    path_by_image = images(run, run_id)
+    assert set(path_by_image) == {(step, small) for step in (0, 100, 300) for small in (False, True)}
     assert run.client.get_run(run_id).data.tags["mlflow.loggedImages"] == "True"
     for step in (0, 100):
-        assert shade(run, run_id, found[step, False]) == 90
-        with Image.open(run.client.download_artifacts(run_id, found[step, True], str(tmp_path))) as small:
+        assert shade(run, run_id, path_by_image[step, False]) == 90
+        with Image.open(run.client.download_artifacts(run_id, path_by_image[step, True], str(tmp_path))) as small:
             assert (small.format, max(small.size)) == ("WEBP", 256)
     assert run.text(run_id, "peel/report.html") == "<p>100"
 
@@ -89,9 +89,9 @@ def test_the_same_again_changes_nothing_and_the_newest_is_first(run: Run, tmp_pa
     assert set(images(run, run_id)) == {(step, small) for step in (0, 100) for small in (False, True)}
     shown(run, pages(tmp_path, 300, shade=30, keep=False))
     shown(run, pages(tmp_path, 200, shade=20))
-    found = images(run, run_id)
-    assert {step for step, _ in found} == {0, 100}, "300 was not to be kept, 200 came late"
-    assert shade(run, run_id, found[0, False]) == 30
+    path_by_image = images(run, run_id)
+    assert {step for step, _ in path_by_image} == {0, 100}, "300 was not to be kept, 200 came late"
+    assert shade(run, run_id, path_by_image[0, False]) == 30
     assert run.text(run_id, "peel/report.html") == "<p>300"
 
 

@@ -141,8 +141,8 @@ def test_a_merged_adapter_is_what_peft_merges(name: str, bases: Callable[[str], 
     mine = read_back(tmp_path / "tuned")
     assert loss_of(mine) == pytest.approx(expected, abs=1e-5)
     merged = adapted.merge_and_unload().state_dict()
-    for tensor, own in mine.state_dict().items():
-        torch.testing.assert_close(own, merged[tensor], rtol=1e-5, atol=1e-6)
+    for tensor, weight in mine.state_dict().items():
+        torch.testing.assert_close(weight, merged[tensor], rtol=1e-5, atol=1e-6)
 
 
 TIED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -223,7 +223,7 @@ def torch_base(base: Path) -> None:
 
 def renamed(base: Path, name: Callable[[str], str]) -> None:
     tensors = load_file(base / "model.safetensors")
-    save_file({name(own): tensor for own, tensor in tensors.items()}, base / "model.safetensors")
+    save_file({name(tensor_name): tensor for tensor_name, tensor in tensors.items()}, base / "model.safetensors")
 
 
 def trainers_base(adapter: Path, base: Path) -> None:
@@ -275,8 +275,8 @@ def test_other_files_of_the_same_adapter(name: str, tuned: Tuned) -> None:
         weights = PEFT.open(ref)
         merged = adapted.merge_and_unload().state_dict()
         for tensor in weights.shapes():
-            own = merged[tensor if tensor.startswith("lm_head") else f"model.{tensor}"]
-            torch.testing.assert_close(weights.read(tensor), own, rtol=1e-5, atol=1e-6)
+            expected = merged[tensor if tensor.startswith("lm_head") else f"model.{tensor}"]
+            torch.testing.assert_close(weights.read(tensor), expected, rtol=1e-5, atol=1e-6)
         return
     assert loss_of(read_back(adapter)) == pytest.approx(loss_of(adapted), abs=1e-5)
 

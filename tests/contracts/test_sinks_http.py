@@ -49,8 +49,8 @@ def local(receiver: Receiver, path: str = "/hook", **options: Any) -> WebhookSet
 
 
 def secure(receiver: Receiver, tls: Certificates, host: str = "localhost", **options: Any) -> WebhookSettings:
-    own = {"allow_private": True, "timeout_seconds": 60.0, "ca_file": tls.ca_file, **options}
-    return WebhookSettings(f"https://{host}:{receiver.port}/hook", **own)
+    given = {"allow_private": True, "timeout_seconds": 60.0, "ca_file": tls.ca_file, **options}
+    return WebhookSettings(f"https://{host}:{receiver.port}/hook", **given)
 
 
 def sink(settings: WebhookSettings, clock: Callable[[], float] = lambda: 1_700_000_100.9) -> WebhookSink:
@@ -69,8 +69,8 @@ def texts(receiver: Receiver) -> str:
 @pytest.mark.parametrize("plugin", [webhook.PLUGIN, slack.PLUGIN], ids=lambda plugin: plugin.name)
 def test_conforms(plugin: Any, check: Callable[[Connect, Read], None], receiver: Receiver, tmp_path: Path) -> None:
     """Both pass every check of the kit."""
-    own = plugin.settings(f"http://127.0.0.1:{receiver.port}/hook", allow_private=True)
-    check(lambda: plugin.connect(own, state_dir=tmp_path), lambda: texts(receiver))
+    settings = plugin.settings(f"http://127.0.0.1:{receiver.port}/hook", allow_private=True)
+    check(lambda: plugin.connect(settings, state_dir=tmp_path), lambda: texts(receiver))
 
 
 # ---------------------------------------------------------------- what a webhook is sent
@@ -466,13 +466,15 @@ def tunnel(target: int) -> Act:
 def test_a_proxy_is_used_when_it_is_named(tls: Certificates) -> None:
     """It is asked for a tunnel, with its password; TLS is with the server itself, which the proxy looks up."""
     with http_receiver(tls=tls.right) as receiver, http_receiver(tunnel(receiver.port)) as proxy:
-        own = secure(receiver, tls, HOST, allow_private=False, proxy=f"http://me:pass%21word@127.0.0.1:{proxy.port}")
-        sink(own).deliver(example_group("one"))
+        settings = secure(
+            receiver, tls, HOST, allow_private=False, proxy=f"http://me:pass%21word@127.0.0.1:{proxy.port}"
+        )
+        sink(settings).deliver(example_group("one"))
         assert len(receiver.requests) == 1
         (request,) = proxy.requests
         assert (request.method, request.target) == ("CONNECT", f"{HOST}:{receiver.port}")
         assert request.headers["proxy-authorization"] == "Basic bWU6cGFzcyF3b3Jk"
-        (check,) = sink(own).check(lambda: 0.0)
+        (check,) = sink(settings).check(lambda: 0.0)
         assert "the proxy 127.0.0.1" in check.words
 
 
@@ -488,17 +490,17 @@ def test_a_proxy_of_the_environment_is_not(tls: Certificates, monkeypatch: pytes
 def test_a_proxy_that_refuses(tls: Certificates) -> None:
     """It and its answer are named."""
     with http_receiver(reply(407)) as proxy:
-        own = WebhookSettings(f"https://{HOST}/", proxy=f"http://me:canary@127.0.0.1:{proxy.port}")
+        settings = WebhookSettings(f"https://{HOST}/", proxy=f"http://me:canary@127.0.0.1:{proxy.port}")
         with pytest.raises(DestinationDenied, match=r"proxy 127\.0\.0\.1 answered 407") as caught:
-            sink(own).deliver(example_group("one"))
+            sink(settings).deliver(example_group("one"))
         assert "canary" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- chats
 
 
-def notice(text: str, subject: str = "model.layers.3", **own: Any) -> Notice:
-    return Notice("n", "layer_below", "warning", "firing", subject, 800, text, **own)
+def notice(text: str, subject: str = "model.layers.3", **fields: Any) -> Notice:
+    return Notice("n", "layer_below", "warning", "firing", subject, 800, text, **fields)
 
 
 def group(*notices: Notice, run: str = "a run") -> NoticeGroup:

@@ -59,12 +59,12 @@ def clear(servers: dict[str, MailServer]) -> MailServer:
 
 
 def settings(server: MailServer, tls: Certificates, **options: Any) -> MailSettings:
-    own: dict[str, Any] = {"port": server.port, "ca_file": tls.ca_file, "timeout_seconds": 60.0}
+    given: dict[str, Any] = {"port": server.port, "ca_file": tls.ca_file, "timeout_seconds": 60.0}
     if server.password:
-        own |= {"user": server.user, "password": server.password, "security": server.security}
+        given |= {"user": server.user, "password": server.password, "security": server.security}
     else:
-        own |= {"security": "none"}
-    return MailSettings("localhost", FROM, TO, **{**own, **options})
+        given |= {"security": "none"}
+    return MailSettings("localhost", FROM, TO, **{**given, **options})
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -214,11 +214,11 @@ def test_one_wrong_address_holds_up_no_other(clear: MailServer, tls: Certificate
 def test_a_server_that_breaks_is_tried_again(act: receivers.Act, words: str) -> None:
     """It hangs up, hangs, drips, or says nonsense: an error in words within the time of the settings."""
     with http_receiver(act, greeting=b"220 mail\r\n") as server:
-        own = MailSettings(
+        options = MailSettings(
             "127.0.0.1", FROM, TO, port=server.port, security="none", timeout_seconds=0.5 if "0.5 s" in words else 60.0
         )
         with pytest.raises(DestinationUnavailable, match=words):
-            MailSink(own).deliver(example_group("one"))
+            MailSink(options).deliver(example_group("one"))
 
 
 def test_a_server_that_hangs_after_it_took_the_message_has_it(clear: MailServer, tls: Certificates) -> None:

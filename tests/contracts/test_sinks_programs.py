@@ -52,8 +52,8 @@ def run(*command: str, **options: Any) -> ProgramSink:
 def test_exec_conforms(check: Callable[[Connect, Read], None], tmp_path: Path) -> None:
     """A program that appends what it reads passes every check of the kit."""
     told = tmp_path / "told"
-    own = ProgramSettings((script(tmp_path, f'cat >> "{told}"'),), enabled=True)
-    check(lambda: program.PLUGIN.connect(own, state_dir=tmp_path), told.read_text)
+    settings = ProgramSettings((script(tmp_path, f'cat >> "{told}"'),), enabled=True)
+    check(lambda: program.PLUGIN.connect(settings, state_dir=tmp_path), told.read_text)
 
 
 def test_the_program_gets_json_its_arguments_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,9 +198,9 @@ def bodies(receiver: Receiver) -> list[dict[str, str]]:
 @checks
 def test_apprise_conforms(check: Callable[[Connect, Read], None], receiver: Receiver, tmp_path: Path) -> None:
     """Through the real library to a local receiver it passes every check of the kit."""
-    own = AppriseSettings((json_url(receiver),))
+    settings = AppriseSettings((json_url(receiver),))
     check(
-        lambda: apprise_services.PLUGIN.connect(own, state_dir=tmp_path),
+        lambda: apprise_services.PLUGIN.connect(settings, state_dir=tmp_path),
         lambda: "\n".join(f"{one['title']}\n{one['message']}" for one in bodies(receiver)),
     )
 
@@ -282,10 +282,10 @@ def test_apprise_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package the error says how to get it."""
     real = builtins.__import__
 
-    def without(name: str, *rest: Any, **own: Any) -> Any:
+    def without(name: str, *rest: Any, **named: Any) -> Any:
         if name == "apprise":
             raise ImportError
-        return real(name, *rest, **own)
+        return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
     sink = AppriseSink(AppriseSettings(("json://localhost/",)))
@@ -310,8 +310,10 @@ def test_apprise_settings_that_cannot_be_right(options: dict[str, Any]) -> None:
 
 
 def notices(*kinds: tuple[str, str]) -> NoticeGroup:
-    own: Any = tuple(Notice(f"n{n}", "r", s, state, "run", 1, f"text {n}") for n, (s, state) in enumerate(kinds))  # type: ignore[arg-type]
-    return NoticeGroup("g", "a run", 0.0, own, "\n".join(one.text for one in own))
+    all_notices: Any = tuple(
+        Notice(f"n{n}", "r", s, state, "run", 1, f"text {n}") for n, (s, state) in enumerate(kinds)
+    )  # type: ignore[arg-type]
+    return NoticeGroup("g", "a run", 0.0, all_notices, "\n".join(one.text for one in all_notices))
 
 
 def test_priorities(capsys: pytest.CaptureFixture[str]) -> None:

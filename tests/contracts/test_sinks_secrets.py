@@ -278,10 +278,10 @@ def test_a_login_that_works_is_not_told(
     with mail_server("tls", tls.right, password=SECRETS["PASSWORD"]) as server:
         prepare(tmp_path, server.port, tls, monkeypatch)
         (sink,) = load_settings(Case(MAIL, reply(204)).written(tmp_path, server.port, tls.ca_file), {}).sinks
-        own = Address("sink", "mine", "email", plain(sink_settings(sink)), "run", "/run", tmp_path).sink()
-        own.deliver(example_group("one"))
+        mail = Address("sink", "mine", "email", plain(sink_settings(sink)), "run", "/run", tmp_path).sink()
+        mail.deliver(example_group("one"))
         assert len(server.messages) == 1
-        assert CANARY not in repr(own.check(lambda: 0.0)) + told()  # type: ignore[attr-defined]
+        assert CANARY not in repr(mail.check(lambda: 0.0)) + told()  # type: ignore[attr-defined]
 
 
 def test_which_fields_are_secrets() -> None:

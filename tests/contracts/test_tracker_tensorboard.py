@@ -47,22 +47,22 @@ class Place:
 
     def points(self) -> list[tuple[str, int, float, float]]:
         """Key, step, time and value, in the digits of its single precision, of every scalar in every directory."""
-        found = []
+        points = []
         for directory in self.directories():
             reader = EventAccumulator(str(directory), size_guidance={"tensors": 0}).Reload()
             for key in reader.PluginTagToContent("scalars"):
-                found += [
+                points += [
                     (key, event.step, event.wall_time, float(str(tensor_util.make_ndarray(event.tensor_proto))))
                     for event in reader.Tensors(key)
                 ]
-        return found
+        return points
 
     def read_metrics(self, step: int) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {}
+        values_by_key: dict[str, list[float]] = {}
         for key, at, _, value in self.points():
             if at == step:
-                found.setdefault(key, []).append(value)
-        return found
+                values_by_key.setdefault(key, []).append(value)
+        return values_by_key
 
     def steps(self) -> list[list[int]]:
         """The steps of the loss, by directory."""

@@ -62,20 +62,20 @@ class Place:
 
     def rows(self) -> list[dict[str, float]]:
         """Every row of every offline run, in the order of W&B's own step."""
-        found = []
+        rows = []
         for file in self.folder.glob("wandb/*/*.wandb"):
             for record in _records(file):
                 if record.WhichOneof("record_type") == "history":
                     items = record.history.item
-                    found.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
-        return sorted(found, key=lambda row: row["_step"])
+                    rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+        return sorted(rows, key=lambda row: row["_step"])
 
     def read_metrics(self, step: int) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {}
+        values_by_key: dict[str, list[float]] = {}
         for row in (row for row in self.rows() if row["peel/step"] == step):
             for key in row.keys() - {"peel/step", "_step", "_runtime", "_timestamp"}:
-                found.setdefault(key, []).append(row[key])
-        return found
+                values_by_key.setdefault(key, []).append(row[key])
+        return values_by_key
 
     def upload(self, server: WandbServer) -> str:
         """All that was not uploaded yet, by W&B's own command; its words."""

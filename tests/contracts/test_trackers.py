@@ -42,8 +42,8 @@ class Run:
         self.checkpoints = folder / "it's a run" / "checkpoints"
 
     def experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.name)
-        return self.client.create_experiment(self.name) if found is None else found.experiment_id
+        existing = self.client.get_experiment_by_name(self.name)
+        return self.client.create_experiment(self.name) if existing is None else existing.experiment_id
 
     def connect(self, **options: str) -> Tracker:
         return mlflow_run.PLUGIN.connect(
@@ -100,12 +100,12 @@ def trainers_run(run: Run, **tags: str) -> str:
 
 def jsonl_place(run: None, folder: Path) -> tuple[Connect, ReadMetrics]:
     def read(step: int) -> Mapping[str, Sequence[float]]:
-        found: dict[str, list[float]] = {}
+        values_by_key: dict[str, list[float]] = {}
         for line in (folder / "state" / "publications.jsonl").read_text().splitlines():
             form = json.loads(line)
             for key, value in form["metrics"].items() if form["step"] == step else ():
-                found.setdefault(key, []).append(value)
-        return found
+                values_by_key.setdefault(key, []).append(value)
+        return values_by_key
 
     return lambda: jsonl_file.PLUGIN.connect(
         JsonlSettings(), checkpoint_dir=str(folder), state_dir=folder / "state"
@@ -153,11 +153,11 @@ def test_the_kit_refuses_a_tracker_that_repeats() -> None:
             pass
 
     def read(step: int) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {}
+        values_by_key: dict[str, list[float]] = {}
         for publication in kept:
             for key, value in publication.metrics.items() if publication.step == step else ():
-                found.setdefault(key, []).append(value)
-        return found
+                values_by_key.setdefault(key, []).append(value)
+        return values_by_key
 
     with pytest.raises(AssertionError, match="step 100 holds"):
         CHECKS[1](Repeating, read)

@@ -166,8 +166,8 @@ class _GPT2:
         head_dim = x.shape[-1] // self.heads
         outputs = []
         for head in range(self.heads):
-            own = slice(head * head_dim, (head + 1) * head_dim)
-            outputs.append(causal_attention(q[..., own], k[..., own], v[..., own]))
+            columns = slice(head * head_dim, (head + 1) * head_dim)
+            outputs.append(causal_attention(q[..., columns], k[..., columns], v[..., columns]))
         return np.concatenate(outputs, axis=-1)
 
     def mlp_features(self, i: int, x: Array) -> Array:

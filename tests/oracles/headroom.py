@@ -171,8 +171,8 @@ def steps(decoder: Decoder, i: int, fit: Ids, score: Ids) -> dict[Part, Step]:
 def stepped(step: Step, r: float, length: float, name: str | None = None) -> Projection:
     """The projection after the step of that length (in units); with a set's name, its weights are rounded into it."""
     D = step.directions[r]
-    own = float(np.linalg.norm(step.X @ D))
-    eta = length * step.unit / own if own > 0 else 0.0
+    moved = float(np.linalg.norm(step.X @ D))
+    eta = length * step.unit / moved if moved > 0 else 0.0
     weight, bias = change(step.trained, -eta * D)
     if name is None:
         return weight, bias

@@ -74,11 +74,11 @@ def update(now: Iterable[Array], before: Iterable[Array]) -> float:
     return float(np.sqrt(moved) / np.sqrt(size))
 
 
-def ratio(own: float, others: Sequence[float]) -> float | None:
+def ratio(moved: float, others: Sequence[float]) -> float | None:
     """own / median(others); None where there are no others or their median is 0."""
     if not others or np.median(others) == 0:
         return None
-    return float(own / np.median(others))
+    return float(moved / np.median(others))
 
 
 def worst(ratios: Mapping[str, float | None]) -> tuple[str, float] | None:
@@ -89,15 +89,15 @@ def worst(ratios: Mapping[str, float | None]) -> tuple[str, float] | None:
 
 def matrices(now: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[Any]]) -> dict[str, Matrix]:
     """The matrices of one block in the order of `now`; [experts, rows, columns] is one matrix an expert, `name[e]`."""
-    found: dict[str, Matrix] = {}
+    by_name: dict[str, Matrix] = {}
     for name, tensor in now.items():
         new, old = np.asarray(tensor, dtype=np.float64), np.asarray(before[name], dtype=np.float64)
         assert new.shape == old.shape, f"{name} has shape {new.shape} now and {old.shape} before"
         if new.ndim == 3:
-            found |= {f"{name}[{e}]": Matrix(name, new[e], old[e]) for e in range(len(new))}
+            by_name |= {f"{name}[{e}]": Matrix(name, new[e], old[e]) for e in range(len(new))}
         else:
-            found[name] = Matrix(name, new, old)
-    return found
+            by_name[name] = Matrix(name, new, old)
+    return by_name
 
 
 def matrix_changes(blocks: Sequence[Mapping[str, Matrix]]) -> list[dict[str, Change]]:
@@ -145,11 +145,11 @@ def change(
     of_block = place_changes(blocks, changes)
     of_part = {}
     for part in PARTS:
-        own = [
+        matrices_of_part = [
             {name: matrix for name, matrix in block.items() if matrix.tensor in names[part]}
             for block, names in zip(blocks, parts, strict=True)
         ]
-        of_part[part] = place_changes(own, changes)
+        of_part[part] = place_changes(matrices_of_part, changes)
     return [
         BlockChange(changes[i], of_block[i], {part: of_part[part][i] for part in PARTS}) for i in range(len(blocks))
     ]

@@ -48,7 +48,7 @@ def test_the_head_is_fitted_as_torch_would() -> None:
         for ids in (fit, select)
     )
     head, bias = 0.1 * rng.normal(size=(WIDTH, VOCABULARY)), rng.normal(size=VOCABULARY)
-    found, losses = bounds.fit_head(x_fit, fit, x_select, select, head, bias)
+    fitted, losses = bounds.fit_head(x_fit, fit, x_select, select, head, bias)
 
     parameter = torch.nn.Parameter(torch.from_numpy(head.copy()))
     optimiser = torch.optim.AdamW([parameter], lr=5e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -63,7 +63,7 @@ def test_the_head_is_fitted_as_torch_would() -> None:
             optimiser.step()
     assert len(losses) == 9
     assert losses == sorted(losses, reverse=True)
-    np.testing.assert_allclose(found, parameter.detach().numpy(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(fitted, parameter.detach().numpy(), rtol=0, atol=1e-12)
 
 
 def test_a_head_that_cannot_improve_is_kept() -> None:
@@ -71,8 +71,8 @@ def test_a_head_that_cannot_improve_is_kept() -> None:
     rng = np.random.default_rng(14)
     fit, select = np.full((4, 9), 1), np.full((4, 9), 0)
     features, head = np.abs(rng.normal(size=(4, 9, WIDTH))), rng.normal(size=(WIDTH, VOCABULARY))
-    found, losses = bounds.fit_head(features, fit, features, select, head, None)
-    np.testing.assert_array_equal(found, head)
+    fitted, losses = bounds.fit_head(features, fit, features, select, head, None)
+    np.testing.assert_array_equal(fitted, head)
     assert len(losses) == 2
     assert losses[1] > losses[0]
 
@@ -81,19 +81,19 @@ def test_a_head_that_cannot_improve_is_kept() -> None:
 def test_suite_picks_on_select_and_publishes_on_confirm(model: Any) -> None:
     """The winner has the least select loss; bound, gap and zone are its numbers on confirm."""
     decoder = Decoder(*model)
-    found = bounds.suite(decoder, FIT, SELECT, CONFIRM, [[1, 2, 3], [3, 3], [2, 3], [3]])
-    select_losses = [bound["select_losses"].mean() for bound in found["bounds"]]
-    best = found["bounds"][found["winner"]]
-    assert select_losses[found["winner"]] == min(select_losses)
-    np.testing.assert_allclose(found["loss"].value, loss(decoder, CONFIRM).mean(), atol=1e-12)
-    assert found["bound"] == intervals.paired(best["confirm_losses"])
-    assert found["gap"] == intervals.paired(loss(decoder, CONFIRM) - best["confirm_losses"])
-    assert found["zone"] == bounds.zone(found["gap"])
+    suite = bounds.suite(decoder, FIT, SELECT, CONFIRM, [[1, 2, 3], [3, 3], [2, 3], [3]])
+    select_losses = [bound["select_losses"].mean() for bound in suite["bounds"]]
+    best = suite["bounds"][suite["winner"]]
+    assert select_losses[suite["winner"]] == min(select_losses)
+    np.testing.assert_allclose(suite["loss"].value, loss(decoder, CONFIRM).mean(), atol=1e-12)
+    assert suite["bound"] == intervals.paired(best["confirm_losses"])
+    assert suite["gap"] == intervals.paired(loss(decoder, CONFIRM) - best["confirm_losses"])
+    assert suite["zone"] == bounds.zone(suite["gap"])
     assert select_losses[0] <= loss(decoder, SELECT).mean()
-    for bound in found["bounds"]:
+    for bound in suite["bounds"]:
         np.testing.assert_allclose(bound["select_losses"].mean(), min(bound["head_select_losses"]), atol=1e-12)
     alone = bounds.bound_of_map(decoder, FIT, SELECT, CONFIRM, [2, 3])
-    np.testing.assert_array_equal(alone["confirm_losses"], found["bounds"][2]["confirm_losses"])
+    np.testing.assert_array_equal(alone["confirm_losses"], suite["bounds"][2]["confirm_losses"])
 
 
 @pytest.mark.parametrize(

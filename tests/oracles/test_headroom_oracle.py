@@ -53,8 +53,8 @@ def test_gradients_are_the_slopes_of_the_loss(model: Any, i: int) -> None:
     """Both gradients agree with central differences of the numpy decoder at every token and along random directions."""
     decoder = Decoder(*model)
     seen = decoder.inside(i, decoder.streams(FIT)[i])
-    found = headroom.gradients(decoder, i, seen.mid, FIT)
-    assert found.value == pytest.approx(summed_loss(decoder, i, seen.out), rel=1e-12)
+    gradients = headroom.gradients(decoder, i, seen.mid, FIT)
+    assert gradients.value == pytest.approx(summed_loss(decoder, i, seen.out), rel=1e-12)
 
     rng, step = np.random.default_rng(20), 1e-5
     tangents = list(rng.normal(size=(4, *seen.mid.shape)))
@@ -65,7 +65,7 @@ def test_gradients_are_the_slopes_of_the_loss(model: Any, i: int) -> None:
     for tangent in tangents:
         at_out = [summed_loss(decoder, i, seen.out + sign * step * tangent) for sign in (1, -1)]
         at_mid = [summed_loss(decoder, i, decoder.mlp_part(i, seen.mid + sign * step * tangent)) for sign in (1, -1)]
-        for (up, down), gradient in ((at_out, found.at_out), (at_mid, found.at_mid)):
+        for (up, down), gradient in ((at_out, gradients.at_out), (at_mid, gradients.at_mid)):
             np.testing.assert_allclose((gradient * tangent).sum(), (up - down) / (2 * step), rtol=1e-6, atol=1e-7)
 
 
@@ -73,9 +73,9 @@ def test_gradients_are_the_slopes_of_the_loss(model: Any, i: int) -> None:
 def test_the_last_token_has_no_gradient(model: Any) -> None:
     """Nothing is predicted from the last token of a sequence."""
     decoder = Decoder(*model)
-    found = headroom.gradients(decoder, 1, decoder.inside(1, decoder.streams(FIT)[1]).mid, FIT)
-    assert not found.at_mid[:, -1].any()
-    assert not found.at_out[:, -1].any()
+    gradients = headroom.gradients(decoder, 1, decoder.inside(1, decoder.streams(FIT)[1]).mid, FIT)
+    assert not gradients.at_mid[:, -1].any()
+    assert not gradients.at_out[:, -1].any()
 
 
 @either_family
@@ -265,8 +265,8 @@ def test_a_part_without_a_set_is_free(model: Any) -> None:
 def test_the_shares_add_up_to_the_free_headroom(model: Any) -> None:
     """Optimization share + quantization share = headroom of the block without a set."""
     decoder = Decoder(*model)
-    found = headroom.shares(decoder, 1, *PROBE, INT4)
-    total = sum(share.value for share in found.values())
+    shares = headroom.shares(decoder, 1, *PROBE, INT4)
+    total = sum(share.value for share in shares.values())
     assert total == pytest.approx(headroom.headroom(decoder, 1, *PROBE)["block"]["estimate"].value, abs=1e-12)
 
 

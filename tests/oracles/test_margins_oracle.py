@@ -50,8 +50,8 @@ def test_refit_recovers_a_changed_attention_projection(model: Any) -> None:
     targets = [decoder.block(1, stream[1], attention=goal) for stream in (fit, select, confirm)]
     attention, mlp = references.refit(decoder, 1, fit[1], targets[0], select[1], targets[1])
     np.testing.assert_allclose(attention[0], goal[0], atol=1e-3)
-    found = decoder.block(1, confirm[1], attention=attention, mlp=mlp)
-    np.testing.assert_allclose(found, targets[2], atol=1e-3)
+    output = decoder.block(1, confirm[1], attention=attention, mlp=mlp)
+    np.testing.assert_allclose(output, targets[2], atol=1e-3)
 
 
 @either_family
@@ -62,15 +62,15 @@ def test_refit_steps_solve_their_normal_equations(model: Any) -> None:
     attention, mlp = references.refit(decoder, 1, fit[1], fit[3], select[1], select[3])
     trained_attention, trained_mlp = decoder.projections(1)
     first, second = decoder.inside(1, fit[1]), decoder.inside(1, fit[1], attention=attention)
-    for features, out, found, trained in (
+    for features, out, refitted, trained in (
         (first.attention_features, first.out, attention, trained_attention),
         (second.mlp_features, second.out, mlp, trained_mlp),
     ):
         X, E = features.reshape(-1, features.shape[-1]), (fit[3] - out).reshape(-1, WIDTH)
-        dW = found[0] - trained[0]
-        if found[1] is not None:
+        dW = refitted[0] - trained[0]
+        if refitted[1] is not None:
             assert trained[1] is not None
-            X, dW = np.hstack([X, np.ones((len(X), 1))]), np.vstack([dW, found[1] - trained[1]])
+            X, dW = np.hstack([X, np.ones((len(X), 1))]), np.vstack([dW, refitted[1] - trained[1]])
         assert np.abs(dW).max() > 0.01
         forces = [r * (X**2).sum(axis=0).mean() * dW for r in least_squares.GRID]
         assert any(np.allclose(X.T @ (E - X @ dW), force, rtol=0, atol=1e-9) for force in forces)
@@ -112,12 +112,12 @@ def test_spliced_losses_are_those_of_rebuilt_models(model: Any) -> None:
     decoder = Decoder(weights, config)
     streams = streams_of(decoder)
 
-    def spliced(found: references.References, name: str) -> Any:
-        return references.loss_after(decoder, 1, found.trusted[name].confirm, CONFIRM)
+    def spliced(stand_ins: references.References, name: str) -> Any:
+        return references.loss_after(decoder, 1, stand_ins.trusted[name].confirm, CONFIRM)
 
-    found = references.block_references(decoder, 1, streams)
+    stand_ins = references.block_references(decoder, 1, streams)
     expected = loss(remove_block(weights, config, 1), CONFIRM)
-    np.testing.assert_allclose(spliced(found, "skip"), expected, atol=1e-12)
+    np.testing.assert_allclose(spliced(stand_ins, "skip"), expected, atol=1e-12)
 
     fit, select, _ = streams
     reaching = references.refit(decoder, 0, fit[0], fit[2], select[0], select[2])
@@ -125,12 +125,12 @@ def test_spliced_losses_are_those_of_rebuilt_models(model: Any) -> None:
     for part, (weight, bias) in enumerate(reaching):
         changed = store(changed, config, 0, part, weight, bias)
     expected = loss(remove_block(changed, config, 1), CONFIRM)
-    np.testing.assert_allclose(spliced(found, "previous"), expected, atol=1e-12)
+    np.testing.assert_allclose(spliced(stand_ins, "previous"), expected, atol=1e-12)
 
     for number, name in enumerate(references.PARTS):
         expected = loss(Decoder(silence(weights, config, 1, number), config), CONFIRM)
-        found = references.part_references(decoder, 1, name, streams)
-        np.testing.assert_allclose(spliced(found, "skip"), expected, atol=1e-12)
+        stand_ins = references.part_references(decoder, 1, name, streams)
+        np.testing.assert_allclose(spliced(stand_ins, "skip"), expected, atol=1e-12)
 
 
 @either_family
@@ -138,8 +138,8 @@ def test_the_affine_block_reference_nears_the_output(model: Any) -> None:
     """On select the affine reference is nearer to h_{i+1} than the identity is."""
     decoder = Decoder(*model)
     streams = streams_of(decoder)
-    found = references.block_references(decoder, 1, streams).trusted
-    errors = {name: least_squares.mean_squared_error(found[name].select, streams.select[2]) for name in found}
+    trusted = references.block_references(decoder, 1, streams).trusted
+    errors = {name: least_squares.mean_squared_error(trusted[name].select, streams.select[2]) for name in trusted}
     assert errors["affine"] < 0.9 * errors["skip"]
 
 
@@ -150,9 +150,9 @@ def test_a_silent_part_is_its_own_affine_reference(model: Any, part: references.
     weights, config = model
     decoder = Decoder(silence(weights, config, 1, references.PARTS.index(part)), config)
     streams = streams_of(decoder)
-    found = references.part_references(decoder, 1, part, streams).trusted["affine"]
-    np.testing.assert_array_equal(found.select, streams.select[2])
-    np.testing.assert_array_equal(found.confirm, streams.confirm[2])
+    affine = references.part_references(decoder, 1, part, streams).trusted["affine"]
+    np.testing.assert_array_equal(affine.select, streams.select[2])
+    np.testing.assert_array_equal(affine.confirm, streams.confirm[2])
 
 
 def test_stream_share_is_what_the_block_adds() -> None:

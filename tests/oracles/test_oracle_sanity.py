@@ -104,9 +104,9 @@ def test_interval_covers_the_mean_of_small_samples() -> None:
     """Over 5000 samples of 8 normal numbers it holds the true mean 93 to 97 times in 100; plain percentiles do not."""
     expanded, plain = 0, 0
     for sample in np.random.default_rng(17).normal(0.3, 2.0, size=(5000, 8)):
-        found = intervals.paired(sample)
+        interval = intervals.paired(sample)
         low, high = np.quantile(intervals.resampled_means(sample), [0.025, 0.975])
-        expanded += found.low <= 0.3 <= found.high
+        expanded += interval.low <= 0.3 <= interval.high
         plain += low <= 0.3 <= high
     assert 0.93 * 5000 <= expanded <= 0.97 * 5000
     assert plain < 0.90 * 5000
@@ -124,8 +124,8 @@ def test_interval_widens_as_samples_shrink() -> None:
 def test_interval_ends_are_quantiles_of_resampled_means() -> None:
     """As many resampled means lie outside the interval on either side as its quantile says, to one."""
     sample = np.random.default_rng(18).normal(size=16)
-    found, means = intervals.paired(sample), intervals.resampled_means(sample)
-    for outside in ((means < found.low).sum(), (means > found.high).sum()):
+    interval, means = intervals.paired(sample), intervals.resampled_means(sample)
+    for outside in ((means < interval.low).sum(), (means > interval.high).sum()):
         assert abs(outside - 1000 * intervals.lower_quantile(16)) <= 1
 
 
@@ -144,8 +144,8 @@ def test_interval_of_one_number_has_no_width() -> None:
 def test_interval_of_a_constant_has_no_width() -> None:
     """Equal differences leave nothing to resample."""
     for count in (2, 7, 100):
-        found = intervals.paired(np.full(count, 0.1))
-        assert found.low == found.value == found.high == pytest.approx(0.1)
+        interval = intervals.paired(np.full(count, 0.1))
+        assert interval.low == interval.value == interval.high == pytest.approx(0.1)
 
 
 def test_interval_is_the_same_every_time() -> None:

@@ -28,8 +28,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return zoo.save(zoo.build("llama", steps=20), folder, step=20), zoo.save(zoo.build("llama"), folder, step=80)
 
 
-def close(found: Estimate, oracle: Interval) -> None:
-    assert [found.value, found.low, found.high] == pytest.approx(list(oracle), abs=TOLERANCE)
+def close(measured: Estimate, oracle: Interval) -> None:
+    assert [measured.value, measured.low, measured.high] == pytest.approx(list(oracle), abs=TOLERANCE)
 
 
 def test_the_difference_of_losses(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -40,12 +40,12 @@ def test_the_difference_of_losses(two: tuple[Path, Path], tmp_path: Path) -> Non
         peel_agent.compare(*places, probe=tmp_path / "probe.npy", quantities=()) for places in (two, two[::-1])
     )
     confirm = confirm_of(two[0], tmp_path / "probe.npy")
-    for found, places in ((there, two), (back, two[::-1])):
-        assert found.pairing == "by sequence"
-        assert found.loss.difference is not None
-        assert found.loss.sequences == len(confirm)
-        close(found.loss.difference, pairs.loss_difference(*places, confirm))
-        assert abs(found.loss.difference.value) > 10 * TOLERANCE
+    for comparison, places in ((there, two), (back, two[::-1])):
+        assert comparison.pairing == "by sequence"
+        assert comparison.loss.difference is not None
+        assert comparison.loss.sequences == len(confirm)
+        close(comparison.loss.difference, pairs.loss_difference(*places, confirm))
+        assert abs(comparison.loss.difference.value) > 10 * TOLERANCE
 
 
 def confirm_of(path: Path, probe: Path) -> np.ndarray:
@@ -60,11 +60,11 @@ def test_the_difference_of_margins(two: tuple[Path, Path]) -> None:
     a, b = (peel(zoo.trace_of(place, tokens), plan, itertools.count().__next__).losses for place in two)
     assert a is not None
     assert b is not None
-    found = paired_differences(a, b)
+    paired = paired_differences(a, b)
     for index in range(zoo.BLOCKS):
-        own = found.margins[str(index)]
-        assert own.sequences == len(tokens.confirm)
-        close(own.value, pairs.skip_margin_difference(*two, tokens.confirm, index))
+        difference = paired.margins[str(index)]
+        assert difference.sequences == len(tokens.confirm)
+        close(difference.value, pairs.skip_margin_difference(*two, tokens.confirm, index))
 
 
 def test_two_probes_are_never_paired(two: tuple[Path, Path]) -> None:

@@ -73,18 +73,18 @@ def test_an_update_of_many_is_that_of_their_concatenation() -> None:
     """Several matrices change as one vector of all their entries."""
     now, before = checkpoint(np.random.default_rng(41), 2)
     whole = [np.concatenate([tensor.ravel() for tensor in block.values()]) for block in (now, before)]
-    found = past.update(now.values(), before.values())
-    assert found == near(np.linalg.norm(whole[0] - whole[1]) / np.linalg.norm(whole[1]))
+    together = past.update(now.values(), before.values())
+    assert together == near(np.linalg.norm(whole[0] - whole[1]) / np.linalg.norm(whole[1]))
 
 
 def test_blocks_that_change_alike_have_ratio_one() -> None:
     """Where every matrix moved by 1 %, each matrix, part and block has update 0.01 and ratio 1."""
     before = checkpoint(np.random.default_rng(42))
     for report in past.change(scaled(before, uniform(0.01)), before, [NAMES] * 4):
-        for found in (*report.matrices.values(), report.block, *report.parts.values()):
-            assert found is not None
-            assert found.update == near(0.01)
-            assert found.ratio == near(1.0)
+        for change in (*report.matrices.values(), report.block, *report.parts.values()):
+            assert change is not None
+            assert change.update == near(0.01)
+            assert change.ratio == near(1.0)
         assert report.block is not None
         assert report.block.worst is not None
         assert report.block.worst[1] == near(1.0)
@@ -96,8 +96,8 @@ def test_a_ratio_is_to_the_median_of_the_other_blocks() -> None:
     for i, factor in enumerate((0.01, 0.02, 0.03, 0.4)):
         factors[i]["up"] = factor
     reports = past.change(scaled(before, factors), before, [NAMES] * 4)
-    found = [report.matrices["up"].ratio for report in reports]
-    np.testing.assert_allclose(np.array(found, dtype=float), [1 / 3, 2 / 3, 3 / 2, 20], rtol=1e-9)
+    ratios = [report.matrices["up"].ratio for report in reports]
+    np.testing.assert_allclose(np.array(ratios, dtype=float), [1 / 3, 2 / 3, 3 / 2, 20], rtol=1e-9)
     assert [report.matrices["down"].ratio for report in reports] == near([1.0] * 4)
 
 
@@ -123,13 +123,13 @@ def test_a_frozen_block_has_ratio_zero() -> None:
     before, factors = checkpoint(np.random.default_rng(45)), uniform(0.01)
     factors[1] = dict.fromkeys(DENSE, 0.0)
     report = past.change(scaled(before, factors), before, [NAMES] * 4)[1]
-    assert {(found.update, found.ratio) for found in report.matrices.values()} == {(0.0, 0.0)}
+    assert {(change.update, change.ratio) for change in report.matrices.values()} == {(0.0, 0.0)}
     assert report.block == past.PlaceChange(0.0, 0.0, ("q", 0.0))
 
     factors = uniform(0.0)
     factors[1] = dict.fromkeys(DENSE, 0.01)
     report = past.change(scaled(before, factors), before, [NAMES] * 4)[1]
-    assert {found.ratio for found in report.matrices.values()} == {None}
+    assert {change.ratio for change in report.matrices.values()} == {None}
     assert report.block is not None
     assert report.block.update == near(0.01)
     assert (report.block.ratio, report.block.worst) == (None, None)
@@ -171,9 +171,9 @@ def test_every_expert_is_a_matrix() -> None:
     parts: list[dict[Part, list[str]]] = [{"attention": ["q"], "mlp": ["experts"]}] * 3
     reports = past.change(now, before, parts)
     assert [list(report.matrices) for report in reports] == [["q", "experts[0]", "experts[1]"]] * 3
-    found = [[report.matrices[f"experts[{e}]"].ratio for e in range(2)] for report in reports]
+    ratios = [[report.matrices[f"experts[{e}]"].ratio for e in range(2)] for report in reports]
     others = [np.median(np.delete(moved["experts"], i, axis=0)) for i in range(3)]
-    np.testing.assert_allclose(np.array(found, dtype=float), moved["experts"] / np.array(others)[:, None])
+    np.testing.assert_allclose(np.array(ratios, dtype=float), moved["experts"] / np.array(others)[:, None])
     mlp = reports[0].parts["mlp"]
     assert mlp is not None
     assert mlp.worst == ("experts[1]", near(0.8 / 0.035))
@@ -290,10 +290,10 @@ def test_progress_against_a_silent_past_is_the_margin_of_skip(model: Any) -> Non
     streams = Streams(*(decoder.streams(ids) for ids in (FIT, SELECT, CONFIRM)))
     for number, part in enumerate(parts):
         before = silence(weights, config, 1, number)
-        found = past.progress(weights, before, config, CONFIRM)[1][part]
+        progress = past.progress(weights, before, config, CONFIRM)[1][part]
         skipped = part_references(decoder, 1, part, streams).trusted["skip"].confirm
         expected = paired(loss_after(decoder, 1, skipped, CONFIRM) - loss(decoder, CONFIRM))
-        assert found == near(expected, rel=0, abs=1e-12)
+        assert progress == near(expected, rel=0, abs=1e-12)
 
 
 @either_family
@@ -344,8 +344,8 @@ def test_a_broken_part_has_progress_below_zero(model: Any) -> None:
 )
 def test_drop(now: Interval, before: list[Interval], expected: float | None) -> None:
     """The fall that both intervals leave certain, in units of the median earlier margin; None without one above 0."""
-    found = past.drop(now, before)
-    assert (found is None) if expected is None else found == near(expected)
+    fall = past.drop(now, before)
+    assert (fall is None) if expected is None else fall == near(expected)
 
 
 def test_a_drop_keeps_its_size_under_a_change_of_unit() -> None:

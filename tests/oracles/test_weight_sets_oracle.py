@@ -195,8 +195,8 @@ def test_an_int_result_has_few_values(name: str) -> None:
     R = round_in_gram(M, H, name)
     live = codes != 0
     assert np.allclose(R[~live], 0)
-    for row, own, kept in zip(R, codes, live, strict=True):
-        assert len(np.unique(np.round(row[kept] / own[kept], 9))) <= max(1, M.shape[1] // 4)
+    for row, row_codes, kept in zip(R, codes, live, strict=True):
+        assert len(np.unique(np.round(row[kept] / row_codes[kept], 9))) <= max(1, M.shape[1] // 4)
 
 
 @pytest.mark.parametrize("name", FP8)

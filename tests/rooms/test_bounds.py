@@ -51,10 +51,10 @@ def test_closed_form_on_every_map_of_the_paper(pair: tuple[Any, Any]) -> None:
     """All of the paper's 4-block lists agree with the direct float64 implementation: no trie, no streaming."""
     model, trace = pair
     decoder, probe = zoo.decoder_of(model), trace.probe
-    found = {bound.map: bound for bound in peeled(trace, bounds_only("paper")).bounds if bound.label != "head"}
-    assert set(found) == set(PAPER_FOUR_BLOCKS)
-    for own, bound in found.items():
-        expected = bounds_oracle.bound_of_map(decoder, probe.fit, probe.select, probe.confirm, own)["value"]
+    bound_by_map = {bound.map: bound for bound in peeled(trace, bounds_only("paper")).bounds if bound.label != "head"}
+    assert set(bound_by_map) == set(PAPER_FOUR_BLOCKS)
+    for target_map, bound in bound_by_map.items():
+        expected = bounds_oracle.bound_of_map(decoder, probe.fit, probe.select, probe.confirm, target_map)["value"]
         ours = [bound.value.value, bound.value.low, bound.value.high]
         np.testing.assert_allclose(ours, expected, atol=3e-4, rtol=3e-4)
 
@@ -67,13 +67,13 @@ def test_descent_on_every_map_of_the_paper(pair: tuple[Any, Any]) -> None:
     """
     model, trace = pair
     probe = trace.probe
-    found = {bound.map: bound for bound in peeled(trace, bounds_only("paper", "descent")).bounds}
-    for own in PAPER_FOUR_BLOCKS:
-        fit, score = descent_oracle.chain(model, probe.fit, [score_ids(probe)], own)
+    bound_by_map = {bound.map: bound for bound in peeled(trace, bounds_only("paper", "descent")).bounds}
+    for target_map in PAPER_FOUR_BLOCKS:
+        fit, score = descent_oracle.chain(model, probe.fit, [score_ids(probe)], target_map)
         ends = type(sweep_of(trace).hidden[0])(fit.float(), score.float(), len(probe.select))
         losses = sequence_losses(trace, ends.score, score_ids(probe), fit_head(trace, ends))
-        assert found[own].value.value == pytest.approx(losses[len(probe.select) :].mean(), abs=4e-3)
-        assert found[own].solver == "descent"
+        assert bound_by_map[target_map].value.value == pytest.approx(losses[len(probe.select) :].mean(), abs=4e-3)
+        assert bound_by_map[target_map].solver == "descent"
 
 
 def sweep_of(trace: Any) -> Any:
@@ -99,8 +99,8 @@ def test_prefixes_are_solved_once(pair: tuple[Any, Any]) -> None:
     keep = hidden_states_of(maps, counted)
     swept = sweep_keeping(trace, keep)
     chain_ends(trace, maps, swept.hidden, counted, Stopwatch(itertools.count().__next__))
-    prefixes = {own[:n] for own in maps for n in range(1, len(own) + 1)}
-    assert len(solved) == len([own for own in prefixes if own != tuple(range(1, len(own) + 1))]) == 4
+    prefixes = {target_map[:n] for target_map in maps for n in range(1, len(target_map) + 1)}
+    assert len(solved) == len([prefix for prefix in prefixes if prefix != tuple(range(1, len(prefix) + 1))]) == 4
 
 
 def test_cold_start_is_the_architecture_s_own(pair: tuple[Any, Any]) -> None:
@@ -123,11 +123,11 @@ def test_cold_start_is_the_architecture_s_own(pair: tuple[Any, Any]) -> None:
 def test_direct_map_of_a_warm_solver_is_the_head_s(pair: tuple[Any, Any]) -> None:
     """Blocks aimed at their own outputs stay as they are, so `direct` and `head` are one value."""
     _, trace = pair
-    found = peeled(trace, bounds_only("direct"))
-    head, direct = found.bounds
+    findings = peeled(trace, bounds_only("direct"))
+    head, direct = findings.bounds
     assert (head.label, direct.label) == ("head", "direct")
     assert head.value == direct.value
-    assert (found.bound_label, found.bound) == ("head", head.value)
+    assert (findings.bound_label, findings.bound) == ("head", head.value)
 
 
 def test_unknown_solver() -> None:
@@ -183,7 +183,7 @@ def test_the_winner_keeps_its_label_and_step(checkpoints: list[Any]) -> None:
         memory = remember(suite_of(losses), SELECTING, "p", memory, step=step)
     assert memory is not None
     means = [losses[:, :SELECTING].mean(axis=1) for losses in checkpoints]
-    step = int(np.argmin([own.min() for own in means]))
+    step = int(np.argmin([of_map.min() for of_map in means]))
     place = int(means[step].argmin())
     assert (memory.step, memory.label) == (step, str(place))
     assert memory.confirm == tuple(checkpoints[step][place, SELECTING:])
@@ -242,7 +242,7 @@ def test_an_earlier_better_bound_stands(pair: tuple[Any, Any]) -> None:
     assert after.gap.value == pytest.approx(alone.gap.value + 0.5)
     assert (after.bound_label, after.bound_step) == ("1-4", 700)
     assert (alone.bound_label, alone.bound_step) == (alone.memory.label, None)
-    assert alone.bound_label in {own.label for own in alone.bounds}
+    assert alone.bound_label in {bound.label for bound in alone.bounds}
     assert after.bounds[0].best == 0.125
     assert after.bounds[0].value == alone.bounds[0].value
     assert after.memory is not None
@@ -269,6 +269,6 @@ def test_a_heads_fit_says_that_it_is_alive(pair: tuple[Any, Any]) -> None:
     """It is told apart from a stall: something is told after each step, not once a map."""
     told: list[tuple[str, int, int]] = []
     _, trace = pair
-    peel(trace, bounds_only("ends"), itertools.count().__next__, progress=lambda *own: told.append(own))
-    steps = [own for own in told if own[0] == "bounds, maps"]
+    peel(trace, bounds_only("ends"), itertools.count().__next__, progress=lambda *step: told.append(step))
+    steps = [step for step in told if step[0] == "bounds, maps"]
     assert len(steps) > 3 * (steps[-1][2] + 1)

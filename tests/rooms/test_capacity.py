@@ -28,7 +28,9 @@ def test_the_law_finds_what_made_the_counts() -> None:
     true = {"blocks on the whole probe": 2.0, "copies of the stream through all later blocks": 11.0}
 
     def counted(size: Size) -> Counted:
-        return Counted(size, {"plan": sum(own * TERMS[term](size, size.heat) for term, own in true.items())}, {})
+        return Counted(
+            size, {"plan": sum(coefficient * TERMS[term](size, size.heat) for term, coefficient in true.items())}, {}
+        )
 
     large = counted(dataclasses.replace(SIZE, width=1024, inner=4096, block=12 * 1024**2, blocks=48))
     assert fitted("plan", [counted(size) for size in SIZES], [large]).worst < 0.01

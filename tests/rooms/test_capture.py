@@ -29,14 +29,14 @@ def test_every_family_gives_margins_and_bounds(pair: tuple[Any, Any]) -> None:
     """Each architecture is peeled to the end: a margin a block, the head's bound, and reasons for what is left out."""
     _, trace = pair
     plan = Plan(frozenset({"margin", "bounds", "headroom", "redundancy"}), ("skip", "affine", "previous"), "ends")
-    found = peel(trace, plan, itertools.count().__next__)
-    assert all(layer.margin is not None for layer in found.layers)
+    findings = peel(trace, plan, itertools.count().__next__)
+    assert all(layer.margin is not None for layer in findings.layers)
     block = next(iter(trace.blocks(stop=1)))
-    left_out = {skipped.what for skipped in found.skipped}
+    left_out = {skipped.what for skipped in findings.skipped}
     assert ("margins of attention and MLP parts" in left_out) == (not block.has_parts)
     for what in ("headroom", "redundancy", "`previous` references"):
         assert (what in left_out) == (not block.has_projections)
-    assert (len(found.bounds) > 1) == block.has_projections
+    assert (len(findings.bounds) > 1) == block.has_projections
 
 
 def test_every_model_type_is_in_the_zoo() -> None:
@@ -84,12 +84,12 @@ def test_parts_add_up(pair: tuple[Any, Any]) -> None:
 
 def test_what_each_architecture_has() -> None:
     """Which families have a stream between their parts, and output projections that can be refitted."""
-    found = {}
+    by_kind = {}
     for kind, config in zoo.CONFIGS.items():
         anatomy = registry.family(config.model_type).anatomy(config.to_dict())
-        found[kind] = (bool(anatomy.mlp_path), anatomy.attention_output is not None)
-    assert {kind for kind, (parts, _) in found.items() if not parts} == {"gpt_neox"}
-    assert {kind for kind, (_, linear) in found.items() if not linear} == {"gpt_neox", "olmo2", "gemma2", "gemma3"}
+        by_kind[kind] = (bool(anatomy.mlp_path), anatomy.attention_output is not None)
+    assert {kind for kind, (parts, _) in by_kind.items() if not parts} == {"gpt_neox"}
+    assert {kind for kind, (_, linear) in by_kind.items() if not linear} == {"gpt_neox", "olmo2", "gemma2", "gemma3"}
 
 
 def test_substitute_projections(pair: tuple[Any, Any]) -> None:

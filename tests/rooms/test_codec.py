@@ -131,9 +131,9 @@ def typed(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return type(value), [typed(getattr(value, field.name)) for field in dataclasses.fields(value)]
     if isinstance(value, Mapping):
-        return dict, [(key, typed(own)) for key, own in value.items()]
+        return dict, [(key, typed(entry)) for key, entry in value.items()]
     if isinstance(value, tuple):
-        return tuple, [typed(own) for own in value]
+        return tuple, [typed(entry) for entry in value]
     return Path if isinstance(value, Path) else type(value)
 
 
@@ -302,7 +302,7 @@ def test_a_report_of_the_version_before_reads() -> None:
 
 def test_a_checkpoint_held_by_the_version_before_reads() -> None:
     """A pin's note without the keys that came later is a reference."""
-    form = {key: own for key, own in through_json(REF).items() if key not in ("files", "held", "url")}
+    form = {key: value for key, value in through_json(REF).items() if key not in ("files", "held", "url")}
     assert restored(CheckpointRef, form) == dataclasses.replace(REF, files=(), held=None, url=None)
 
 
@@ -310,7 +310,7 @@ def everywhere(form: Any, kind: Any) -> Any:
     """The form with a key that no version knows in every record of it; the keys of a mapping are data."""
     hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
     if hints:
-        known = {name: everywhere(own, hints[name]) for name, own in form.items()} if form is not None else None
+        known = {name: everywhere(entry, hints[name]) for name, entry in form.items()} if form is not None else None
         return known if known is None else {**known, "colour": "green"}
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if form is None or not arguments:
@@ -319,9 +319,9 @@ def everywhere(form: Any, kind: Any) -> Any:
         fitting = [one for one in arguments if dataclasses.is_dataclass(one) and set(form) <= set(fields_of(one))]
         return everywhere(form, fitting[0]) if fitting else form
     if origin is tuple:
-        return [everywhere(own, arguments[0]) for own in form]
+        return [everywhere(entry, arguments[0]) for entry in form]
     if isinstance(form, dict):
-        return {key: everywhere(own, arguments[1]) for key, own in form.items()}
+        return {key: everywhere(entry, arguments[1]) for key, entry in form.items()}
     return form
 
 
@@ -361,7 +361,7 @@ def test_a_missing_key_without_default_is_a_type_error(kind: type, data: st.Data
     record = data.draw(values(kind))
     form = through_json(record)
     for field in dataclasses.fields(kind):
-        without = {key: own for key, own in form.items() if key != field.name}
+        without = {key: value for key, value in form.items() if key != field.name}
         if field.default is not dataclasses.MISSING:
             assert getattr(restored(kind, without), field.name) == field.default
         elif field.default_factory is not dataclasses.MISSING:

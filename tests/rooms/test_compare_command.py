@@ -127,10 +127,10 @@ def test_the_watched_directory_is_a_run(
     from peel_agent.sources import with_absolute_places
     from peel_agent.state import state_dir_of
 
-    own = state_dir_of(with_absolute_places(load_settings(None, {"watch.path": str(place)})), None)
-    with closing(Ledger(own)) as ledger:
+    state_dir = state_dir_of(with_absolute_places(load_settings(None, {"watch.path": str(place)})), None)
+    with closing(Ledger(state_dir)) as ledger:
         fill(ledger, "place", str(place))
-    assert main(["compare", str(place), str(own), "--format", "json"]) == 0
+    assert main(["compare", str(place), str(state_dir), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "runs"
     assert main(["compare", str(place), str(place / "checkpoint-10"), "--probe", str(place / "probe.npy")]) == 2
     assert "is a run and" in capsys.readouterr().err

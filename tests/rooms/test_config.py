@@ -154,16 +154,16 @@ path = "/b/plain"
 
 def test_runs_have_what_is_theirs_over_what_is_common(tmp_path: Path) -> None:
     """A [[run]] is laid over the top level key by key; rules, a list, as a whole; what it leaves out is common."""
-    own, plain = load_settings(toml(tmp_path, RUNS), {}).runs
-    assert (own.name, plain.name) == ("own", "plain")
-    assert [(run.watch.path, run.watch.poll_seconds, run.watch.ready_markers) for run in (own, plain)] == [
+    special, plain = load_settings(toml(tmp_path, RUNS), {}).runs
+    assert (special.name, plain.name) == ("own", "plain")
+    assert [(run.watch.path, run.watch.poll_seconds, run.watch.ready_markers) for run in (special, plain)] == [
         ("/a", 5.0, ("done",)),
         ("/b/plain", 3.0, ("done",)),
     ]
-    assert [(run.peel.effort, run.peel.maps) for run in (own, plain)] == [("quick", "direct"), ("quick", "ends")]
-    assert [run.tracker.options["jsonl"]["path"] for run in (own, plain)] == ["own", "shared"]
-    assert [run.tracker.max_series for run in (own, plain)] == [50, 50]
-    assert [[rule.name for rule in run.rules] for run in (own, plain)] == [["mine"], ["general"]]
+    assert [(run.peel.effort, run.peel.maps) for run in (special, plain)] == [("quick", "direct"), ("quick", "ends")]
+    assert [run.tracker.options["jsonl"]["path"] for run in (special, plain)] == ["own", "shared"]
+    assert [run.tracker.max_series for run in (special, plain)] == [50, 50]
+    assert [[rule.name for rule in run.rules] for run in (special, plain)] == [["mine"], ["general"]]
 
 
 @pytest.mark.parametrize("text", ["margin,bounds", "margin, bounds", " margin , bounds "])

@@ -38,7 +38,7 @@ def sure(value: float, half: float = 0.01) -> PairedDifference:
 
 
 def paired(loss: PairedDifference, **margins: PairedDifference) -> PairedDifferences:
-    places = {name.removeprefix("at").replace("_", "/"): own for name, own in margins.items()}
+    places = {name.removeprefix("at").replace("_", "/"): difference for name, difference in margins.items()}
     return PairedDifferences(loss, places, {})
 
 
@@ -52,8 +52,10 @@ def paired(loss: PairedDifference, **margins: PairedDifference) -> PairedDiffere
 )
 def test_what_is_not_paired_has_both_half_widths(a: Estimate, b: Estimate, expected: Estimate) -> None:
     """The interval of an unpaired difference reaches from the least that it can be to the most."""
-    found = unpaired(a, b)
-    assert [found.value, found.low, found.high] == pytest.approx([expected.value, expected.low, expected.high])
+    difference = unpaired(a, b)
+    assert [difference.value, difference.low, difference.high] == pytest.approx(
+        [expected.value, expected.low, expected.high]
+    )
 
 
 def test_a_pair_is_preferred_and_told() -> None:

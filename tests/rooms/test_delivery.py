@@ -453,18 +453,18 @@ def test_several_lanes_may_write_one_file(tmp_path: Path) -> None:
     lines = [json.dumps([number, "x" * 70_000]).encode() + b"\n" for number in range(40)]
     begin = threading.Barrier(8)
 
-    def write(own: int) -> None:
+    def write(first: int) -> None:
         begin.wait()
-        for line in lines[own::4]:  # two threads for each line
+        for line in lines[first::4]:  # two threads for each line
             DurableLines(file).append(line)
 
-    threads = [threading.Thread(target=write, args=(own % 4,)) for own in range(8)]
+    threads = [threading.Thread(target=write, args=(first % 4,)) for first in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = file.read_bytes().splitlines(keepends=True)
-    assert sorted(found) == sorted(lines)
+    written = file.read_bytes().splitlines(keepends=True)
+    assert sorted(written) == sorted(lines)
 
 
 def test_a_line_that_another_left_torn_is_cut_off(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def loaded(folder: Path, text: str, **flags: Any) -> Settings:
 
 
 def mlflow(settings: Settings, *, alone: bool = True) -> MlflowSettings:
-    own = tracker_settings(settings.tracker, alone=alone)["mlflow"]
-    assert isinstance(own, MlflowSettings)
-    return own
+    options = tracker_settings(settings.tracker, alone=alone)["mlflow"]
+    assert isinstance(options, MlflowSettings)
+    return options
 
 
 # ---------------------------------------------------------------- a tracker's own settings
@@ -52,9 +52,9 @@ def test_tables_are_typed_by_the_plug_in(tmp_path: Path) -> None:
     """Each tracker in use has its own record; a flag goes to each tracker that has it, over the table."""
     text = '[tracker]\nuse = ["mlflow", "jsonl"]\n[tracker.jsonl]\npath = "~/p"\n'
     text += '[tracker.mlflow]\nexperiment = "e"\nrun_id = "r"\n'
-    own = tracker_settings(loaded(tmp_path, text, **{"tracker.*.run_id": "flag"}).tracker, alone=True)
-    assert own["mlflow"] == MlflowSettings(experiment="e", run_id="flag")
-    assert own["jsonl"].path == Path.home() / "p"
+    options = tracker_settings(loaded(tmp_path, text, **{"tracker.*.run_id": "flag"}).tracker, alone=True)
+    assert options["mlflow"] == MlflowSettings(experiment="e", run_id="flag")
+    assert options["jsonl"].path == Path.home() / "p"
 
 
 def test_the_run_id_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,9 +116,9 @@ path = "/notices"
 def test_addresses_connect_what_is_configured(tmp_path: Path) -> None:
     """Through a courier's orders too, each is a connection to its own place; a sink's state is the agent's own."""
     settings = loaded(tmp_path, BOTH)
-    found = addresses(settings.runs[0], settings, key="k", folder=tmp_path / "runs" / "k", state_dir=tmp_path)
-    orders = restored(Orders, json.loads(json.dumps(plain(Orders(tmp_path, found)))))
-    assert orders == Orders(tmp_path, found)
+    connected = addresses(settings.runs[0], settings, key="k", folder=tmp_path / "runs" / "k", state_dir=tmp_path)
+    orders = restored(Orders, json.loads(json.dumps(plain(Orders(tmp_path, connected)))))
+    assert orders == Orders(tmp_path, connected)
     to_mlflow, to_jsonl, to_stderr, to_mine = orders.addresses
     assert [(one.kind, one.name, one.plugin) for one in orders.addresses] == [
         ("tracker", "mlflow", "mlflow"),
@@ -229,9 +229,9 @@ def test_a_folder_that_is_named_counts(tmp_path: Path, monkeypatch: pytest.Monke
     assert state_dir_of(loaded(tmp_path, f'[state]\npath = "{tmp_path}/mine"\n'), None) == tmp_path / "mine"
     assert state_dir_of(loaded(tmp_path, ""), None) == Path("/var/lib/peel")
     monkeypatch.delenv("STATE_DIRECTORY")
-    own = state_dir_of(loaded(tmp_path, ""), None)
-    assert own.parent == tmp_path / "home" / "peel-agent"
-    assert own.name.startswith("run-")
+    folder = state_dir_of(loaded(tmp_path, ""), None)
+    assert folder.parent == tmp_path / "home" / "peel-agent"
+    assert folder.name.startswith("run-")
 
 
 def test_an_agent_of_several_runs_is_its_files(tmp_path: Path) -> None:
@@ -292,13 +292,13 @@ def test_the_folder_of_version_0_1_is_gone_on_with(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     settings = loaded(tmp_path, text, **flags)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "which version 0.1 did not know")
-    own = state_dir_of(settings, None)
+    folder = state_dir_of(settings, None)
     earlier = folder_of_0_1("/data/run", use, options, uri, tmp_path / "home")
-    assert own != earlier
+    assert folder != earlier
     Ledger(earlier).close()
     assert state_dir_of(settings, None) == earlier
-    Ledger(own).close()
-    assert state_dir_of(settings, None) == own
+    Ledger(folder).close()
+    assert state_dir_of(settings, None) == folder
 
 
 SECRET_FILE = """

@@ -86,9 +86,9 @@ def report(step: int, *others: LayerReport, loss: float = 2.0, first: bool = Fal
     )
 
 
-def _uncompared(own: LayerReport) -> LayerReport:
-    parts = {name: replace(one, change=None, progress=None) for name, one in own.parts.items()}
-    return replace(own, parts=parts, change=None, progress=None)
+def _uncompared(block: LayerReport) -> LayerReport:
+    parts = {name: replace(one, change=None, progress=None) for name, one in block.parts.items()}
+    return replace(block, parts=parts, change=None, progress=None)
 
 
 def told(*reports: PeelReport) -> PeelReport:
@@ -101,8 +101,12 @@ def told(*reports: PeelReport) -> PeelReport:
 
 def findings(diagnosed: PeelReport) -> dict[str, str]:
     """Kind by subject, of every layer and the run."""
-    found = [one for one in (diagnosed.finding, *(own.finding for own in diagnosed.layers)) if one is not None]
-    return {one.subject: one.kind for one in found}
+    every = [
+        finding
+        for finding in (diagnosed.finding, *(block.finding for block in diagnosed.layers))
+        if finding is not None
+    ]
+    return {finding.subject: finding.kind for finding in every}
 
 
 BEFORE = (report(100, first=True), report(200), report(300))
@@ -299,12 +303,12 @@ def test_what_is_said(case: tuple[tuple[PeelReport, ...], dict[str, str]]) -> No
 def test_findings_can_be_read_alone(case: tuple[tuple[PeelReport, ...], dict[str, str]]) -> None:
     """Each finding names its subject in words, has no number that is not one, and an accusing one has causes."""
     diagnosed = told(*case[0])
-    for own in (diagnosed.finding, *(one.finding for one in diagnosed.layers)):
-        if own is None:
+    for finding in (diagnosed.finding, *(one.finding for one in diagnosed.layers)):
+        if finding is None:
             continue
-        assert own.subject == "run" or own.subject.partition("/")[0] in own.words
-        assert all(number == number for number in own.evidence.values())
-        assert own.causes or own.kind == "victim"
+        assert finding.subject == "run" or finding.subject.partition("/")[0] in finding.words
+        assert all(number == number for number in finding.evidence.values())
+        assert finding.causes or finding.kind == "victim"
 
 
 def test_a_finding_says_since_when() -> None:

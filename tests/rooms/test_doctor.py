@@ -67,12 +67,12 @@ def root(saved: Path, tmp_path: Path) -> Path:
 
 def by_name(checks: Iterator[Check]) -> dict[str, Check]:
     """The checks by what they are of; one that is wrong, or could not be told, has a remedy."""
-    found = {}
+    by_what = {}
     for check in checks:
         assert check.words
         assert check.ok or check.remedy, check
-        found[check.what] = check
-    return found
+        by_what[check.what] = check
+    return by_what
 
 
 # ---------------------------------------------------------------- what is nearby
@@ -532,8 +532,8 @@ def tracked(uri: str, root: Path, **options: str) -> RunSettings:
 
 def checked(run: RunSettings, state: Path) -> dict[str, Check]:
     prefix = "tracker mlflow, "
-    found = by_name(check_trackers(run, state, "", time.time, alone=True))
-    return {name.removeprefix(prefix): check for name, check in found.items()}
+    checks = by_name(check_trackers(run, state, "", time.time, alone=True))
+    return {name.removeprefix(prefix): check for name, check in checks.items()}
 
 
 class TestMlflow:
@@ -607,9 +607,9 @@ class TestMlflow:
         tracker = mlflow_run.PLUGIN.connect(
             mlflow_run.MlflowSettings(tracking_uri=mlflow_uri), checkpoint_dir=str(tmp_path), state_dir=tmp_path
         )
-        found = {check.what: check for check in tracker.check(lambda: time.time() - 3600)}  # type: ignore[attr-defined]
-        assert found["server's clock"].ok is False
-        assert "s ahead of" in found["server's clock"].words
+        checks = {check.what: check for check in tracker.check(lambda: time.time() - 3600)}  # type: ignore[attr-defined]
+        assert checks["server's clock"].ok is False
+        assert "s ahead of" in checks["server's clock"].words
 
     def test_a_database_that_nobody_meant(self, tmp_path: Path) -> None:
         """A local database that is not there is not made."""
@@ -625,7 +625,7 @@ class TestMlflow:
         def read(step: int) -> dict[str, list[float]]:
             keys = [key for key in client.get_run(run_id).data.metrics if key.startswith("peel/")]
             points = {key: client.get_metric_history(run_id, key) for key in keys}
-            return {key: found for key in keys if (found := [one.value for one in points[key] if one.step == step])}
+            return {key: values for key in keys if (values := [one.value for one in points[key] if one.step == step])}
 
         settings = mlflow_run.MlflowSettings(tracking_uri=mlflow_uri, run_id=run_id)
         kit.a_check_changes_no_result(
@@ -663,14 +663,14 @@ class TestJsonl:
         (tmp_path / "folder").mkdir()
         (tmp_path / "file").write_text("x")
         tracking = TrackerSettings(use=("jsonl",), options={"jsonl": {"path": str(tmp_path / place)}})
-        found = by_name(check_trackers(run_of(tmp_path, tracker=tracking), tmp_path, "", time.time, alone=True))
-        assert found["tracker jsonl, file"].ok is False
+        checks = by_name(check_trackers(run_of(tmp_path, tracker=tracking), tmp_path, "", time.time, alone=True))
+        assert checks["tracker jsonl, file"].ok is False
 
     def test_nothing_is_left(self, tmp_path: Path) -> None:
         """A file that is not there yet can be written to, and is not made."""
         tracking = TrackerSettings(use=("jsonl",))
-        found = by_name(check_trackers(run_of(tmp_path, tracker=tracking), tmp_path, "", time.time, alone=True))
-        assert found["tracker jsonl, file"].ok
+        checks = by_name(check_trackers(run_of(tmp_path, tracker=tracking), tmp_path, "", time.time, alone=True))
+        assert checks["tracker jsonl, file"].ok
         assert list(tmp_path.iterdir()) == []
 
 
@@ -693,10 +693,10 @@ class TestDestinations:
         self, tracking: TrackerSettings, what: str, words: str, tmp_path: Path
     ) -> None:
         """It is told, and the others are asked all the same."""
-        found = by_name(check_trackers(run_of(tmp_path, tracker=tracking), tmp_path, "", time.time, alone=True))
-        assert found[what].ok is False
-        assert words in found[what].words
-        assert ("tracker jsonl, file" in found) == (what != "tracker jsonl")
+        checks = by_name(check_trackers(run_of(tmp_path, tracker=tracking), tmp_path, "", time.time, alone=True))
+        assert checks[what].ok is False
+        assert words in checks[what].words
+        assert ("tracker jsonl, file" in checks) == (what != "tracker jsonl")
 
     def test_sinks(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Each is opened and nothing is sent; one that is wrong hides no other."""
@@ -705,8 +705,8 @@ class TestDestinations:
             SinkSettings("no_such", "there"),
             SinkSettings("stderr", "odd", {"colour": "red"}),
         ]
-        found = by_name(check_sinks(sinks, tmp_path, time.time))
-        assert [found[f"sink {name}"].ok for name in ("here", "there", "odd")] == [None, False, False]
+        checks = by_name(check_sinks(sinks, tmp_path, time.time))
+        assert [checks[f"sink {name}"].ok for name in ("here", "there", "odd")] == [None, False, False]
         assert capsys.readouterr().err == ""
 
     def test_sinks_are_tried_and_nothing_is_sent(self, tmp_path: Path) -> None:
@@ -721,9 +721,9 @@ class TestDestinations:
                 SinkSettings("exec", "on", {"command": ["true"], "enabled": True}),
                 SinkSettings("email", "mail", {"host": "127.0.0.1", "sender": "a@b.example"}),
             ]
-            found = by_name(check_sinks(sinks, tmp_path, time.time))
+            checks = by_name(check_sinks(sinks, tmp_path, time.time))
         assert receiver.requests == []
-        assert {name: check.ok for name, check in found.items()} == {
+        assert {name: check.ok for name, check in checks.items()} == {
             "sink there, connection": True,
             "sink away, connection": False,
             "sink private": False,
@@ -731,8 +731,8 @@ class TestDestinations:
             "sink on, program": True,
             "sink mail": False,
         }
-        assert "enabled = true" in (found["sink off"].remedy or "")
-        assert "it lacks `to`" in found["sink mail"].words
+        assert "enabled = true" in (checks["sink off"].remedy or "")
+        assert "it lacks `to`" in checks["sink mail"].words
 
 
 # ---------------------------------------------------------------- all of it
@@ -757,12 +757,12 @@ class TestExamine:
         monkeypatch.setattr(examination, "check_libraries", lambda: iter([]))
         monkeypatch.setattr(examination, "PART_SECONDS", 0.5)
         flags = {"watch.path": str(root), "tracker.use": ["jsonl"], "state.path": str(tmp_path / "state")}
-        found = by_name(examine(None, flags, now=time.time))
+        checks = by_name(examine(None, flags, now=time.time))
         for_ever.set()
-        assert "no answer within" in found["watched place"].words
-        assert "ZeroDivisionError: a\\x1bb" in found["plug-ins"].words
-        assert found["tracker jsonl, file"].ok
-        assert found["state folder"].ok
+        assert "no answer within" in checks["watched place"].words
+        assert "ZeroDivisionError: a\\x1bb" in checks["plug-ins"].words
+        assert checks["tracker jsonl, file"].ok
+        assert checks["state folder"].ok
 
     def test_several_runs(self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The checks of each are told apart by its name."""
@@ -773,10 +773,10 @@ class TestExamine:
             (tmp_path / name).mkdir()
             text += f'[[run]]\nname = "{name}"\n[run.watch]\npath = "{tmp_path / name}"\n'
         file.write_text(text)
-        found = by_name(examine(file, {"state.path": str(tmp_path / "state")}, now=time.time))
+        checks = by_name(examine(file, {"state.path": str(tmp_path / "state")}, now=time.time))
         for name in ("a", "b"):
-            assert found[f"{name}: watched place"].ok is None
-            assert found[f"{name}: tracker jsonl, file"].ok
+            assert checks[f"{name}: watched place"].ok is None
+            assert checks[f"{name}: tracker jsonl, file"].ok
 
 
 # ---------------------------------------------------------------- init
@@ -818,11 +818,11 @@ def test_a_plug_in_that_raises_anything_hides_no_other(tmp_path: Path, monkeypat
     monkeypatch.setattr(JsonlSink, "where", lambda _sink: {}["a bug"])
     monkeypatch.setattr(mlflow_run.MlflowTracker, "check", lambda _tracker, _now: {}["a bug"])
     sinks = [SinkSettings("jsonl", "first", {"path": str(tmp_path / "n")}), SinkSettings("stderr", "second", {})]
-    found = by_name(check_sinks(sinks, tmp_path, time.time))
-    assert (found["sink first"].ok, found["sink first"].words) == (False, "the plug-in failed: KeyError: 'a bug'")
-    assert "uninstall" in found["sink first"].remedy
-    assert found["sink second"].ok is None
+    checks = by_name(check_sinks(sinks, tmp_path, time.time))
+    assert (checks["sink first"].ok, checks["sink first"].words) == (False, "the plug-in failed: KeyError: 'a bug'")
+    assert "uninstall" in checks["sink first"].remedy
+    assert checks["sink second"].ok is None
     trackers = TrackerSettings(use=("mlflow", "jsonl"), options={"jsonl": {"path": str(tmp_path / "p")}})
-    found = by_name(check_trackers(run_of(tmp_path, tracker=trackers), tmp_path, "", time.time, alone=True))
-    assert found["tracker mlflow"].words == "the plug-in failed: KeyError: 'a bug'"
-    assert "tracker jsonl" in " ".join(found)
+    checks = by_name(check_trackers(run_of(tmp_path, tracker=trackers), tmp_path, "", time.time, alone=True))
+    assert checks["tracker mlflow"].words == "the plug-in failed: KeyError: 'a bug'"
+    assert "tracker jsonl" in " ".join(checks)

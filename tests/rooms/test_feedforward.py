@@ -70,8 +70,8 @@ def test_forward_pass_gives_every_hidden_state(biased: bool) -> None:
     """Hidden states carry the ReLU, the answer does not, and a bias is the last column."""
     net, X = a_net(1, biased=biased), the_samples(1).fit.X
     ours = net.outputs(X)
-    for own, expected in zip(ours, oracle.forward(plain(net), X.numpy()), strict=True):
-        np.testing.assert_allclose(own.numpy(), expected, atol=1e-12)
+    for hidden, expected in zip(ours, oracle.forward(plain(net), X.numpy()), strict=True):
+        np.testing.assert_allclose(hidden.numpy(), expected, atol=1e-12)
     assert [len(state) for state in ours] == list(net.widths[1:]) == list(WIDTHS[1:])
     assert min(float(state.min()) for state in ours[:-1]) == 0.0
     assert float(ours[-1].min()) < 0.0
@@ -83,10 +83,10 @@ def test_every_construction_agrees_with_the_oracle(precision: Any, biased: bool)
     """All 2^(K-1) subsets, solved as a tree, are the constructions that one solve after another gives, weights too."""
     net, samples = trained(2, biased=biased), the_samples(2)
     made = dict(constructions(net, samples.fit.X, samples.fit.Y, precision))
-    assert set(made) == {own for k in range(4) for own in itertools.combinations((1, 2, 3), k)}
-    for waypoints, own in made.items():
+    assert set(made) == {waypoints for k in range(4) for waypoints in itertools.combinations((1, 2, 3), k)}
+    for waypoints, construction in made.items():
         expected = oracle.construction(plain(net), *arrays(samples.fit), waypoints, precision)
-        for (W, b), (W_o, b_o) in zip(plain(own), expected, strict=True):
+        for (W, b), (W_o, b_o) in zip(plain(construction), expected, strict=True):
             np.testing.assert_allclose(W, W_o, atol=1e-9)
             assert (b is None) == (b_o is None) == (not biased)
             if b is not None and b_o is not None:
@@ -100,12 +100,12 @@ def test_values_agree_with_the_oracle(precision: Any, biased: bool) -> None:
     winners = set()
     for seed in range(8):
         net, samples = trained(seed, biased=biased), the_samples(seed)
-        found = measure_feedforward(net, samples, precision=precision)
+        bounds = measure_feedforward(net, samples, precision=precision)
         fit, select, confirm_part = map(arrays, (samples.fit, samples.select, samples.confirm))
         table = oracle.yes(plain(net), fit, select, confirm_part, precision)
-        assert found.memory is not None
-        assert [value.label for value in found.values] == ["yes-0", "yes-1", "yes-2", "yes-3"]
-        for value, best, (waypoints, select, confirm) in zip(found.values, found.memory.best, table, strict=True):
+        assert bounds.memory is not None
+        assert [value.label for value in bounds.values] == ["yes-0", "yes-1", "yes-2", "yes-3"]
+        for value, best, (waypoints, select, confirm) in zip(bounds.values, bounds.memory.best, table, strict=True):
             assert value.waypoints == waypoints
             assert best.select == pytest.approx(select)
             np.testing.assert_allclose(best.confirm, confirm, rtol=1e-7)
@@ -124,20 +124,20 @@ def test_values_agree_with_the_oracle(precision: Any, biased: bool) -> None:
 def test_gap_is_paired_by_sample() -> None:
     """The gap is the mean of per-sample differences to YES-(K-1), and its interval is theirs, not the losses'."""
     net, samples = trained(6), the_samples(6)
-    found = measure_feedforward(net, samples)
-    own = oracle.losses(plain(net), *arrays(samples.confirm))
-    assert found.memory is not None
-    assert found.gap is not None
-    expected = estimate(own - np.array(found.memory.best[-1].confirm))
-    assert found.gap.value == pytest.approx(found.loss.value - found.values[-1].value.value)
-    assert [found.gap.low, found.gap.high] == pytest.approx([expected.low, expected.high])
+    bounds = measure_feedforward(net, samples)
+    losses = oracle.losses(plain(net), *arrays(samples.confirm))
+    assert bounds.memory is not None
+    assert bounds.gap is not None
+    expected = estimate(losses - np.array(bounds.memory.best[-1].confirm))
+    assert bounds.gap.value == pytest.approx(bounds.loss.value - bounds.values[-1].value.value)
+    assert [bounds.gap.low, bounds.gap.high] == pytest.approx([expected.low, expected.high])
 
 
 def test_a_published_value_can_be_replayed() -> None:
     """The winner's way-points, fitted again one layer after the other, give the published losses."""
     net, samples = trained(7, biased=True), the_samples(7)
-    found = measure_feedforward(net, samples)
-    for value in found.values:
+    bounds = measure_feedforward(net, samples)
+    for value in bounds.values:
         again, _ = construct(net, samples.fit.X, samples.fit.Y, value.waypoints)
         losses = sample_losses(again, samples.confirm.X, samples.confirm.Y)
         assert losses.mean() == pytest.approx(value.value.value)
@@ -222,10 +222,10 @@ def test_the_running_minimum_never_rises(seed: int, amounts: list[float], precis
     for amount in amounts:
         before = memory
         memory = measure_feedforward(trained(seed, amount), samples, precision=precision, earlier=before).memory
-        own = measure_feedforward(trained(seed, amount), samples, precision=precision).memory
+        alone_memory = measure_feedforward(trained(seed, amount), samples, precision=precision).memory
         assert memory is not None
-        assert own is not None
-        alone.append([best.select for best in own.best])
+        assert alone_memory is not None
+        alone.append([best.select for best in alone_memory.best])
         if before is not None:
             assert all(now.select <= then.select for now, then in zip(memory.best, before.best, strict=True))
     assert memory is not None
@@ -342,12 +342,12 @@ def test_zones_of_three_networks() -> None:
     assert measure_feedforward(a_net(5), samples).zone == "ineffective"
 
     teacher = a_net(4)
-    found = measure_feedforward(teacher, samples)
-    assert found.zone == "effective"
-    between = (found.values[0].value.value + found.values[-1].value.value) / 2
+    bounds = measure_feedforward(teacher, samples)
+    assert bounds.zone == "effective"
+    between = (bounds.values[0].value.value + bounds.values[-1].value.value) / 2
     scale = 1.0 + (between / float((samples.confirm.Y**2).sum(dim=0).mean())) ** 0.5
     blurred = measure_feedforward(Net((*teacher.layers[:-1], scale * teacher.layers[-1]), biased=False), samples)
-    assert blurred.values == found.values
+    assert blurred.values == bounds.values
     assert blurred.loss.value == pytest.approx(between, rel=0.1)
     assert blurred.zone == "caution"
 
@@ -412,8 +412,8 @@ def test_whether_yes_0_is_a_point_of_the_network_s_class(
     bits: bool, precision: Any, widths: tuple[int, ...], within: bool
 ) -> None:
     """Narrower layers can be padded, at one bit by pairs of units only; wider or full-precision ones are outside."""
-    found = measure_feedforward(a_net(1, widths, bits=bits), the_samples(1, widths), precision=precision)
-    assert found.values[0].within_class is within
+    bounds = measure_feedforward(a_net(1, widths, bits=bits), the_samples(1, widths), precision=precision)
+    assert bounds.values[0].within_class is within
 
 
 def test_pairs_of_units_pad_a_one_bit_network() -> None:
@@ -445,9 +445,9 @@ def test_too_few_fit_samples_decide_nothing() -> None:
     """The loss is measured, the bounds are skipped with the number that would be enough, the memory goes on."""
     samples = the_samples(1, counts=(15, 15, 20))
     memory = YesMemory("p", "n", ())
-    found = measure_feedforward(a_net(1, biased=True), samples, earlier=memory)
-    assert (found.values, found.gap, found.zone, found.memory) == ((), None, "undecided", memory)
-    assert found.skipped[0].why == "15 fit samples; a fit of 8 columns needs 16"
+    bounds = measure_feedforward(a_net(1, biased=True), samples, earlier=memory)
+    assert (bounds.values, bounds.gap, bounds.zone, bounds.memory) == ((), None, "undecided", memory)
+    assert bounds.skipped[0].why == "15 fit samples; a fit of 8 columns needs 16"
     assert measure_feedforward(a_net(1), samples).skipped == ()
 
 
@@ -504,9 +504,9 @@ def test_way_points_that_are_none_are_refused(waypoints: tuple[int, ...]) -> Non
 
 def test_one_linear_layer_has_yes_0_only() -> None:
     """Without hidden layers there is nothing between red and green: YES-0 is the least-squares solution."""
-    found = measure_feedforward(a_net(1, (5, 3)), the_samples(1, (5, 3)))
-    assert [value.label for value in found.values] == ["yes-0"]
-    assert found.zone in {"ineffective", "effective", "undecided"}
+    bounds = measure_feedforward(a_net(1, (5, 3)), the_samples(1, (5, 3)))
+    assert [value.label for value in bounds.values] == ["yes-0"]
+    assert bounds.zone in {"ineffective", "effective", "undecided"}
 
 
 def test_nothing_of_the_inputs_is_changed_or_random() -> None:

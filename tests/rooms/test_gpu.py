@@ -37,11 +37,11 @@ def test_margins_and_bounds_are_the_cpu_s(kind: str, tmp_path: Path) -> None:
     path = zoo.save(zoo.build(kind), tmp_path)
     cpu, gpu = (peeled(path, device) for device in ("cpu", "cuda:0"))
     assert gpu.loss.value == pytest.approx(cpu.loss.value, abs=1e-5)
-    for found in (cpu, gpu):
-        assert found.gap is not None
-        assert found.zone == bounds.zone(intervals.Interval(found.gap.value, found.gap.low, found.gap.high))
-        of_blocks = [layer.margin for layer in found.layers]
-        for layer in found.layers:
+    for findings in (cpu, gpu):
+        assert findings.gap is not None
+        assert findings.zone == bounds.zone(intervals.Interval(findings.gap.value, findings.gap.low, findings.gap.high))
+        of_blocks = [layer.margin for layer in findings.layers]
+        for layer in findings.layers:
             assert layer.status == status_of(of_blocks, layer.index, left_out=False)
     for one, other in zip(cpu.layers, gpu.layers, strict=True):
         assert one.margin is not None

@@ -116,13 +116,13 @@ def samples(
     text: str, families: Callable[[str], Iterable[Metric]] = text_families
 ) -> dict[tuple[str, tuple[str, ...]], float]:
     """Every sample by its name and its labels' values, in the order of LABELS."""
-    found = [sample for family in families(text) for sample in family.samples]
-    assert {name for sample in found for name in sample.labels} <= set(LABELS)
+    every = [sample for family in families(text) for sample in family.samples]
+    assert {name for sample in every for name in sample.labels} <= set(LABELS)
     by_name = {
         (sample.name, tuple(sample.labels[name] for name in LABELS if name in sample.labels)): sample.value
-        for sample in found
+        for sample in every
     }
-    assert len(by_name) == len(found), "a series came twice"
+    assert len(by_name) == len(every), "a series came twice"
     return by_name
 
 

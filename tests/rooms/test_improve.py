@@ -32,12 +32,12 @@ def test_only_what_changes_is_handed_out(tmp_path: Path) -> None:
     """The weights are the two output projections under the model's names, in its own layout, and nothing else."""
     for kind, names in (
         ("llama", {"model.layers.2.self_attn.o_proj.weight", "model.layers.2.mlp.down_proj.weight"}),
-        ("gpt2", {f"transformer.h.2.{part}.c_proj.{own}" for part in ("attn", "mlp") for own in ("weight", "bias")}),
+        ("gpt2", {f"transformer.h.2.{part}.c_proj.{kind}" for part in ("attn", "mlp") for kind in ("weight", "bias")}),
     ):
         model = zoo.build(kind, steps=40)
-        found = improve(
+        improvement = improve(
             zoo.trace_of(zoo.save(model, tmp_path / kind), zoo.probe(200, 40, 80)), 2, itertools.count().__next__
         )
-        assert set(found.weights) == names
-        assert all(weight.shape == model.state_dict()[name].shape for name, weight in found.weights.items())
-        assert found.headroom.low > 0
+        assert set(improvement.weights) == names
+        assert all(weight.shape == model.state_dict()[name].shape for name, weight in improvement.weights.items())
+        assert improvement.headroom.low > 0

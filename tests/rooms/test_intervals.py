@@ -29,6 +29,6 @@ def test_one_sequence_has_no_width() -> None:
 def test_it_covers_as_often_as_it_says(count: int) -> None:
     """Of 3000 samples of so few normal numbers the 95 % interval covers the mean in 92.5 to 97 %."""
     samples = np.random.default_rng(7).normal(loc=1.0, size=(3000, count))
-    found = [estimate(own) for own in samples]
-    covered = np.mean([own.low <= 1.0 <= own.high for own in found])
+    intervals = [estimate(sample) for sample in samples]
+    covered = np.mean([interval.low <= 1.0 <= interval.high for interval in intervals])
     assert 0.925 <= covered <= 0.97

@@ -271,19 +271,19 @@ def measured(finding: Finding | None = None, status: str = "above") -> LayerRepo
     return LayerReport(3, BLOCK, status, ONE, "skip", {}, parts, 0.1, ONE, None, None, Change(1.0), ONE, finding)
 
 
-def found(kind: FindingKind, subject: str) -> Finding:
+def finding_of(kind: FindingKind, subject: str) -> Finding:
     return Finding(kind, subject, f"{subject} is {kind}", {}, (f"why {kind}",), 300)
 
 
-def spoken(kind: RuleKind, own: LayerReport) -> dict[str, str]:
+def spoken(kind: RuleKind, block: LayerReport) -> dict[str, str]:
     """What this block's report says about the block and each part of it, by what it does to an alert of this kind."""
     at_once = Rule("r", kind, 1, 1)
     calm, firing = (
         tuple(RuleState("r", subject, phase, 0, 100, told=phase == "firing") for subject in SUBJECTS)
         for phase in ("inactive", "firing")
     )
-    raised = {notice.subject for notice in judged(report(400, own), [at_once], calm).notices}
-    cleared = {notice.subject for notice in judged(report(400, own), [at_once], firing).notices}
+    raised = {notice.subject for notice in judged(report(400, block), [at_once], calm).notices}
+    cleared = {notice.subject for notice in judged(report(400, block), [at_once], firing).notices}
     assert not raised & cleared
     return {
         subject: "for" if subject in raised else "against" if subject in cleared else "neither" for subject in SUBJECTS
@@ -297,11 +297,11 @@ def test_the_table_knows_every_kind() -> None:
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-@pytest.mark.parametrize(("kind", "finding"), [(kind, one) for kind, own in READ_BY.items() for one in own])
+@pytest.mark.parametrize(("kind", "finding"), [(kind, one) for kind, kinds in READ_BY.items() for one in kinds])
 def test_a_finding_speaks_for_its_own_subject(kind: RuleKind, finding: FindingKind, subject: str) -> None:
     """A finding speaks for an alert of the kind that reads it, about the block or the part that it names alone."""
     status = "below" if kind == "layer_below" else "above"
-    heard = spoken(kind, measured(found(finding, subject), status))
+    heard = spoken(kind, measured(finding_of(finding, subject), status))
     others = "neither" if kind == "layer_below" else "against"  # a block that is below is no proof that its parts earn
     assert heard == dict.fromkeys(SUBJECTS, others) | {subject: "for"}
 
@@ -325,31 +325,31 @@ def test_what_was_not_measured_speaks_neither(kind: RuleKind, what: str, value: 
 
     So does one that is below and has no finding: the run is early.
     """
-    own = measured()
+    block = measured()
     if place == "block":
-        own, silent = dataclasses.replace(own, **{what: value}), BLOCK
+        block, silent = dataclasses.replace(block, **{what: value}), BLOCK
     else:
-        parts = {**own.parts, "mlp": dataclasses.replace(own.parts["mlp"], **{what: value})}
-        own, silent = dataclasses.replace(own, parts=parts), f"{BLOCK}/mlp"
-    assert spoken(kind, own) == dict.fromkeys(SUBJECTS, "against") | {silent: "neither"}
+        parts = {**block.parts, "mlp": dataclasses.replace(block.parts["mlp"], **{what: value})}
+        block, silent = dataclasses.replace(block, parts=parts), f"{BLOCK}/mlp"
+    assert spoken(kind, block) == dict.fromkeys(SUBJECTS, "against") | {silent: "neither"}
 
 
 @pytest.mark.parametrize("kind", READ_BY)
 @pytest.mark.parametrize("status", ["above", "below"])
 def test_a_victim_speaks_neither(kind: RuleKind, status: str) -> None:
     """What a flooded stream explains neither raises nor clears an alert of any kind, of the block or of a part."""
-    heard = spoken(kind, measured(found("victim", BLOCK), status))
+    heard = spoken(kind, measured(finding_of("victim", BLOCK), status))
     assert heard == dict.fromkeys(SUBJECTS, "neither")
 
 
 @pytest.mark.parametrize(
     ("kind", "finding"),
-    [(kind, one) for kind, own in READ_BY.items() for one in get_args(FindingKind) if one not in own],
+    [(kind, one) for kind, kinds in READ_BY.items() for one in get_args(FindingKind) if one not in kinds],
 )
 def test_no_kind_speaks_for_what_it_does_not_read(kind: RuleKind, finding: FindingKind) -> None:
     """A finding raises alerts of its own kind only, at the block and at a part."""
     for subject in SUBJECTS:
-        assert "for" not in spoken(kind, measured(found(finding, subject), "below")).values()
+        assert "for" not in spoken(kind, measured(finding_of(finding, subject), "below")).values()
 
 
 @pytest.mark.parametrize(
@@ -367,11 +367,11 @@ def test_no_kind_speaks_for_what_it_does_not_read(kind: RuleKind, finding: Findi
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_events_fire_after_one_checkpoint_and_states_after_two(kind: RuleKind, checkpoints: int, subject: str) -> None:
     """A rule that gives no numbers raises, and clears, an event at one checkpoint and a state at two in a row."""
-    shown, gone = measured(found(READ_BY[kind][0], subject)), measured()
+    shown, gone = measured(finding_of(READ_BY[kind][0], subject)), measured()
     states: tuple[RuleState, ...] = ()
     told = []
-    for step, own in enumerate([shown, shown, shown, gone, gone, gone], start=1):
-        verdict = judged(report(100 * step, own), [Rule("mine", kind)], states)
+    for step, block in enumerate([shown, shown, shown, gone, gone, gone], start=1):
+        verdict = judged(report(100 * step, block), [Rule("mine", kind)], states)
         states = verdict.states
         told += [(notice.step, notice.state, notice.subject, notice.since_step) for notice in verdict.notices]
     raised, cleared = 100 * checkpoints, 300 + 100 * checkpoints
@@ -380,15 +380,15 @@ def test_events_fire_after_one_checkpoint_and_states_after_two(kind: RuleKind, c
 
 def test_numbers_that_a_rule_gives_win_over_its_kinds() -> None:
     """`for_checkpoints` and `clear_checkpoints` of a rule are what counts, each by itself."""
-    shown, gone = measured(found("changed", BLOCK)), measured()
+    shown, gone = measured(finding_of("changed", BLOCK)), measured()
     for given_rule, expected in (
         (Rule("mine", "layer_changed", for_checkpoints=3), ["firing 300", "resolved 400"]),
         (Rule("mine", "layer_changed", clear_checkpoints=2), ["firing 100", "resolved 500"]),
     ):
         states: tuple[RuleState, ...] = ()
         told = []
-        for step, own in enumerate([shown, shown, shown, gone, gone], start=1):
-            verdict = judged(report(100 * step, own), [given_rule], states)
+        for step, block in enumerate([shown, shown, shown, gone, gone], start=1):
+            verdict = judged(report(100 * step, block), [given_rule], states)
             states = verdict.states
             told += [f"{notice.state} {notice.step}" for notice in verdict.notices]
         assert told == expected
@@ -416,9 +416,9 @@ def slow_notices(history: str, for_checkpoints: int, clear_checkpoints: int) -> 
 def test_counters_agree_with_whole_windows(history: str, for_checkpoints: int, clear_checkpoints: int) -> None:
     """Firing and resolved alternate, exactly where a search through the whole history puts them."""
     notices, states = judge_history(history, rule(for_checkpoints, clear_checkpoints))
-    found = [f"{notice.state} {notice.step}" for notice in notices]
-    assert found == slow_notices(history, for_checkpoints, clear_checkpoints)
-    assert (len(found) % 2 == 1) == any(state.phase == "firing" for state in states)
+    sent = [f"{notice.state} {notice.step}" for notice in notices]
+    assert sent == slow_notices(history, for_checkpoints, clear_checkpoints)
+    assert (len(sent) % 2 == 1) == any(state.phase == "firing" for state in states)
     assert len({notice.id for notice in notices}) == len(notices)
 
 
@@ -436,7 +436,7 @@ def test_undecided_anywhere_changes_no_notice(history: str, data: st.DataObject,
 @pytest.mark.parametrize("kind", ["never_trained", "dead"])
 def test_what_is_exactly_nothing_needs_no_second_checkpoint(kind: FindingKind) -> None:
     """A block that never moved, or a part that computes nothing, is told at once, unless the rule asks for more."""
-    shown = report(100, measured(found(kind, BLOCK), "below"))
+    shown = report(100, measured(finding_of(kind, BLOCK), "below"))
     for given_rule, expected in ((Rule("mine", "layer_below"), ["firing"]), (Rule("mine", "layer_below", 2), [])):
         assert [notice.state for notice in judged(shown, [given_rule], ()).notices] == expected
 
@@ -444,7 +444,7 @@ def test_what_is_exactly_nothing_needs_no_second_checkpoint(kind: FindingKind) -
 @pytest.mark.parametrize("kind", [kind for kind in READ_BY if kind != "layer_below"])
 def test_a_run_in_trouble_clears_nothing(kind: RuleKind) -> None:
     """While the run as a whole has a finding no layer has one: that does not mean that it is well again."""
-    shown = [report(step, measured(found(READ_BY[kind][0], BLOCK))) for step in (100, 200)]
+    shown = [report(step, measured(finding_of(READ_BY[kind][0], BLOCK))) for step in (100, 200)]
     run = Finding("diverged", "run", "the loss rose")
     later = [replace(report(step, measured()), finding=run) for step in (300, 400, 500)]
     states: tuple[RuleState, ...] = ()
@@ -468,7 +468,7 @@ def test_a_run_in_trouble_clears_nothing(kind: RuleKind) -> None:
 )
 def test_a_surer_finding_hides_and_clears_nothing(kind: RuleKind, surer: FindingKind) -> None:
     """A layer has one finding: another one that is told instead says nothing of what it hides."""
-    assert set(spoken(kind, measured(found(surer, BLOCK))).values()) == {"neither"}
+    assert set(spoken(kind, measured(finding_of(surer, BLOCK))).values()) == {"neither"}
 
 
 # ---------------------------------------------------------------- alerts that no checkpoint ends

@@ -194,18 +194,18 @@ def slow_fall(points: tuple) -> tuple[float, float, float]:
 def test_the_fall_agrees_with_least_squares(fall: float, noise: float, seed: int) -> None:
     """Value and interval are those of ordinary least squares on the means of ten stretches."""
     points = losses(2.0, fall, noise=noise, seed=seed)
-    found = fall_of(points)
-    assert found is not None
-    assert (found.value, found.low, found.high) == pytest.approx(slow_fall(points), rel=1e-6, abs=1e-9)
+    measured = fall_of(points)
+    assert measured is not None
+    assert (measured.value, measured.low, measured.high) == pytest.approx(slow_fall(points), rel=1e-6, abs=1e-9)
 
 
 def test_the_interval_of_the_fall_covers() -> None:
     """Over 400 noisy series the 95 % interval holds the true fall in 92 to 98 %."""
     covered = 0
     for seed in range(400):
-        found = fall_of(losses(1.0, 0.05 * 600 / 599, noise=0.1, seed=seed))
-        assert found is not None
-        covered += found.low <= 0.05 <= found.high
+        fall = fall_of(losses(1.0, 0.05 * 600 / 599, noise=0.1, seed=seed))
+        assert fall is not None
+        covered += fall.low <= 0.05 <= fall.high
     assert 0.92 <= covered / 400 <= 0.98
 
 
@@ -215,8 +215,8 @@ def test_the_interval_of_the_fall_covers() -> None:
 @pytest.mark.parametrize(("share", "expected"), [(0.2, "for"), (0.01, "against"), (None, None)])
 def test_quantization_collapse(share: float | None, expected: str | None) -> None:
     """A low-bit layer whose weight set costs more than 5 % of the loss; one that is not low-bit says nothing."""
-    own = LayerReport(0, "a", "above", None, None, {}, {}, 0.1, quantization_share=share)
-    seen = ReportObservation(replace(report(100), layers=(own,)))
+    layer = LayerReport(0, "a", "above", None, None, {}, {}, 0.1, quantization_share=share)
+    seen = ReportObservation(replace(report(100), layers=(layer,)))
     assert spoken(Rule("r", "quantization_collapse"), seen).get("a") == expected
 
 

@@ -174,8 +174,8 @@ def test_history_is_in_the_order_of_writing(tmp_path: Path) -> None:
             record(run, ref, report=json.dumps({"fingerprint": fingerprint, "step": step}))
         run.refuse(checkpoint(400, 45.0), "why")
     with opened(tmp_path) as run:
-        found = [(form["fingerprint"], form["step"]) for form in run.history()]
-    assert found == [("b", 100), ("g", 150), ("d", 200), ("a", 300), ("e", 200)]
+        order = [(form["fingerprint"], form["step"]) for form in run.history()]
+    assert order == [("b", 100), ("g", 150), ("d", 200), ("a", 300), ("e", 200)]
 
 
 def test_history_is_short_and_misses_no_file_that_is_gone(tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_an_answer_is_kept_to_be_judged(tmp_path: Path) -> None:
             run.answered(ref, ANSWER)
     with opened(tmp_path) as run:
         assert run.answer(REF) == ANSWER
-    found = tallies(tmp_path)
-    assert {key: found[f"seconds/{key}"] for key in ("load", "capture", "solve")} == {
+    amounts = tallies(tmp_path)
+    assert {key: amounts[f"seconds/{key}"] for key in ("load", "capture", "solve")} == {
         "load": 1.0,
         "capture": 3.0,
         "solve": 4.0,

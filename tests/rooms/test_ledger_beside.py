@@ -130,13 +130,13 @@ def test_somebody_else_may_read_what_they_cannot_write(public: Path, is_there: b
             public.chmod(0o555)
         if is_there:
             pipe.send("now")
-            found = pipe.recv()
+            answer = pipe.recv()
     if not is_there:
         pipe.send("now")
-        found = pipe.recv()
+        answer = pipe.recv()
     child.join()
     public.chmod(0o755)
-    assert found == [{"peeled": 1.0}]
+    assert answer == [{"peeled": 1.0}]
 
 
 @pytest.mark.parametrize("place", ["/proc/peel-agent", "file/below", "file"])

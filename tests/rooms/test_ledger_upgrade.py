@@ -131,8 +131,8 @@ def test_what_was_owed_is_sent_in_two_lanes(tmp_path: Path, version: int) -> Non
         assert ledger.outbox.owed() == dict.fromkeys(
             [Lane("a-key", tracker, kind) for tracker in ("jsonl", "mlflow") for kind in ("files", "numbers")], (2, 0)
         )
-        own = {"path": str(tmp_path / "p.jsonl")}
-        address = Address("tracker", "jsonl", "jsonl", own, "a-key", PLACE, tmp_path)
+        options = {"path": str(tmp_path / "p.jsonl")}
+        address = Address("tracker", "jsonl", "jsonl", options, "a-key", PLACE, tmp_path)
         for kind in ("numbers", "files"):
             carrier = Carrier(Lane("a-key", "jsonl", kind), address, ledger.outbox, lambda: 0.0)
             while carrier.step().sent:

@@ -129,7 +129,7 @@ def test_a_glob_may_name_modules(llama: Path) -> None:
     for glob in ("*.mlp.gate_proj", "*.mlp.gate_proj.weight"):
         snapshot = open_snapshot(ref, form, registry.family, sets={glob: ternary})
         block = next(iter(open_trace(snapshot, zoo.probe()).blocks()))
-        assert {name for name, own in block.sets.items() if own == ternary} == {"mlp.gate_proj.weight"}
+        assert {name for name, weight_set in block.sets.items() if weight_set == ternary} == {"mlp.gate_proj.weight"}
     with pytest.raises(ConfigurationError, match=r"`\*\.mlp` .* fits no matrix") as caught:
         open_snapshot(ref, form, registry.family, sets={"*.mlp": ternary})
     assert "the names of modules or weights, such as" in caught.value.remedy

@@ -22,10 +22,10 @@ PAPER_FOUR_BLOCKS = [
 def every_map(depth: int) -> list[tuple[int, ...]]:
     """By brute force over method.md 3's conditions."""
     return [
-        own
+        target_map
         for length in range(1, depth + 1)
-        for own in itertools.product(range(1, depth + 1), repeat=length)
-        if list(own) == sorted(own) and all(target >= place for place, target in enumerate(own, 1))
+        for target_map in itertools.product(range(1, depth + 1), repeat=length)
+        if list(target_map) == sorted(target_map) and all(target >= place for place, target in enumerate(target_map, 1))
     ]
 
 
@@ -34,17 +34,17 @@ def test_count_and_validity(depth: int) -> None:
     """The count is that of the maps which satisfy the conditions, and those are the valid ones."""
     expected = every_map(depth)
     assert count(depth) == len(expected)
-    assert all(is_valid(own, depth) for own in expected)
+    assert all(is_valid(target_map, depth) for target_map in expected)
 
 
-@pytest.mark.parametrize("own", PAPER_FOUR_BLOCKS)
-def test_the_paper_s_maps_are_valid(own: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("target_map", PAPER_FOUR_BLOCKS)
+def test_the_paper_s_maps_are_valid(target_map: tuple[int, ...]) -> None:
     """Every 4-block list of the paper is a target map."""
-    check(own, 4)
+    check(target_map, 4)
 
 
 @pytest.mark.parametrize(
-    ("own", "words"),
+    ("target_map", "words"),
     [
         ((), "0 entries"),
         ((1, 2, 3, 4, 4), "5 entries, the model 4 blocks"),
@@ -54,10 +54,10 @@ def test_the_paper_s_maps_are_valid(own: tuple[int, ...]) -> None:
         ((3, 2), "entry 2 is 2, less than the 3 before it"),
     ],
 )
-def test_invalid_maps_say_why(own: tuple[int, ...], words: str) -> None:
+def test_invalid_maps_say_why(target_map: tuple[int, ...], words: str) -> None:
     """The reason names the entry."""
     with pytest.raises(ConfigurationError, match=words):
-        check(own, 4)
+        check(target_map, 4)
 
 
 def test_enumerating_all_is_refused_with_the_count() -> None:
@@ -73,7 +73,7 @@ def test_ends(depth: int) -> None:
     assert next(iter(labelled)) == "head"
     assert labelled["head"] == tuple(range(1, depth + 1))
     assert len(labelled) <= 8
-    assert all(is_valid(own, depth) for own in labelled.values())
+    assert all(is_valid(target_map, depth) for target_map in labelled.values())
     assert len(set(ends(depth))) == len(ends(depth))
 
 
@@ -81,8 +81,8 @@ def test_ends(depth: int) -> None:
 def test_paper_suite(depth: int) -> None:
     """The paper's lists are valid at any depth, one with an entry a block; at 4 and 26 blocks they are its own."""
     maps = paper(depth)
-    assert all(is_valid(own, depth) for own in maps)
-    assert any(len(own) == depth for own in maps)
+    assert all(is_valid(target_map, depth) for target_map in maps)
+    assert any(len(target_map) == depth for target_map in maps)
     assert len(maps) <= 12
     if depth == 4:
         assert list(maps) == PAPER_FOUR_BLOCKS

@@ -112,8 +112,8 @@ def test_a_block_is_read_without_the_others(case: Case, monkeypatch: pytest.Monk
 def test_loss_is_the_models(case: Case) -> None:
     """The loss of the block by block run is the mean of what transformers' forward gives, in float64, on confirm."""
     trace = zoo.trace_of(case.separate)
-    found = peel(trace, Plan(frozenset({"margin"}), (), ()), itertools.count().__next__)
-    assert found.loss.value == pytest.approx(loss_of(doubled(case.model), trace.probe.confirm), abs=2e-6)
+    findings = peel(trace, Plan(frozenset({"margin"}), (), ()), itertools.count().__next__)
+    assert findings.loss.value == pytest.approx(loss_of(doubled(case.model), trace.probe.confirm), abs=2e-6)
 
 
 def test_mlp_path_gives_what_the_block_adds(case: Case) -> None:
@@ -134,9 +134,11 @@ def test_routing_is_per_token(case: Case, size: int) -> None:
     h = trace.embed(zoo.token_ids(11, 4))
     for block in trace.blocks():
         together = block.observe(h)
-        apart = [block.observe(own) for own in h.split(size)]
-        parts = [block.run_mlp_part(own) for own in together.mid.split(size)]
-        torch.testing.assert_close(torch.cat([own.output for own in apart]), together.output, rtol=1e-6, atol=1e-6)
+        apart = [block.observe(piece) for piece in h.split(size)]
+        parts = [block.run_mlp_part(piece) for piece in together.mid.split(size)]
+        torch.testing.assert_close(
+            torch.cat([observed.output for observed in apart]), together.output, rtol=1e-6, atol=1e-6
+        )
         torch.testing.assert_close(torch.cat(parts), together.output, rtol=1e-6, atol=1e-6)
         h = together.output
 
@@ -208,17 +210,17 @@ def test_margins_are_those_of_the_model_without_the_part(case: Case) -> None:
     """Each margin against `skip` is what transformers' forward loses without the block, its attention, or its MLP."""
     tokens = zoo.probe(fit=20, select=4, confirm=8)  # so few that the first heat takes all of them
     plan = Plan(frozenset({"margin"}), ("skip",), ())
-    found = peel(zoo.trace_of(case.separate, tokens), plan, itertools.count().__next__)
+    findings = peel(zoo.trace_of(case.separate, tokens), plan, itertools.count().__next__)
     trained = loss_of(doubled(case.model), tokens.confirm)
-    assert len(found.layers) == zoo.BLOCKS
-    for layer in found.layers:
+    assert len(findings.layers) == zoo.BLOCKS
+    for layer in findings.layers:
         expected = []
         for change in (drop_block, drop_attention, drop_mlp):
             model = doubled(case.model)
             change(model.model.layers, layer.index)
             expected.append(loss_of(model, tokens.confirm) - trained)
         margins = (layer.margin, layer.parts["attention"].margin, layer.parts["mlp"].margin)
-        assert [own.value for own in margins if own] == pytest.approx(expected, abs=5e-6)
+        assert [margin.value for margin in margins if margin] == pytest.approx(expected, abs=5e-6)
 
 
 def drop_block(layers: Any, index: int) -> None:
@@ -242,8 +244,8 @@ def test_what_cannot_be_refitted(case: Case) -> None:
     assert not hasattr(block, "mlp_projection")
     assert not block.has_projections
     plan = Plan(frozenset({"margin", "headroom"}), ("skip", "previous"), ())
-    found: Findings = peel(trace, plan, itertools.count().__next__)
-    assert {"`previous` references", "headroom"} <= {skipped.what for skipped in found.skipped}
+    findings: Findings = peel(trace, plan, itertools.count().__next__)
+    assert {"`previous` references", "headroom"} <= {skipped.what for skipped in findings.skipped}
 
 
 def test_descent_reaches_the_experts(case: Case) -> None:
@@ -254,7 +256,7 @@ def test_descent_reaches_the_experts(case: Case) -> None:
     h = trace.embed(zoo.token_ids(20, 4))
     seen: list[Mapping[str, Tensor]] = []
     run_with = block.run_with
-    block.run_with = lambda own, free: seen.append(free) or run_with(own, free)  # type: ignore[method-assign,func-returns-value]
+    block.run_with = lambda inputs, free: seen.append(free) or run_with(inputs, free)  # type: ignore[method-assign,func-returns-value]
     descend(block, block.initial_parameters(), Streams(h, h, 5), Streams(h, h, 5), Chunk(20))
     start, fitted = block.initial_parameters(), seen[-1]
     for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
@@ -287,9 +289,9 @@ def test_distributed_checkpoints_have_the_models_own_names(case: Case, tmp_path:
 def test_a_renamed_weight_under_the_models_own_name(tmp_path: Path) -> None:
     """GPT-NeoX saves its head as `embed_out`; a state dict has it as `lm_head`, and both give the same tensor."""
     model = zoo.build("gpt_neox", steps=0)
-    saved, own = zoo.save(model, tmp_path / "saved"), own_names(model, tmp_path / "own")
+    saved, renamed = zoo.save(model, tmp_path / "saved"), own_names(model, tmp_path / "own")
     assert "embed_out.weight" in load_file(saved / "model.safetensors")
-    for path in (saved, own):
+    for path in (saved, renamed):
         assert torch.equal(opened(path).weights.read("lm_head.weight"), model.lm_head.weight)
 
 
@@ -354,8 +356,8 @@ def test_torchtitans_names(tmp_path: Path) -> None:
     h = trace.embed(ids)
     for block in trace.blocks():
         h = block.run(h)
-    found = logits(trace.normalise(h), trace.head).double()
-    torch.testing.assert_close(found, titan_logits(weights, config, torch.from_numpy(ids)), rtol=2e-5, atol=2e-5)
+    scores = logits(trace.normalise(h), trace.head).double()
+    torch.testing.assert_close(scores, titan_logits(weights, config, torch.from_numpy(ids)), rtol=2e-5, atol=2e-5)
 
 
 # ---------------------------------------------------------------- refusals

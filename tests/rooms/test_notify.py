@@ -204,11 +204,11 @@ def test_a_margin_that_wavers_by_its_own_noise_is_never_told(noises: list[float]
 @given(st.lists(st.sampled_from("bau-"), max_size=60), st.integers(1, 3))
 def test_notices_of_one_alert_alternate(letters: list[str], count: int) -> None:
     """Whatever the series, firing and resolved alternate, beginning with firing, and no id comes twice."""
-    own, states = Rule("r", "layer_below", count, count), ()
+    alert_rule, states = Rule("r", "layer_below", count, count), ()
     notices: list[Notice] = []
     for step, letter in enumerate(letters):
         seen = report(step, *([] if letter == "-" else [layer(3, letter)]))
-        verdict = told(judge(ReportObservation(seen), [own], states), rules=(own,))
+        verdict = told(judge(ReportObservation(seen), [alert_rule], states), rules=(alert_rule,))
         states = verdict.states
         notices += verdict.notices
     assert [one.state for one in notices] == ["firing", "resolved"] * (len(notices) // 2) + ["firing"] * (

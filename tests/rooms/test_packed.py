@@ -116,8 +116,8 @@ def plain_loss(unpacked: Unpacked) -> float:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()
     state = {}
     for name in weights.shapes():
-        own = next((own for glob, own in unpacked.sets.items() if fnmatchcase(name, glob)), None)
-        state[name] = weights.read(name) if own is None else quantise(weights.read(name).float(), own)
+        weight_set = next((weight_set for glob, weight_set in unpacked.sets.items() if fnmatchcase(name, glob)), None)
+        state[name] = weights.read(name) if weight_set is None else quantise(weights.read(name).float(), weight_set)
     model.load_state_dict(state, strict=not config["tie_word_embeddings"])
     return loss_of(model)
 
@@ -224,7 +224,7 @@ def compressed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if state == "frozen":
             compressor.compress_model(model)
         compressor.decompress_model(model)
-        return Written(path, {name: own.data for name, own in model.named_parameters()}, loss)
+        return Written(path, {name: parameter.data for name, parameter in model.named_parameters()}, loss)
 
     return write
 
@@ -238,8 +238,8 @@ def test_compressed_tensors(compressed: Callable[[str, str], Written], name: str
     """
     written = compressed(name, state)
     unpacked = unpack(opened(written.path))
-    for own in unpacked.weights.shapes():
-        assert torch.equal(unpacked.weights.read(own), written.dequantised[own]), own
+    for weight in unpacked.weights.shapes():
+        assert torch.equal(unpacked.weights.read(weight), written.dequantised[weight]), weight
     inputs = "input" in SCHEMES[name]
     assert plain_loss(unpacked) == pytest.approx(written.loss, abs=1e-2 if inputs else 1e-5)
     assert ("activations of its layers are not simulated" in unpacked.note) == inputs
@@ -327,9 +327,9 @@ def test_bitsandbytes(by_bitsandbytes: Callable[[str, str], Written], kind: str,
     written = by_bitsandbytes(kind, name)
     unpacked = unpack(opened(written.path))
     assert len(written.dequantised) == (14 if kind == "llama" else 8)
-    for own, matrix in written.dequantised.items():
-        assert torch.equal(unpacked.weights.read(own), matrix), own
-        assert unpacked.weights.shapes()[own] == tuple(matrix.shape)
+    for weight, matrix in written.dequantised.items():
+        assert torch.equal(unpacked.weights.read(weight), matrix), weight
+        assert unpacked.weights.shapes()[weight] == tuple(matrix.shape)
     assert plain_loss(unpacked) == pytest.approx(written.loss, abs=1e-2 if name == "int8" else 4e-3)
     assert unpacked.note.startswith(f"{name.split('-', maxsplit=1)[0]} ")
     assert "dequantised" in unpacked.note
@@ -372,7 +372,7 @@ def by_torchao(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         path = tmp_path_factory.mktemp(name)
         model.save_pretrained(path)
         named = dict(model.named_parameters())
-        matrices = {own: weight.dequantize() for own, weight in named.items() if hasattr(weight, "block_size")}
+        matrices = {name: weight.dequantize() for name, weight in named.items() if hasattr(weight, "block_size")}
         return Written(path, matrices, loss_of(model.eval()))
 
     return write
@@ -385,8 +385,8 @@ def test_torchao(by_torchao: Callable[..., Written], name: str, dtype: torch.dty
     written = by_torchao(name, dtype)
     unpacked = unpack(opened(written.path))
     assert len(written.dequantised) == 14
-    for own, matrix in written.dequantised.items():
-        assert torch.equal(unpacked.weights.read(own), matrix), own
+    for weight, matrix in written.dequantised.items():
+        assert torch.equal(unpacked.weights.read(weight), matrix), weight
     close = 1e-5 if dtype == torch.float32 and "dynamic" not in name else 1e-2
     assert plain_loss(unpacked) == pytest.approx(written.loss, abs=close)
     assert unpacked.note.startswith(f"{name.split('-', maxsplit=1)[0]} by torchao, dequantised")
@@ -446,12 +446,12 @@ def test_bitnet_online(by_bitnet: Callable[[str, str], Written]) -> None:
     unpacked = unpack(opened(written.path))
     assert unpacked.note.startswith("float32 latents of ternary (bitnet, online)")
     assert "8-bit activations of its layers are not simulated" in unpacked.note
-    assert {own.name for own in unpacked.sets.values()} == {"ternary"}
+    assert {weight_set.name for weight_set in unpacked.sets.values()} == {"ternary"}
     assert "model.layers.*.self_attn.q_proj.weight" in unpacked.sets
     fitting = {name for name in unpacked.weights.shapes() if any(fnmatchcase(name, glob) for glob in unpacked.sets)}
     assert fitting == written.dequantised.keys()
-    for own, matrix in written.dequantised.items():
-        effective = quantise(unpacked.weights.read(own), next(iter(unpacked.sets.values())))
+    for weight, matrix in written.dequantised.items():
+        effective = quantise(unpacked.weights.read(weight), next(iter(unpacked.sets.values())))
         torch.testing.assert_close(effective, matrix, rtol=1e-6, atol=1e-7)
     assert plain_loss(unpacked) == pytest.approx(written.loss, abs=2e-3)
 
@@ -461,8 +461,8 @@ def test_bitnet_offline(by_bitnet: Callable[[str, str], Written], linear_class: 
     """Packed codes times (autobitlinear) or over (bitlinear) their scale, and recognised as ternary."""
     written = by_bitnet(linear_class, "offline")
     unpacked = unpack(opened(written.path))
-    for own, matrix in written.dequantised.items():
-        assert torch.equal(unpacked.weights.read(own), matrix), own
+    for weight, matrix in written.dequantised.items():
+        assert torch.equal(unpacked.weights.read(weight), matrix), weight
         assert recognise(matrix).name == "ternary"
     assert not unpacked.sets
     assert unpacked.note.startswith("ternary packed by bitnet (offline), dequantised")
@@ -530,7 +530,7 @@ def test_named_quantiser(plain: Path) -> None:
     named = {"model.layers.*_proj.weight": "ternary", "lm_head.weight": "int4-g32"}
     weights.own_config["quantization_config"] = {"quant_method": "peel-agent", "weights": named}
     unpacked = unpack(weights)
-    assert {glob: own.name for glob, own in unpacked.sets.items()} == named
+    assert {glob: weight_set.name for glob, weight_set in unpacked.sets.items()} == named
     assert unpacked.note == "latents of int4-g32, ternary, as config.json names them"
     assert "quantization_config" not in unpacked.weights.config()
     assert torch.equal(unpacked.weights.read("lm_head.weight"), weights.read("lm_head.weight"))
@@ -595,10 +595,10 @@ def test_methods_that_nobody_knows_are_refused_by_name(plain: Path, method: Any)
 
 def fp8_of(state: dict[str, Tensor], block: tuple[int, int]) -> dict[str, Tensor]:
     """Matrices as fp8 codes with a scale for each block; a power of two in a byte where a block is one row."""
-    found = {}
+    tensors = {}
     for name, tensor in state.items():
         if not name.endswith("_proj.weight"):
-            found[name] = tensor
+            tensors[name] = tensor
             continue
         blocks = tensor.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
         scales = stored = blocks.abs().amax(dim=(1, 3)) / 448
@@ -606,22 +606,22 @@ def fp8_of(state: dict[str, Tensor], block: tuple[int, int]) -> dict[str, Tensor
             stored = (scales.log2().ceil() + 127).to(torch.uint8)
             scales = (stored.float() - 127).exp2()
         codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-        found |= {name: codes.flatten(0, 1).flatten(1, 2), f"{name}_scale_inv": stored}
-    return found
+        tensors |= {name: codes.flatten(0, 1).flatten(1, 2), f"{name}_scale_inv": stored}
+    return tensors
 
 
 def metal_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     from transformers.integrations.metal_quantization import _affine_quantize_tensor
 
-    found = {}
+    tensors = {}
     for name, tensor in state.items():
         if name.endswith("_proj.weight"):
             codes, scales, biases = _affine_quantize_tensor(tensor, 32, 4)
             module = name.removesuffix("weight")
-            found |= {name: codes, f"{module}scales": scales, f"{module}qbiases": biases}
+            tensors |= {name: codes, f"{module}scales": scales, f"{module}qbiases": biases}
         else:
-            found[name] = tensor
-    return found
+            tensors[name] = tensor
+    return tensors
 
 
 STEPS = re.compile(r"model\.(?:dequantize|save_pretrained)\(.*?\)(?=,| and )|model = .*?\)(?=, model| and model)")
@@ -699,8 +699,8 @@ Change = Callable[[Tensors], object]
 
 
 def group(weights: Tensors) -> dict[str, Any]:
-    (own,) = weights.settings["config_groups"].values()
-    return own  # type: ignore[no-any-return]
+    (settings,) = weights.settings["config_groups"].values()
+    return settings  # type: ignore[no-any-return]
 
 
 def put(name: str, make: Callable[[Tensor], Tensor]) -> Change:
@@ -796,8 +796,8 @@ def state(**entries: Any) -> Change:
     end = ".weight.quant_state.bitsandbytes__nf4"
 
     def changed(text: Tensor) -> Tensor:
-        own = json.loads(bytes(text.tolist())) | entries
-        return torch.tensor(list(json.dumps(own).encode()), dtype=torch.uint8)
+        settings = json.loads(bytes(text.tolist())) | entries
+        return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
 
     return put(end, changed)
 
@@ -866,10 +866,10 @@ def head(**entries: Any) -> Change:
     """Changes what the header says of the first query projection."""
 
     def change(weights: Tensors) -> None:
-        own = json.loads(weights.texts[f"{Q_PROJ}.weight"])
-        data = own["_data"] | {key: value for key, value in entries.items() if not key.startswith("_")}
-        own |= {"_data": data} | {key: value for key, value in entries.items() if key.startswith("_")}
-        weights.texts[f"{Q_PROJ}.weight"] = json.dumps(own)
+        form = json.loads(weights.texts[f"{Q_PROJ}.weight"])
+        data = form["_data"] | {key: value for key, value in entries.items() if not key.startswith("_")}
+        form |= {"_data": data} | {key: value for key, value in entries.items() if key.startswith("_")}
+        weights.texts[f"{Q_PROJ}.weight"] = json.dumps(form)
 
     return change
 
@@ -988,8 +988,8 @@ def test_any_value_of_the_settings(fixture: str, request: pytest.FixtureRequest)
         for junk in JUNK:
             config = original.own_config | {"quantization_config": replaced(original.settings, path, junk)}
             outcomes.append(outcome(Tensors(config, original.tensors, original.texts)))
-    assert {found for found in outcomes if not isinstance(found, str)} <= {(64, 64)}
-    assert 0 < max(len(found) for found in outcomes if isinstance(found, str)) < 1000
+    assert {shape_or_words for shape_or_words in outcomes if not isinstance(shape_or_words, str)} <= {(64, 64)}
+    assert 0 < max(len(shape_or_words) for shape_or_words in outcomes if isinstance(shape_or_words, str)) < 1000
 
 
 @pytest.mark.parametrize("fixture", ["nf4", "ao_int4"])
@@ -1008,5 +1008,5 @@ def test_any_value_beside_the_tensors(fixture: str, request: pytest.FixtureReque
             else:
                 weights.texts[f"{Q_PROJ}.weight"] = changed
             outcomes.append(outcome(weights))
-    assert {found for found in outcomes if not isinstance(found, str)} <= {(64, 64)}
-    assert 0 < max(len(found) for found in outcomes if isinstance(found, str)) < 1000
+    assert {shape_or_words for shape_or_words in outcomes if not isinstance(shape_or_words, str)} <= {(64, 64)}
+    assert 0 < max(len(shape_or_words) for shape_or_words in outcomes if isinstance(shape_or_words, str)) < 1000

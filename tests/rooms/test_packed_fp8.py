@@ -66,14 +66,14 @@ def write(folder: Path, config: Any, method: str, block: tuple[int, int] | None)
 
 def by_matrix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Matrices as fp8 codes with one scale each, and one for their activations."""
-    found = {}
+    tensors = {}
     for name, tensor in state.items():
-        found[name] = tensor
+        tensors[name] = tensor
         if name.endswith("_proj.weight"):
             scale = tensor.abs().max() / 448
-            found |= {name: (tensor / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
-            found[name.replace(".weight", ".activation_scale")] = torch.tensor(1.0)
-    return found
+            tensors |= {name: (tensor / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+            tensors[name.replace(".weight", ".activation_scale")] = torch.tensor(1.0)
+    return tensors
 
 
 @pytest.mark.parametrize(
@@ -161,5 +161,5 @@ def test_any_value_of_the_settings(fp8: Tensors) -> None:
         for path in leaves(fp8.settings)
         for changed in (replaced(fp8.settings, path, junk) for junk in JUNK)
     ]
-    assert {found for found in outcomes if not isinstance(found, str)} <= {(64, 64)}
-    assert 0 < max(len(found) for found in outcomes if isinstance(found, str)) < 1000
+    assert {shape_or_words for shape_or_words in outcomes if not isinstance(shape_or_words, str)} <= {(64, 64)}
+    assert 0 < max(len(shape_or_words) for shape_or_words in outcomes if isinstance(shape_or_words, str)) < 1000

@@ -53,11 +53,11 @@ def quantised(matrix: Tensor, bits: int, groups: np.ndarray[Any, Any]) -> tuple[
     """Codes [in, out], zero points [groups, out] and scales [groups, out] of a matrix [in, out]."""
     codes, zeros, scales = np.zeros(matrix.shape, dtype=np.int64), [], []
     for group in range(int(groups.max()) + 1):
-        own = matrix[groups == group].numpy()
-        low, high = own.min(0).clip(max=0), own.max(0).clip(min=0)
+        columns = matrix[groups == group].numpy()
+        low, high = columns.min(0).clip(max=0), columns.max(0).clip(min=0)
         scale = ((high - low) / (2**bits - 1)).astype(np.float16)
         zero = np.round(-low / scale).clip(0, 2**bits - 1).astype(np.int64)
-        codes[groups == group] = np.round(own / scale + zero).clip(0, 2**bits - 1)
+        codes[groups == group] = np.round(columns / scale + zero).clip(0, 2**bits - 1)
         zeros.append(zero)
         scales.append(scale)
     return codes, np.stack(zeros), torch.from_numpy(np.stack(scales))
@@ -121,8 +121,8 @@ def test_packed_words(name: str) -> None:
     weights, matrices = checkpoint(**CASES[name])
     unpacked = unpack(weights)
     assert len(matrices) in (8, 14)
-    for own, matrix in matrices.items():
-        assert torch.equal(unpacked.weights.read(own), matrix), own
+    for weight, matrix in matrices.items():
+        assert torch.equal(unpacked.weights.read(weight), matrix), weight
     method, bits = CASES[name]["method"], CASES[name].get("bits", 4)
     assert unpacked.note == f"int{bits} packed by {method}, dequantised"
     assert math.isfinite(plain_loss(unpacked))
@@ -222,5 +222,5 @@ def test_any_value_of_the_settings(method: str, request: pytest.FixtureRequest) 
         for path in leaves(original.settings)
         for changed in (replaced(original.settings, path, junk) for junk in JUNK)
     ]
-    assert {found for found in outcomes if not isinstance(found, str)} <= {(64, 64)}
-    assert 0 < max(len(found) for found in outcomes if isinstance(found, str)) < 1000
+    assert {shape_or_words for shape_or_words in outcomes if not isinstance(shape_or_words, str)} <= {(64, 64)}
+    assert 0 < max(len(shape_or_words) for shape_or_words in outcomes if isinstance(shape_or_words, str)) < 1000

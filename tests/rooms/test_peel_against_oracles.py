@@ -80,18 +80,20 @@ def test_block_margins(case: Case) -> None:
             assert ours.parts[part].status == status_of(of_parts, ours.index, bool(theirs["parts"][part]["left_out"]))
 
 
-def status_of(found: list[Any], index: int, left_out: bool) -> str:
+def status_of(estimates: list[Any], index: int, left_out: bool) -> str:
     """The oracle's status of the margin at `index` among those of its like."""
-    return margins.status(found[index], [own.value for own in found[:index] + found[index + 1 :]], left_out)
+    return margins.status(
+        estimates[index], [other.value for other in estimates[:index] + estimates[index + 1 :]], left_out
+    )
 
 
 def test_bounds_of_every_map(case: Case) -> None:
     """Each map's value and interval is the oracle's chain, refitted head and all."""
     by_map = {bound.map: bound for bound in case.findings.bounds}
     assert set(MAPS) <= set(by_map)
-    for own in MAPS:
-        theirs = bounds.bound_of_map(case.decoder, *case.parts, own)
-        ours = by_map[own].value
+    for target_map in MAPS:
+        theirs = bounds.bound_of_map(case.decoder, *case.parts, target_map)
+        ours = by_map[target_map].value
         close([ours.value, ours.low, ours.high], theirs["value"], 2e-4)
 
 
@@ -100,16 +102,16 @@ def test_gap_and_zone(case: Case) -> None:
 
     Of winners that differ on select by rounding only, either may be ours.
     """
-    found = bounds.suite(case.decoder, *case.parts, MAPS)["bounds"]
-    least = min(own["select_losses"].mean() for own in found)
-    winners = [own for own in found if own["select_losses"].mean() < least + 4e-4]
+    suite = bounds.suite(case.decoder, *case.parts, MAPS)["bounds"]
+    least = min(bound["select_losses"].mean() for bound in suite)
+    winners = [bound for bound in suite if bound["select_losses"].mean() < least + 4e-4]
     trained = case.decoder.nll(case.decoder.streams(case.parts[2])[-1], case.parts[2])
     ours = case.findings
     assert ours.bound is not None
     assert ours.gap is not None
     gap = [ours.gap.value, ours.gap.low, ours.gap.high]
-    theirs = [intervals.paired(trained - own["confirm_losses"]) for own in winners]
-    assert any(np.allclose(gap, own, rtol=2e-4, atol=2e-4) for own in theirs), (gap, theirs)
+    theirs = [intervals.paired(trained - winner["confirm_losses"]) for winner in winners]
+    assert any(np.allclose(gap, interval, rtol=2e-4, atol=2e-4) for interval in theirs), (gap, theirs)
     assert ours.zone == bounds.zone(intervals.Interval(*gap))
 
 

@@ -71,9 +71,9 @@ def test_rounded_weights_can_be_stored(name: str, seed: int) -> None:
     Not promised of integer sets, whose quantiser takes its scale from the largest entry: rounding may have moved that.
     """
     matrix, gram = case(seed, rows=4)
-    own = WeightSet.named(name)
-    rounded = round_in_gram(torch.from_numpy(matrix), torch.from_numpy(gram), own)
-    np.testing.assert_allclose(quantise(latents_of(rounded, own), own), rounded, atol=1e-9)
+    weight_set = WeightSet.named(name)
+    rounded = round_in_gram(torch.from_numpy(matrix), torch.from_numpy(gram), weight_set)
+    np.testing.assert_allclose(quantise(latents_of(rounded, weight_set), weight_set), rounded, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["sign", "sign-matrix", "ternary", "ternary-channel", "int3-channel", "int4-g32"])

@@ -231,7 +231,7 @@ FINDINGS = st.builds(
 PARTS = st.builds(
     PartReport,
     st.sampled_from(("above", "below", "undecided", "not_measured")),
-    *(st.none() | own for own in (ESTIMATES, ESTIMATES, CHANGES, ESTIMATES, st.text())),
+    *(st.none() | strategy for strategy in (ESTIMATES, ESTIMATES, CHANGES, ESTIMATES, st.text())),
 )
 REPORTS = st.builds(
     PeelReport,

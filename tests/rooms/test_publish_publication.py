@@ -64,7 +64,7 @@ def deep(blocks: int, *, parts: bool = False) -> PeelReport:
     layers = tuple(layer(index, (7 * index % blocks) / blocks, 0.5) for index in range(blocks))
     if parts:
         both = {name: PartReport("above", Estimate(0.25, 0.2, 0.3)) for name in ("attention", "mlp")}
-        layers = tuple(dataclasses.replace(own, parts=both) for own in layers)
+        layers = tuple(dataclasses.replace(block, parts=both) for block in layers)
     return dataclasses.replace(FULL, layers=layers)
 
 
@@ -203,7 +203,7 @@ def test_margins_of_parts_are_cut_before_anything_of_a_layer() -> None:
     everything = list(published(report).metrics)
     parts, maps = [key for key in everything if key.startswith("peel/margin_")], ["peel/yes/head"]
     assert (len(everything), len(parts)) == (9 + 12 + 12 + 1, 12)
-    best_first = [f"peel/margin/L{index:03d}" for index in sorted(range(6), key=lambda own: -(7 * own % 6))]
+    best_first = [f"peel/margin/L{index:03d}" for index in sorted(range(6), key=lambda index: -(7 * index % 6))]
     gone: list[str] = []
     for fit in reversed(range(len(everything))):
         now = set(published(report, max_series=fit).metrics)
@@ -212,7 +212,7 @@ def test_margins_of_parts_are_cut_before_anything_of_a_layer() -> None:
     assert gone[:1] == maps
     parts_last = ("mlp", "attention")
     assert gone[1:13] == [key.replace("margin", f"margin_{part}") for key in best_first for part in parts_last]
-    assert gone[13:25] == [own for key in best_first for own in (key.replace("margin", "headroom"), key)]
+    assert gone[13:25] == [name for key in best_first for name in (key.replace("margin", "headroom"), key)]
     assert set(gone[25:]) == set(SUMMARIES)
 
 
@@ -222,9 +222,9 @@ def test_layers_with_a_finding_are_cut_last() -> None:
     layers[3] = dataclasses.replace(layers[3], change=Change(1.0))
     layers[1] = dataclasses.replace(layers[1], finding=Finding("changed", "model.layers.1/mlp", "words"))
     report = dataclasses.replace(FULL, layers=tuple(layers))
-    own = [key for key in published(report).metrics if key.split("/")[1] in ("margin", "change")]
-    assert own == ["peel/margin/L001", "peel/margin/L000", "peel/margin/L002", "peel/change/L003"]
-    assert [key for key in published(report, max_series=10).metrics if key not in SUMMARIES] == own[:1]
+    kept = [key for key in published(report).metrics if key.split("/")[1] in ("margin", "change")]
+    assert kept == ["peel/margin/L001", "peel/margin/L000", "peel/margin/L002", "peel/change/L003"]
+    assert [key for key in published(report, max_series=10).metrics if key not in SUMMARIES] == kept[:1]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def table(one: PeelReport) -> str:
     return plain_text(report_sheet(one))
 
 
-def found(kind: FindingKind, subject: str = BLOCK) -> Finding:
+def finding_of(kind: FindingKind, subject: str = BLOCK) -> Finding:
     return Finding(kind, subject, f"{subject} is {kind}", {}, ("a script wrote into it", "a bad restore"))
 
 
@@ -68,7 +68,7 @@ def test_the_table_has_a_column_for_everything_of_a_block() -> None:
     """
     widest = layer(
         3,
-        found("never_trained", f"{BLOCK}/attention"),
+        finding_of("never_trained", f"{BLOCK}/attention"),
         status="not_measured",
         margin=Estimate(-0.0176, -0.0754, -0.0427),
         change=Change(123.456),
@@ -107,7 +107,7 @@ def test_the_table_has_a_column_for_everything_of_a_block() -> None:
 def test_findings_are_told_in_sentences_with_their_causes() -> None:
     """Under the blocks each finding is a sentence with its likely causes, what is said of the run first."""
     run = Finding("collapsed", "run", "all blocks are idle", {}, ("the run diverged",))
-    lines = table(report(layer(2), layer(3, found("changed", f"{BLOCK}/mlp")), finding=run)).splitlines()
+    lines = table(report(layer(2), layer(3, finding_of("changed", f"{BLOCK}/mlp")), finding=run)).splitlines()
     start = lines.index("run: all blocks are idle")
     assert lines[start : start + 6] == [
         "run: all blocks are idle",
@@ -126,10 +126,12 @@ def test_the_headline_is_made_of_findings(kind: FindingKind) -> None:
 
     What is frozen is told all the same, without a step since when: at the first checkpoint that shows it.
     """
-    line = headline(report(layer(2), layer(3, found(kind))))
+    line = headline(report(layer(2), layer(3, finding_of(kind))))
     harmless = kind in ("victim", "frozen", "early", "collapsed", "diverged")
     assert (kind in ACCUSING) != harmless
-    assert (f"{BLOCK} is {kind}" in line) == (not harmless or (kind == "frozen" and found(kind).since_step is None))
+    assert (f"{BLOCK} is {kind}" in line) == (
+        not harmless or (kind == "frozen" and finding_of(kind).since_step is None)
+    )
     assert ("nothing found in any layer" in line) == harmless
 
 
@@ -158,7 +160,7 @@ MOVED = {"change": Change(1.0)}
         (WON, None, "margins not measured"),
         (WON | MOVED, 600, "nothing found in any layer; margins and progress not measured"),
         (MOVED | {"progress": Estimate(0.1, 0.0, 0.2)}, 600, "nothing found in any layer; margins not measured"),
-        (WON | {"finding": found("improvable")}, None, f"{BLOCK} is improvable; margins not measured"),
+        (WON | {"finding": finding_of("improvable")}, None, f"{BLOCK} is improvable; margins not measured"),
     ],
 )
 def test_the_headline_says_what_was_not_measured(

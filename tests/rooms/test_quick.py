@@ -114,7 +114,7 @@ def model_of(kind: str, width: int, steps: int, idle: Sequence[str] = ()) -> Any
     model = AutoModelForCausalLM.from_config(config)
     for name in idle:
         model.get_parameter(name).requires_grad_(False).zero_()
-    optimiser = torch.optim.AdamW([own for own in model.parameters() if own.requires_grad], lr=3e-3)
+    optimiser = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=3e-3)
     for step in range(steps):
         ids = torch.from_numpy(text(8, step))
         optimiser.zero_grad()
@@ -126,7 +126,7 @@ def model_of(kind: str, width: int, steps: int, idle: Sequence[str] = ()) -> Any
 @pytest.fixture(
     scope="module",
     params=[("llama", 32, 60), ("llama", 64, 60), ("llama", 128, 0), ("gpt2", 64, 60)],
-    ids=lambda own: "-".join(map(str, own)),
+    ids=lambda case: "-".join(map(str, case)),
 )
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -154,7 +154,7 @@ def test_quick_intervals_hold_the_standard_margins(checkpoint: Path, tmp_path: P
         ids = text(120, 1000)
         np.save(tmp_path / "probe.npy", ids.reshape(-1) if row is None else ids.reshape(-1, row))
         quick, standard = (scanned(checkpoint, tmp_path / "probe.npy", effort) for effort in ("quick", "standard"))
-        assert not [own for own in quick.skipped if "fit tokens" in own.why]
+        assert not [skipped for skipped in quick.skipped if "fit tokens" in skipped.why]
         for ours, theirs in zip(quick.layers, standard.layers, strict=True):
             assert ours.margin is not None
             assert theirs.margin is not None
@@ -173,7 +173,10 @@ def test_quick_says_what_it_does_not_measure(small: Path, tmp_path: Path) -> Non
     np.save(tmp_path / "probe.npy", text(120, 1000))
     report = scanned(small, tmp_path / "probe.npy", "quick")
     assert {part.status for layer in report.layers for part in layer.parts.values()} == {"not_measured"}
-    assert {own.what for own in report.skipped} == {"margins of attention and MLP parts", "`previous` references"}
+    assert {skipped.what for skipped in report.skipped} == {
+        "margins of attention and MLP parts",
+        "`previous` references",
+    }
 
 
 # ---------------------------------------------------------------- which reference is the best
@@ -193,15 +196,15 @@ SELECTING = 4
 def test_the_interval_spans_what_may_be_the_best(other: Any, spans: bool) -> None:
     """On few sequences the reference that is picked may not be the best: the interval covers each that may be."""
     references = {"skip": TRAINED + 0.45 + 0.01 * NOISE, "affine": other}
-    excesses = {name: Excess(own - TRAINED) for name, own in references.items()}
-    alone = {name: margin({name: own}, SELECTING, complete=True).estimate for name, own in excesses.items()}
+    excesses = {name: Excess(losses - TRAINED) for name, losses in references.items()}
+    alone = {name: margin({name: excess}, SELECTING, complete=True).estimate for name, excess in excesses.items()}
     sure, unsure = (margin(excesses, SELECTING, complete=True, unsure_of_best=unsure) for unsure in (False, True))
     assert sure.best == unsure.best == "skip"
     assert sure.estimate == alone["skip"]
     covered = alone.values() if spans else [alone["skip"]]
     assert unsure.estimate.value == alone["skip"].value
-    assert unsure.estimate.low == min(own.low for own in covered)
-    assert unsure.estimate.high == max(own.high for own in covered)
+    assert unsure.estimate.low == min(estimate.low for estimate in covered)
+    assert unsure.estimate.high == max(estimate.high for estimate in covered)
 
 
 # ---------------------------------------------------------------- a block far under its neighbours
@@ -246,9 +249,9 @@ def test_a_block_far_under_its_neighbours_is_undecided_with_a_hint(case: str) ->
             assert (judged.status, left_open.status) == ("above", "undecided")
             assert left_open.hint is not None
             assert left_open.name in left_open.hint
-    wide = {place: margin_of(own.estimate.value, spread=0.1) for place, own in margins.items()}
+    wide = {place: margin_of(wide_of.estimate.value, spread=0.1) for place, wide_of in margins.items()}
     reports = layer_reports(Measured(wide, {}, {}, {}), names, visited, parts_open=True)
-    assert all(own.hint is None for own in reports)
+    assert all(report.hint is None for report in reports)
 
 
 # ---------------------------------------------------------------- what was not asked for
@@ -260,7 +263,7 @@ def test_without_margins_the_words_say_so(small: Path, quantities: tuple[str, ..
     np.save(tmp_path / "probe.npy", text(60, 1000))
     report = peel_agent.scan(small, probe=tmp_path / "probe.npy", quantities=quantities)
     assert {layer.status for layer in report.layers} == {"not_measured"}
-    assert {"margins of blocks and parts"} == {own.what for own in report.skipped}
+    assert {"margins of blocks and parts"} == {skipped.what for skipped in report.skipped}
     assert headline(report).endswith("margins not measured")
     assert "undecided" not in plain_text(report_sheet(dataclasses.replace(report, zone="effective")))
     numbered = dataclasses.replace(report, checkpoint=dataclasses.replace(report.checkpoint, step=5))

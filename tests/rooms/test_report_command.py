@@ -157,10 +157,10 @@ def test_the_watched_directory_is_enough(tmp_path: Path, monkeypatch: pytest.Mon
     from peel_agent.sources import with_absolute_places
     from peel_agent.state import state_dir_of
 
-    own = state_dir_of(with_absolute_places(load_settings(None, {"watch.path": str(watched)})), None)
-    with closing(Ledger(own)) as ledger:
+    state_dir = state_dir_of(with_absolute_places(load_settings(None, {"watch.path": str(watched)})), None)
+    with closing(Ledger(state_dir)) as ledger:
         fill(ledger, "checkpoints", str(watched))
-    for arguments in ([str(watched)], ["--state", str(own)], [str(watched), "--state", str(own)]):
+    for arguments in ([str(watched)], ["--state", str(state_dir)], [str(watched), "--state", str(state_dir)]):
         assert main(["report", *arguments, "--out", str(tmp_path / "report.html")]) == 0
 
 

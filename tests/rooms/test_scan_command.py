@@ -24,7 +24,7 @@ COLLAPSED = Finding("collapsed", "run", "only 1 of 3 blocks certainly do more th
 
 
 @pytest.mark.parametrize(
-    ("found", "met"),
+    ("scanned", "met"),
     [
         (report("above", "undecided", "undecided", run=EARLY), False),
         (report("not_measured", "undecided", "undecided", run=EARLY), False),
@@ -33,6 +33,6 @@ COLLAPSED = Finding("collapsed", "run", "only 1 of 3 blocks certainly do more th
         (report("above", "below", "below", run=COLLAPSED), True),
     ],
 )
-def test_fail_on_below_needs_a_block_that_is_below(found: PeelReport, met: bool) -> None:
+def test_fail_on_below_needs_a_block_that_is_below(scanned: PeelReport, met: bool) -> None:
     """A run that is early because most blocks are undecided does not fail; one with a block certainly below does."""
-    assert meets(found, "below") == met
+    assert meets(scanned, "below") == met

@@ -54,7 +54,7 @@ def named(name: str) -> PeelReport:
         for layer in one.layers
     ]  # fmt: skip
     model = dataclasses.replace(one.model, family=name, precision=name)
-    skipped = tuple(dataclasses.replace(own, what=name, why=name) for own in one.skipped)
+    skipped = tuple(dataclasses.replace(left_out, what=name, why=name) for left_out in one.skipped)
     checkpoint = dataclasses.replace(one.checkpoint, path=name)
     return dataclasses.replace(one, checkpoint=checkpoint, layers=tuple(layers), model=model, skipped=skipped)
 

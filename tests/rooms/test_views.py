@@ -106,10 +106,10 @@ def test_a_program_reads_the_page(page: str) -> None:
     cells = {(row["step"], row["layer"], row["band"]): row for row in records(data["tables"]["cells"])}
     for report in history.reports:
         for layer in report.layers:
-            own = cells[report.checkpoint.step, layer.index, "block"]
+            block_row = cells[report.checkpoint.step, layer.index, "block"]
             assert layer.margin is not None
-            assert own["margin"] == pytest.approx(layer.margin.value, rel=1e-4)
-            assert (own["status"], own["stand_in"]) == (layer.status, layer.best_reference)
+            assert block_row["margin"] == pytest.approx(layer.margin.value, rel=1e-4)
+            assert (block_row["status"], block_row["stand_in"]) == (layer.status, layer.best_reference)
     assert (100, 0, "mlp") not in cells, "what was not measured has no cell"
     assert {row["step"]: row["cause"] for row in records(data["tables"]["gaps"])} == {
         500: "rotated", 600: "refused", 900: "overtaken",
@@ -213,11 +213,11 @@ def test_little_is_shown_too(history: History) -> None:
 def test_the_verdict_is_one_sentence(findings: list[str], words: str) -> None:
     """It names at most three findings, and counts the others."""
     layers = histories.report(100, layers=max(2, len(findings))).layers
-    own = [
+    named_layers = [
         dataclasses.replace(layer, finding=Finding("below", layer.name, findings[i]) if i < len(findings) else None)
         for i, layer in enumerate(layers)
     ]
-    assert verdict(dataclasses.replace(LEAST, layers=tuple(own))) == words
+    assert verdict(dataclasses.replace(LEAST, layers=tuple(named_layers))) == words
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ def checkpoint(root: Path, step: int) -> CheckpointRef:
 
 def is_whole(ref: CheckpointRef) -> bool:
     """Whether the format finds the same checkpoint at the place where it is to be read."""
-    (form,) = (own for own in FORMATS if own.name == ref.format)
-    found = form.inspect(LocalListing(ref.in_place().path))
-    return found.state == "complete" and fingerprint(found.files) == ref.fingerprint
+    (form,) = (known for known in FORMATS if known.name == ref.format)
+    readiness = form.inspect(LocalListing(ref.in_place().path))
+    return readiness.state == "complete" and fingerprint(readiness.files) == ref.fingerprint
 
 
 class TestPins:
@@ -266,7 +266,7 @@ class TestQueue:
         for step in (30, 10, 50, 20, 40):
             queue.add(held.pin(refs[step]))
         ref, older = queue.next()
-        assert (ref.step, [own.step for own in older], len(queue)) == (chosen, passed, len(left))
+        assert (ref.step, [passed_ref.step for passed_ref in older], len(queue)) == (chosen, passed, len(left))
         assert all(map(is_whole, (ref, *older)))
 
     @pytest.mark.parametrize("policy", ["all", "latest", "every:3"])
@@ -285,7 +285,7 @@ class TestQueue:
         queue.add(checkpoint(root, 600))
         queue.add(locate(write_checkpoint(root / "final")))
         ref, passed = queue.next()
-        assert (ref.step, [own.step for own in passed], len(queue)) == (600, [1000], 1)
+        assert (ref.step, [passed_ref.step for passed_ref in passed], len(queue)) == (600, [1000], 1)
         assert queue.next()[0].step is None
 
     def test_a_full_disk_frees_what_waits(self, root: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

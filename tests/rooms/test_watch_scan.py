@@ -52,7 +52,7 @@ def write_checkpoint(folder: Path, step: int | None = None) -> Path:
     return folder
 
 
-def found(root: Path) -> list[tuple[str, str, str, int | None]]:
+def sightings(root: Path) -> list[tuple[str, str, str, int | None]]:
     """(path below the root, format, state, step) of every sighting."""
     return [
         (str(seen.path.relative_to(root)), seen.format, seen.readiness.state, seen.step) for seen in scan(root, FORMATS)
@@ -63,12 +63,12 @@ class TestWhatIsSeen:
     def test_a_checkpoint_given_as_root(self, tmp_path: Path) -> None:
         """A root that is itself a checkpoint is the only sighting; its files are not seen again."""
         write_checkpoint(tmp_path / "checkpoint-5", 5)
-        assert found(tmp_path / "checkpoint-5") == [(".", "transformers", "complete", 5)]
+        assert sightings(tmp_path / "checkpoint-5") == [(".", "transformers", "complete", 5)]
 
     def test_a_file_given_as_root(self, tmp_path: Path) -> None:
         """A single safetensors file can be the root."""
         write_checkpoint(tmp_path / "m")
-        assert found(tmp_path / "m" / "model.safetensors") == [(".", "safetensors", "complete", None)]
+        assert sightings(tmp_path / "m" / "model.safetensors") == [(".", "safetensors", "complete", None)]
 
     @pytest.mark.parametrize(
         "name",
@@ -85,20 +85,20 @@ class TestWhatIsSeen:
         """A folder that will be renamed when it is whole would else count twice."""
         write_checkpoint(tmp_path / name)
         write_checkpoint(tmp_path / "temperature-5")
-        assert found(tmp_path) == [("temperature-5", "safetensors", "complete", None)]
+        assert sightings(tmp_path) == [("temperature-5", "safetensors", "complete", None)]
 
     def test_checkpoints_of_one_run(self, tmp_path: Path) -> None:
         """Checkpoints are seen directly below the root and no deeper: two runs must not become one series."""
         write_checkpoint(tmp_path / "checkpoint-5", 5)
         write_checkpoint(tmp_path / "exp1" / "checkpoint-7", 7)
-        assert found(tmp_path) == [("checkpoint-5", "transformers", "complete", 5)]
+        assert sightings(tmp_path) == [("checkpoint-5", "transformers", "complete", 5)]
 
     def test_single_files_beside_each_other(self, tmp_path: Path) -> None:
         """Safetensors files in a folder that is no checkpoint are one checkpoint each, with a common config.json."""
         (tmp_path / "config.json").write_text("{}")
         for step in (5, 10):
             (tmp_path / f"step-{step}.safetensors").write_bytes(safetensors_bytes())
-        assert [(path, step) for path, _, state, step in found(tmp_path) if state == "complete"] == [
+        assert [(path, step) for path, _, state, step in sightings(tmp_path) if state == "complete"] == [
             ("step-10.safetensors", 10),
             ("step-5.safetensors", 5),
         ]
@@ -118,7 +118,7 @@ class TestWhatIsSeen:
     def test_what_is_being_written(self, tmp_path: Path) -> None:
         """An empty checkpoint-N is seen as incomplete; it is one in the making."""
         (tmp_path / "checkpoint-5").mkdir()
-        assert found(tmp_path) == [("checkpoint-5", "transformers", "incomplete", None)]
+        assert sightings(tmp_path) == [("checkpoint-5", "transformers", "incomplete", None)]
 
     def test_other_things_are_not_seen(self, tmp_path: Path) -> None:
         """Logs, hidden folders and plain files are no checkpoints."""
@@ -126,7 +126,7 @@ class TestWhatIsSeen:
         (tmp_path / "runs" / "events.out").write_text("x")
         (tmp_path / "config.json").write_text("{}")
         write_checkpoint(tmp_path / ".cache")
-        assert found(tmp_path) == []
+        assert sightings(tmp_path) == []
 
     def test_the_strongest_claim_has_it(self, tmp_path: Path) -> None:
         """Of two formats that know a path the one with the stronger claim has it, of equal ones the first in order."""
@@ -276,7 +276,7 @@ class TestWhatVanishes:
             return listed(path)
 
         monkeypatch.setattr(os, "scandir", stale)
-        assert [path for path, *_ in found(tmp_path)] == ["checkpoint-7"]
+        assert [path for path, *_ in sightings(tmp_path)] == ["checkpoint-7"]
 
     def test_a_checkpoint_that_may_not_be_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It says so, and how to mend it: never that it should be waited for or written again."""

@@ -31,8 +31,8 @@ def peel_agent(
 
 def environment_of(home: Path, **more: str) -> dict[str, str]:
     """This process's environment with a state folder of its own and no tracker but the one given."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PEEL__"))}
-    return own | {"XDG_STATE_HOME": str(home), "MLFLOW_DISABLE_TELEMETRY": "true"} | more
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PEEL__"))}
+    return inherited | {"XDG_STATE_HOME": str(home), "MLFLOW_DISABLE_TELEMETRY": "true"} | more
 
 
 def reports_of(state: Path) -> tuple[Path, ...]:

@@ -109,12 +109,12 @@ def faulty_proxy(server: str) -> Iterator[Proxy]:
         def handle_error(self, *_: object) -> None:
             """A connection that was cut."""
 
-    with Server(("127.0.0.1", 0), Handler) as own:
-        proxy = Proxy(f"http://127.0.0.1:{own.server_address[1]}")
-        thread = threading.Thread(target=own.serve_forever, daemon=True)
+    with Server(("127.0.0.1", 0), Handler) as listener:
+        proxy = Proxy(f"http://127.0.0.1:{listener.server_address[1]}")
+        thread = threading.Thread(target=listener.serve_forever, daemon=True)
         thread.start()
         yield proxy
-        own.shutdown()
+        listener.shutdown()
         thread.join()
 
 

@@ -51,9 +51,9 @@ class Hostile:
     @property
     def tag(self) -> str:
         """The part of the name that is printed as it is, however the rest is."""
-        found = re.match(r"[\w.=-]+", self.name, re.ASCII)
-        assert found is not None
-        return found[0]
+        match = re.match(r"[\w.=-]+", self.name, re.ASCII)
+        assert match is not None
+        return match[0]
 
 
 def refused_at_a_look() -> list[Hostile]:
@@ -289,9 +289,9 @@ _FILES: Mapping[str, tuple[str, Mapping[str, bytes]]] = {
 
 
 def _links() -> Iterator[Hostile]:
-    for name, (own, files) in _FILES.items():
+    for name, (slug, files) in _FILES.items():
         make = _in_place(name, _link_to("/etc/passwd"), files)
-        yield Hostile(own or f"link-{_slug(name)}", make, f"{name} is a link to /etc/passwd, outside")
+        yield Hostile(slug or f"link-{_slug(name)}", make, f"{name} is a link to /etc/passwd, outside")
     shard = "a-00001-of-00001.safetensors"
     index = {"model.safetensors.index.json": safetensors_files.index_file({"w": shard})}
     metadata = {".metadata": pickle.dumps(dcp_files.sound())}

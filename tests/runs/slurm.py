@@ -58,8 +58,8 @@ class Cluster:
 
     def do(self, *command: str, **environment: str) -> str:
         """What a program of SLURM says; AssertionError with its errors when it fails."""
-        own = {**os.environ, **environment, "SLURM_CONF": str(self.folder / "slurm.conf")}
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=own, cwd=self.folder)
+        variables = {**os.environ, **environment, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=variables, cwd=self.folder)
         assert done.returncode == 0, f"{command}: {done.stderr}\n{self.log()}"
         return done.stdout.strip()
 

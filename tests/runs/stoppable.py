@@ -133,13 +133,13 @@ class Counter:
 
     def points(self) -> list[int]:
         """The counts at which each line was run first, and last."""
-        return sorted({count for own in self._occurrences.values() for count in own})
+        return sorted({count for counts in self._occurrences.values() for count in counts})
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
             self.count += 1
-            own = self._occurrences.setdefault((frame.f_code.co_filename, frame.f_lineno), [])
-            own[1:] = [self.count]  # the first, and the last so far
+            counts = self._occurrences.setdefault((frame.f_code.co_filename, frame.f_lineno), [])
+            counts[1:] = [self.count]  # the first, and the last so far
             if self.count == self._last:
                 os.kill(os.getpid(), signal.SIGKILL)
         return self._line

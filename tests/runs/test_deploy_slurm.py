@@ -126,8 +126,8 @@ def test_as_a_job_of_its_own(site: Cluster, place: Place) -> None:
     waits = f"until [ -e {go} ]; do sleep 0.2; done"
     training = site.submit(_script(place, f"{place.training} && {waits}"), **place.environment)
     options = ("--partition=cheap", "--job-name=agent-of-mine")
-    own = place.environment | {"PEEL_TRAINING_JOB": training}
-    agent, second = (site.submit(SHIPPED / "agent.sbatch", *options, **own) for _ in range(2))
+    environment = place.environment | {"PEEL_TRAINING_JOB": training}
+    agent, second = (site.submit(SHIPPED / "agent.sbatch", *options, **environment) for _ in range(2))
     wait_for(lambda: len(place.peeled()) >= 1, 400)
     assert site.state(second) == "PENDING"
     site.do("scancel", "--batch", "--signal=USR1", agent)  # as the time limit does

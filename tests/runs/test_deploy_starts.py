@@ -77,9 +77,9 @@ def test_the_mlflow_server_answers_to_its_names(place: Path) -> None:
     asked = SERVICES["agent"]["environment"]["MLFLOW_TRACKING_URI"].removeprefix("http://")
     arguments = [re.sub(r"\$\{\w+:-(.*)\}$", r"\1", part) for part in service["command"]]
     arguments = [part.replace("/var/lib/peel-agent", str(place / "state")) for part in arguments]
-    own = ["--host=127.0.0.1", f"--port={port}", "--workers=1"]  # instead of the address and port of a container
+    address = ["--host=127.0.0.1", f"--port={port}", "--workers=1"]  # instead of the address and port of a container
     environment = started_by("compose", place)[0] | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with confined(place, environment, BIN / service["entrypoint"][0], *arguments, *own) as server:
+    with confined(place, environment, BIN / service["entrypoint"][0], *arguments, *address) as server:
         try:
             servers.wait_until_it_answers(f"http://127.0.0.1:{port}/health", server, place / "log")
             answers = {host: status(port, host) for host in (asked, "elsewhere:5000")}

@@ -38,14 +38,14 @@ def test_a_mistyped_run_id_is_told_before_anything_is_peeled(mlflow_uri: str, tm
     """The place is empty yet: the run id and its remedy are in the log, `status` is not ready, nothing is written."""
     more = f'[tracker.mlflow]\ntracking_uri = "{mlflow_uri}"\n'
     variables = {"MLFLOW_RUN_ID": f" {'f' * 32}\n", "MLFLOW_EXPERIMENT_NAME": "of the training"}
-    with Sidecar(tmp_path, more, **variables).running() as own:
-        own.wait_for_words("does not exist")
-        said = own.said()
+    with Sidecar(tmp_path, more, **variables).running() as sidecar:
+        sidecar.wait_for_words("does not exist")
+        said = sidecar.said()
         assert f"run_id is {'f' * 32}, from MLFLOW_RUN_ID" in said
         assert "experiment is of the training, from MLFLOW_EXPERIMENT_NAME" in said
         assert "correct [tracker.mlflow] run_id" in said
         assert "peeling" not in said
-        wait_for(lambda: not own.status()["ready"])
+        wait_for(lambda: not sidecar.status()["ready"])
     assert servers.mlflow_client(mlflow_uri).get_experiment_by_name("of the training") is None
 
 

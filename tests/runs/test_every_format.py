@@ -82,13 +82,13 @@ WRITERS: dict[str, Callable[[Any, Path], Path]] = {
 
 def numbers(path: Path, probe: Path) -> dict[str, Any]:
     """A report without what tells one file from another."""
-    found = scan(
+    report = scan(
         path,
         probe=ProbeSettings(path=probe, sequence_length=12),
         peeling=PeelSettings(quantities=("margin", "bounds"), maps=((4,), (1, 4))),
         clock=itertools.count().__next__,
     )
-    form = report_json(found)
+    form = report_json(report)
     # `bound_step` is the step of the checkpoint, which a plain file does not know.
     return {key: value for key, value in form.items() if key not in ("checkpoint", "timing", "bound_step")}
 
@@ -161,8 +161,8 @@ def test_a_watched_folder_has_it_once(name: str, request: pytest.FixtureRequest)
     fixture, producer = PRODUCERS[name]
     path: Path = request.getfixturevalue(fixture) / name / producer.checkpoint
     seen = watch.scan(path.parent, registry.formats())
-    found = [sighting for sighting in seen if sighting.path.name != producers.PLAIN]
-    assert [(sighting.path, sighting.readiness.state) for sighting in found] == [(path.resolve(), "complete")]
+    others = [sighting for sighting in seen if sighting.path.name != producers.PLAIN]
+    assert [(sighting.path, sighting.readiness.state) for sighting in others] == [(path.resolve(), "complete")]
 
 
 def test_the_trainings_did_what_they_say(single: Path, pair: Path) -> None:

@@ -42,7 +42,7 @@ def test_scan_names_the_held_back_block(
     if kind == "llama":
         trained = [margin for index, margin in enumerate(margins) if index not in faulty]
         assert min(margin["low"] for margin in trained) > NOTHING, finished.stdout
-    assert finished.returncode == any(own["finding"] is not None for own in (report, *report["layers"]))
+    assert finished.returncode == any(part["finding"] is not None for part in (report, *report["layers"]))
     assert report["model"]["blocks"] == 6
     assert report["checkpoint"]["step"] == STEPS
 
@@ -66,5 +66,5 @@ def test_the_loss_curve_shows_nothing(train: Train) -> None:
     for healthy in (False, True):
         state = json.loads((train("llama", healthy) / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry][-5:])
-    held_back, whole = (sum(own) / len(own) for own in losses)
+    held_back, whole = (sum(curve) / len(curve) for curve in losses)
     assert abs(held_back / whole - 1) < 0.05

@@ -73,8 +73,8 @@ class Session:
         """What is said of one checkpoint, up to what is said of the next."""
         said = LOG_PREFIX.sub("", self.stderr)
         named = rf"^(?:cannot read |cannot use |refused: |gave up )?/[^\n]*/{re.escape(case.tag)}"
-        own = named + r".*?(?=^cannot |^step |^refused: |^gave up |^/|\Z)"
-        return "\n".join(re.findall(own, said, re.MULTILINE | re.DOTALL))
+        pattern = named + r".*?(?=^cannot |^step |^refused: |^gave up |^/|\Z)"
+        return "\n".join(re.findall(pattern, said, re.MULTILINE | re.DOTALL))
 
 
 class Sidecar:
@@ -132,10 +132,10 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
 def _most_memory(process: psutil.Process) -> int:
     """The most that a process had so far, as the kernel keeps it: nothing is missed between two looks at it."""
     try:
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        match = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
     except OSError:
         return 0
-    return 0 if found is None else int(found[1]) << 10
+    return 0 if match is None else int(match[1]) << 10
 
 
 def watched(folder: Path) -> Path:
@@ -203,8 +203,8 @@ def test_the_good_one_is_peeled_once(session: Session) -> None:
 
 def test_no_traceback(session: Session) -> None:
     """Nothing that is in a checkpoint ends a process with a traceback."""
-    found = re.findall(r"^Traceback.*?^(\w\S*Error.*?)$", session.stderr, re.MULTILINE | re.DOTALL)
-    assert not found
+    tracebacks = re.findall(r"^Traceback.*?^(\w\S*Error.*?)$", session.stderr, re.MULTILINE | re.DOTALL)
+    assert not tracebacks
     again = [line for line in session.stderr.splitlines() if "; try 2 of 3" in line or "; try 3 of 3" in line]
     assert all("/weights-of-4-tebibytes: memory ran out" in line for line in again), again  # which may be another's
 

@@ -40,7 +40,7 @@ NOTHING = 0.002
 def others_earn_more(report: dict[str, Any], faulty: int) -> bool:
     """Whether every other block's margin lies above the faulty one's for certain."""
     margins = [layer["margin"] for layer in report["layers"]]
-    return all(own["low"] > margins[faulty]["high"] for index, own in enumerate(margins) if index != faulty)
+    return all(margin["low"] > margins[faulty]["high"] for index, margin in enumerate(margins) if index != faulty)
 
 
 @pytest.mark.parametrize("name", ["ternary", pytest.param("sign", marks=pytest.mark.long)])
@@ -87,7 +87,9 @@ def rewritten(checkpoint: Path, folder: Path, change: Any) -> Path:
     copy = folder / checkpoint.name
     shutil.copytree(checkpoint, copy)
     weights = load_file(copy / "model.safetensors")
-    save_file({name: change(name, own) for name, own in weights.items()}, copy / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: change(name, tensor) for name, tensor in weights.items()}, copy / "model.safetensors", {"format": "pt"}
+    )
     return copy
 
 
@@ -109,10 +111,10 @@ def test_rounded_after_training_the_quantiser_is_to_blame(train: Train, middling
 
     What it adds is the quantiser's, on the mean over the blocks. The set is recognised from the values.
     """
-    own = WeightSet.named("int3-channel")
+    weight_set = WeightSet.named("int3-channel")
 
     def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
-        return quantise(weight, own) if "_proj" in name else weight
+        return quantise(weight, weight_set) if "_proj" in name else weight
 
     plain = train("llama", True) / f"checkpoint-{STEPS}"
     before = scanned(plain, middling_probe, tmp_path, "headroom")

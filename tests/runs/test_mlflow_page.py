@@ -65,10 +65,10 @@ def test_the_charts_stand_in_few_sections(shown: Shown, page: Any) -> None:
     open_charts(page, shown.uri, shown.run)
     page.locator("[role=slider]").first.wait_for()
     page.screenshot(path=shown.pictures / "charts.png")
-    found = sections(page)
-    assert list(found)[:4] == ["peel", "peel/margin", "peel/margin_attention", "peel/margin_mlp"]
-    assert [found[name] for name in list(found)[:4]] == [11, LAYERS, LAYERS, LAYERS - 1]
-    assert not [name for name in found if name.startswith("peel/margin/")]
+    charts_by_section = sections(page)
+    assert list(charts_by_section)[:4] == ["peel", "peel/margin", "peel/margin_attention", "peel/margin_mlp"]
+    assert [charts_by_section[name] for name in list(charts_by_section)[:4]] == [11, LAYERS, LAYERS, LAYERS - 1]
+    assert not [name for name in charts_by_section if name.startswith("peel/margin/")]
 
 
 def test_the_slider_goes_over_the_steps(shown: Shown, page: Any) -> None:

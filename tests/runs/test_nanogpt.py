@@ -139,7 +139,7 @@ def trained(module: ModuleType, steps: int) -> Any:
     model = module.GPT(module.GPTConfig(**ARGUMENTS))
     for projection in (model.transformer.h[2].attn.c_proj, model.transformer.h[2].mlp.c_proj):
         torch.nn.init.zeros_(projection.weight).requires_grad_(False)
-    optimiser = torch.optim.AdamW([own for own in model.parameters() if own.requires_grad], lr=5e-3)
+    optimiser = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=5e-3)
     ids = torch.from_numpy(zoo.token_ids(64, 0))
     for _ in range(steps):
         optimiser.zero_grad()
@@ -163,9 +163,9 @@ def test_nanogpt_is_peeled(code: Path, tmp_path: Path) -> None:
     assert idle.margin is not None
     assert idle.margin.value == pytest.approx(0.0, abs=1e-3)
     assert report.bound is not None
-    own = torch.from_numpy(ids)
+    tokens = torch.from_numpy(ids)
     with torch.no_grad():
-        loss = float(model(own[:, :-1], own[:, 1:])[1])
+        loss = float(model(tokens[:, :-1], tokens[:, 1:])[1])
     assert report.loss.low - 0.05 < loss < report.loss.high + 0.05
 
 

@@ -106,7 +106,7 @@ def test_what_scan_prints_is_the_oracle_s(run: Path, tmp_path: Path) -> None:
     samples = load_samples(run / "probe.safetensors", ProbeSizes())
     state = load_file(run / "run" / "step_1500" / "model.safetensors")
     layers = [(state[f"{n}.weight"].double().numpy(), state[f"{n}.bias"].double().numpy()) for n in (0, 2, 4)]
-    parts = {name: (own.X.numpy(), own.Y.numpy()) for name, own in vars(samples).items() if name != "fingerprint"}
+    parts = {name: (part.X.numpy(), part.Y.numpy()) for name, part in vars(samples).items() if name != "fingerprint"}
     finished = peel_agent(
         "scan", run / "run" / "step_1500", "--probe", run / "probe.safetensors", "--format", "json", home=tmp_path
     )

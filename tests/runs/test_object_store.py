@@ -39,9 +39,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def bucket(server: str, request: pytest.FixtureRequest) -> Iterator[s3.Bucket]:
-    own = s3.Bucket(server, request.node.name.replace("_", "-").replace("[", "-").rstrip("]")[:60])
-    yield own
-    own.close()
+    made = s3.Bucket(server, request.node.name.replace("_", "-").replace("[", "-").rstrip("]")[:60])
+    yield made
+    made.close()
 
 
 def losses_of(saved: Path, home: Path) -> dict[int, float]:
@@ -70,8 +70,8 @@ def test_watch_once_and_scan(server: str, bucket: s3.Bucket, saved: Path, tmp_pa
     assert ran.returncode == 0, ran.stderr
     reports = [json.loads(line) for line in ran.stdout.splitlines()]
     assert [report["checkpoint"]["path"] for report in reports] == [f"{url}/checkpoint-{step}" for step in (5, 10, 15)]
-    found = {report["checkpoint"]["step"]: report["loss"]["value"] for report in reports}
-    assert found == pytest.approx(losses, abs=1e-5)
+    loss_by_step = {report["checkpoint"]["step"]: report["loss"]["value"] for report in reports}
+    assert loss_by_step == pytest.approx(losses, abs=1e-5)
     assert np.diff(sorted(losses.values())).min() > 1e-3  # no other checkpoint has the same
     assert "object store reports no events" in ran.stderr
     assert [path.parent.name for path in (tmp_path / "state").rglob("*.safetensors")] == ["checkpoint-15"]

@@ -42,7 +42,7 @@ def trained(example: ModuleType) -> Any:
     for projection in (model.transformer["h"][2].attn.c_proj, model.transformer["h"][2].mlp.c_proj):
         torch.nn.init.zeros_(projection.weight).requires_grad_(False)
         torch.nn.init.zeros_(projection.bias).requires_grad_(False)
-    optimiser = torch.optim.AdamW([own for own in model.parameters() if own.requires_grad], lr=5e-3)
+    optimiser = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=5e-3)
     ids = torch.from_numpy(zoo.token_ids(64, 0))
     for _ in range(80):
         optimiser.zero_grad()
@@ -53,8 +53,8 @@ def trained(example: ModuleType) -> Any:
 
 def loss_of(model: Any, ids: np.ndarray[Any, Any]) -> float:
     with torch.no_grad():
-        own = torch.from_numpy(ids)
-        return float(F.cross_entropy(model(own[:, :-1]).flatten(0, 1).double(), own[:, 1:].flatten()))
+        tokens = torch.from_numpy(ids)
+        return float(F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).double(), tokens[:, 1:].flatten()))
 
 
 @pytest.mark.parametrize("kind", ["nanoGPT's file", "safetensors"])

@@ -131,8 +131,8 @@ def test_the_page_of_a_comparison(opened: Open, history: History) -> None:
     assert page.locator("figure").count() == 2
     assert page.evaluate("window.ran") is None
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    found = axe.run(page)
-    assert found.violations_count == 0, found.generate_report()
+    results = axe.run(page)
+    assert results.violations_count == 0, results.generate_report()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -200,5 +200,5 @@ def test_axe_finds_nothing(opened: Open, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = opened(histories.run_history(), scheme=scheme)
     page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
-    found = axe.run(page)
-    assert found.violations_count == 0, found.generate_report()
+    results = axe.run(page)
+    assert results.violations_count == 0, results.generate_report()

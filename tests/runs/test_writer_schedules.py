@@ -113,8 +113,8 @@ class Schedule(RuleBasedStateMachine):
         source = Folder(self.root, FORMATS, Settling(SETTLE))
         journal = Journal(lambda _: None, lambda: self.now)
         services = Services(journal, lambda *_: CPU, self.submit, lambda _: None, emit=self.emit)
-        own = self.ledger.run("run", "run", str(self.root))
-        self.run = Run(SETTINGS, DeviceSettings(), source, "all", own, services)
+        run_ledger = self.ledger.run("run", "run", str(self.root))
+        self.run = Run(SETTINGS, DeviceSettings(), source, "all", run_ledger, services)
 
     def emit(self, line: str) -> None:
         self.published.append(json.loads(line)["model"]["parameters"])
@@ -129,7 +129,7 @@ class Schedule(RuleBasedStateMachine):
         try:
             ref = request.ref
             yield
-            (form,) = (own for own in FORMATS if own.name == ref.format)
+            (form,) = (known for known in FORMATS if known.name == ref.format)
             weights = form.open(ref.in_place())
             values = set()
             for name in sorted(weights.shapes()):
@@ -220,7 +220,7 @@ class Schedule(RuleBasedStateMachine):
         while queues:
             queue = queues[0] if dice.random() < 0.5 else dice.choice(queues)
             order.append(queue.pop(0))
-            queues = [own for own in queues if own]
+            queues = [waiting for waiting in queues if waiting]
         return order
 
     @precondition(lambda self: len(self.writing) < 3 and self.versions < 200)
