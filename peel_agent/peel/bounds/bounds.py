@@ -1,4 +1,8 @@
-"""Bounds of the run: the suite's values, the select-winner, running minimum, gap and zone (method.md 3, steps 4, 5)."""
+"""Bounds of the run: the suite's values, the select-winner, running minimum, gap and zone (method.md 3, steps 4, 5).
+
+A bound is the loss of a cheap model made of the run's own blocks, one for each target map; a run whose loss is above
+its bound has been shown a better model.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from peel_agent.records import BoundMemory, BoundReport, Estimate, Skipped, Trac
 
 @dataclass(frozen=True)
 class Bounds:
-    """The suite measured on `confirm`; `memory` says whose the bound is, and is what the next checkpoint is to know."""
+    """The suite measured on `confirm`; `memory` is the best construction so far, kept for the next checkpoint."""
 
     reports: tuple[BoundReport, ...]
     bound: Estimate | None

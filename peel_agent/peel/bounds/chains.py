@@ -22,7 +22,7 @@ def costs_nothing(prefix: TargetMap, solver: Solver) -> bool:
 
 
 def chained(labelled: Mapping[str, TargetMap], depth: int, solver: Solver) -> set[TargetMap]:
-    """The maps that need a chain: not `head`, nor a whole map that costs nothing, which both are the trained blocks."""
+    """The maps that need a chain; `head`, and one of full depth that costs nothing, are the trained blocks."""
     maps = {target_map for label, target_map in labelled.items() if label != HEAD}
     return {target_map for target_map in maps if len(target_map) < depth or not costs_nothing(target_map, solver)}
 

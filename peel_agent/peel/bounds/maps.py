@@ -1,4 +1,8 @@
-"""Target maps (method.md 3): which hidden state each block of a chain is fitted to. 1-based, as in the paper."""
+"""Target maps (method.md 3): which hidden state each block of a chain is fitted to. 1-based, as in the paper.
+
+The map (2, 4) is a cheap model of two blocks: the first is fitted to give what the trained model has after its block 2,
+the second, fed by the first, what it has after its block 4.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +100,7 @@ def _scaled(target_map: TargetMap, base: int, depth: int) -> TargetMap:
 
 
 def is_valid(target_map: TargetMap, depth: int) -> bool:
-    """method.md 3: L' <= L, values within 1..L, non-decreasing, and pi(i) >= i."""
+    """Whether it is a target map: at most `depth` entries, none above `depth` or below the one before, entry i >= i."""
     return _fault(target_map, depth) is None
 
 

@@ -1,4 +1,4 @@
-"""A fully connected network peeled: its YES bounds as findings (method.md 7)."""
+"""A fully connected network peeled: what layers fitted in closed form reach (YES bounds), as findings (method.md 7)."""
 
 from __future__ import annotations
 

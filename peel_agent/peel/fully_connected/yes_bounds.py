@@ -1,5 +1,8 @@
 """Bounds of a fully connected ReLU network: YES-0..YES-(K-1), the running minimum, the gap and the zone (method.md 7).
 
+YES-k is the least loss of a network whose layers are fitted, one after another, to at most k of the trained network's
+hidden states (its way-points) and then to the targets; YES-0 is fitted to the targets alone.
+
 References are fitted on `fit`, the best subset of way-points is picked on `select`, and every published number is
 measured on `confirm` (method.md 1). A loss is the squared error of one sample, summed over the outputs. So YES-k falls
 with k, and from checkpoint to checkpoint, on `select`; its published value follows the choice and may rise a little.
