@@ -30,9 +30,13 @@ def peel_agent(
 
 
 def environment_of(home: Path, **more: str) -> dict[str, str]:
-    """This process's environment with a state folder of its own and no tracker but the one given."""
+    """This process's environment with a state folder of its own and no tracker but the one given.
+
+    What peels has the priority of the tests: it must not wait for whatever else this machine does.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PEEL__"))}
-    return inherited | {"XDG_STATE_HOME": str(home), "MLFLOW_DISABLE_TELEMETRY": "true"} | more
+    fixed = {"XDG_STATE_HOME": str(home), "MLFLOW_DISABLE_TELEMETRY": "true", "PEEL__DEVICE__NICE": "0"}
+    return inherited | fixed | more
 
 
 def reports_of(state: Path) -> tuple[Path, ...]:

@@ -84,3 +84,11 @@ def small_probe(tmp_path_factory: pytest.TempPathFactory, probe_file: Path) -> P
     path = tmp_path_factory.mktemp("probe") / "small.npy"
     np.save(path, np.load(probe_file)[:12_000])
     return path
+
+
+@pytest.fixture(scope="session")
+def middling_probe(tmp_path_factory: pytest.TempPathFactory, probe_file: Path) -> Path:
+    """More of the same, about half: enough for small margins and for headroom."""
+    path = tmp_path_factory.mktemp("probe") / "middling.npy"
+    np.save(path, np.load(probe_file)[:36_000])
+    return path

@@ -85,7 +85,6 @@ def test_a_bad_restore_in_mlflow(restored: Path, small_probe: Path, tmp_path: Pa
     finished = peel_agent(
         "watch", restored, "--probe", small_probe, "--quantities", "margin", "--run-id", run_id,
         "--tracking-uri", mlflow_uri, "--once", home=tmp_path, PEEL__WATCH__SETTLE_SECONDS="0",
-        PEEL__DEVICE__NICE="0",
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     changes = {point.step: point.value for point in client.get_metric_history(run_id, "peel/change/L003")}
@@ -123,14 +122,14 @@ def broken(train: Train, tmp_path: Path) -> tuple[Path, Path]:
     return healthy, later
 
 
-def test_the_earlier_block_is_a_witness(broken: tuple[Path, Path], probe_file: Path, tmp_path: Path) -> None:
+def test_the_earlier_block_is_a_witness(broken: tuple[Path, Path], middling_probe: Path, tmp_path: Path) -> None:
     """`scan --since` names the MLP; `witness --from` writes the earlier block, and plain transformers code measures the
     published win on the probe and a lower loss on text that the probe has not shown.
     """
     healthy, later = broken
     scanned = peel_agent(
-        "scan", later, "--since", healthy, "--probe", probe_file, "--quantities", "margin", "--fail-on", "regressed",
-        "--format", "json", home=tmp_path,
+        "scan", later, "--since", healthy, "--probe", middling_probe, "--quantities", "margin",
+        "--fail-on", "regressed", "--format", "json", home=tmp_path,
     )  # fmt: skip
     report = json.loads(scanned.stdout)
     assert report["since_step"] == STEPS
@@ -139,7 +138,7 @@ def test_the_earlier_block_is_a_witness(broken: tuple[Path, Path], probe_file: P
     assert report["layers"][2]["finding"]["subject"] == "model.layers.2/mlp"
     patch = tmp_path / "patch.safetensors"
     finished = peel_agent(
-        "witness", later, "--from", healthy, "--layer", "2", "--probe", probe_file, "--out", patch, home=tmp_path
+        "witness", later, "--from", healthy, "--layer", "2", "--probe", middling_probe, "--out", patch, home=tmp_path
     )
     assert finished.returncode == 0, finished.stderr
     (published,) = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("won")]
@@ -151,7 +150,7 @@ def test_the_earlier_block_is_a_witness(broken: tuple[Path, Path], probe_file: P
         unexpected = model.load_state_dict(state, strict=False).unexpected_keys
         assert not unexpected
         with torch.no_grad():
-            losses.append((confirm_losses(model, probe_file).mean(), float(model(unseen, labels=unseen).loss)))
+            losses.append((confirm_losses(model, middling_probe).mean(), float(model(unseen, labels=unseen).loss)))
     (trained, trained_unseen), (patched, patched_unseen) = losses
     assert trained - patched == pytest.approx(published, abs=2e-4)
     assert patched_unseen < trained_unseen

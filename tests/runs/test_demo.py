@@ -31,7 +31,7 @@ def demo(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[by
             stdout=out,
             stderr=err,
             start_new_session=True,
-            env=environment_of(folder, PEEL__DEVICE__NICE="0", **variables),
+            env=environment_of(folder, **variables),
         )
 
 

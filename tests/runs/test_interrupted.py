@@ -40,7 +40,6 @@ class Command:
     def __init__(self, home: Path, *arguments: object, module: str = "peel_agent", **environment: str) -> None:
         self.out, self.err = home / "out", home / "err"
         command = [sys.executable, "-X", "importtime", "-m", module, *map(str, arguments)]
-        environment |= {"PEEL__DEVICE__NICE": "0"}  # it must not wait for whatever else this machine does
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=err, start_new_session=True, env=environment_of(home, **environment)

@@ -46,7 +46,7 @@ def others_earn_more(report: dict[str, Any], faulty: int) -> bool:
 @pytest.mark.parametrize("name", ["ternary", pytest.param("sign", marks=pytest.mark.long)])
 @pytest.mark.parametrize("healthy", [False, True], ids=["held_back", "healthy"])
 def test_the_faulty_block_of_a_low_bit_training(
-    name: str, healthy: bool, train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path
+    name: str, healthy: bool, train_low_bit: TrainLowBit, middling_probe: Path, tmp_path: Path
 ) -> None:
     """Of a run trained by straight-through estimation the frozen block is below, and earns less than all others; in a
     healthy run every block earns something, for certain.
@@ -55,7 +55,7 @@ def test_the_faulty_block_of_a_low_bit_training(
     the others' median, which is where `below` begins.
     """
     checkpoint = train_low_bit(name, healthy) / f"checkpoint-{LOW_BIT_STEPS}"
-    report = scanned(checkpoint, probe_file, tmp_path, "margin", "--precision", f"{MATRICES}={name}")
+    report = scanned(checkpoint, middling_probe, tmp_path, "margin", "--precision", f"{MATRICES}={name}")
     assert report["model"]["precision"] == f"float32 latents of {name}"
     if healthy:
         assert min(layer["margin"]["low"] for layer in report["layers"]) > NOTHING
@@ -65,14 +65,14 @@ def test_the_faulty_block_of_a_low_bit_training(
         assert others_earn_more(report, HELD_BACK)
 
 
-def test_a_collapsed_scale(train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path) -> None:
+def test_a_collapsed_scale(train_low_bit: TrainLowBit, middling_probe: Path, tmp_path: Path) -> None:
     """A block whose latents shrank to nothing in a healthy ternary run is below, and earns less than all others.
 
     Nothing is claimed of its neighbours' statuses: on some processors the training ends with one that leans on it, and
     that one is below beside it.
     """
     checkpoint = rewritten(train_low_bit("ternary", True) / f"checkpoint-{LOW_BIT_STEPS}", tmp_path, _shrink)
-    report = scanned(checkpoint, probe_file, tmp_path, "margin", "--precision", f"{MATRICES}=ternary")
+    report = scanned(checkpoint, middling_probe, tmp_path, "margin", "--precision", f"{MATRICES}=ternary")
     assert report["layers"][2]["status"] == "below"
     assert abs(report["layers"][2]["margin"]["value"]) < NOTHING
     assert others_earn_more(report, 2)
@@ -91,14 +91,6 @@ def rewritten(checkpoint: Path, folder: Path, change: Any) -> Path:
         {name: change(name, tensor) for name, tensor in weights.items()}, copy / "model.safetensors", {"format": "pt"}
     )
     return copy
-
-
-@pytest.fixture(scope="session")
-def middling_probe(tmp_path_factory: pytest.TempPathFactory, probe_file: Path) -> Path:
-    """Enough tokens for headroom on a few sequences more than `small_probe`."""
-    path = tmp_path_factory.mktemp("probe") / "middling.npy"
-    np.save(path, np.load(probe_file)[:36_000])
-    return path
 
 
 def means(report: dict[str, Any], *keys: str) -> list[float]:
@@ -151,35 +143,37 @@ def confirm_losses(model: Any, probe: Path) -> Any:
     return losses.view(len(ids), -1).mean(dim=1).double().numpy()
 
 
-def test_a_witness_is_loaded_by_plain_code(train: Train, probe_file: Path, tmp_path: Path) -> None:
+def test_a_witness_is_loaded_by_plain_code(train: Train, middling_probe: Path, tmp_path: Path) -> None:
     """The patch, loaded with `load_state_dict`, lowers the held-out loss by the published amount."""
     checkpoint, patch = train("llama", True) / "checkpoint-200", tmp_path / "patch.safetensors"
-    finished = peel_agent("witness", checkpoint, "--probe", probe_file, "--layer", "2", "--out", patch, home=tmp_path)
+    finished = peel_agent(
+        "witness", checkpoint, "--probe", middling_probe, "--layer", "2", "--out", patch, home=tmp_path
+    )
     assert finished.returncode == 0, finished.stderr
     (published,) = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("headroom")]
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    trained = confirm_losses(model, probe_file)
+    trained = confirm_losses(model, middling_probe)
     missing, unexpected = model.load_state_dict(load_file(patch), strict=False)
     assert not unexpected
     assert len(missing) == len(model.state_dict()) - 2
-    won = (trained - confirm_losses(model, probe_file)).mean()
+    won = (trained - confirm_losses(model, middling_probe)).mean()
     assert published > 0.002
     assert won == pytest.approx(published, abs=2e-4)
 
 
-def test_a_witness_of_latents(train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path) -> None:
+def test_a_witness_of_latents(train_low_bit: TrainLowBit, middling_probe: Path, tmp_path: Path) -> None:
     """A ternary block's patch holds latents: patched into the checkpoint, a scan measures the loss that was printed."""
     checkpoint, patch = train_low_bit("ternary", True) / "checkpoint-200", tmp_path / "patch.safetensors"
     precision = ("--precision", f"{MATRICES}=ternary")
     finished = peel_agent(
-        "witness", checkpoint, "--probe", probe_file, "--layer", "4", "--out", patch, *precision, home=tmp_path
+        "witness", checkpoint, "--probe", middling_probe, "--layer", "4", "--out", patch, *precision, home=tmp_path
     )
     assert finished.returncode == 0, finished.stderr
     printed = {line.split("  ")[0]: line for line in finished.stdout.splitlines()}
     (promised,) = [float(line.split()[4]) for line in printed.values() if line.startswith("loss with the patch")]
     better = load_file(patch)
     copy = rewritten(checkpoint, tmp_path, better.get)
-    report = scanned(copy, probe_file, tmp_path, "margin", "--effort", "standard", *precision)
+    report = scanned(copy, middling_probe, tmp_path, "margin", "--effort", "standard", *precision)
     assert report["loss"]["value"] == pytest.approx(promised, abs=1e-4)
 
 
