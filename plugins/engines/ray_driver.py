@@ -157,8 +157,10 @@ class Driver:
 
 
 def _first_lines(error: Exception) -> str:
-    """What an error of Ray's says before it lists possible causes."""
-    return " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+    """What an error of Ray's says before it lists possible causes; of a server's traceback the end."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    is_traceback = any(line.startswith("Traceback") or "Traceback (most" in line for line in lines)
+    return " ".join([lines[0], lines[-1]] if is_traceback else lines[:2])
 
 
 @contextmanager
