@@ -177,8 +177,8 @@ class Judging:
     def withdraw_all(self, reason: str, now: float) -> None:
         """Nothing of this run is watched any more: what was told firing is resolved, for this reason."""
         states = self._states()
-        told = tell(withdrawn(states, reason), (), (), Moment(now, self._last_step()), run=self._settings.name)
-        self._keep(told, states, now, key=f"withdrawn/{now:.3f}")
+        verdict = tell(withdrawn(states, reason), (), (), Moment(now, self._last_step()), run=self._settings.name)
+        self._keep(verdict, states, now, key=f"withdrawn/{now:.3f}")
 
     def tell(self, notices: Sequence[Notice]) -> None:
         """Notices, in the log."""

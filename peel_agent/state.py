@@ -18,9 +18,9 @@ def state_dir_of(settings: Settings, file: Path | None) -> Path:
     """The folder that is named, or the agent's own: by its configuration file when that names several runs, else by its
     one run. One that version 0.1 left under its own name is gone on with.
     """
-    told = settings.state.path or given_state_dir()
-    if told is not None:
-        return told
+    named = settings.state.path or given_state_dir()
+    if named is not None:
+        return named
     if file is not None and len(settings.runs) != 1:
         return default_state_dir([str(file.absolute())], file.absolute().stem)
     if not settings.runs:

@@ -56,9 +56,11 @@ def _by_step(history: History, last: PeelReport) -> Mapping[int, PeelReport]:
 
 
 def _at(step: int, a: PeelReport, b: PeelReport) -> StepDifference:
-    there = contrast(Comparable("", a, ""), Comparable("", b, ""), paired=None)
-    places = [place for layer in there.layers for place in layer.places.values()]
-    return StepDifference(step, there.loss, sum(place.status_changed for place in places), there.first_by_margin)
+    difference = contrast(Comparable("", a, ""), Comparable("", b, ""), paired=None)
+    places = [place for layer in difference.layers for place in layer.places.values()]
+    return StepDifference(
+        step, difference.loss, sum(place.status_changed for place in places), difference.first_by_margin
+    )
 
 
 def _step(report: PeelReport) -> str:

@@ -68,11 +68,11 @@ def examine(file: Path | None, flags: Mapping[str, Any], *, now: Callable[[], fl
     `file` and `flags` are those of `load_settings`. Of a wrong configuration the faults are told, and what it says
     elsewhere is looked at all the same.
     """
-    settings, told = read_configuration(file, flags)
+    settings, checks = read_configuration(file, flags)
     parts = [*_parts(settings, _state_dir(settings, file), now), _Part("secrets", partial(_secrets, settings, file))]
     for part in parts:
         part.start()
-    for check in told:
+    for check in checks:
         yield _shown(check)
     for part in parts:
         for check in part.told():

@@ -49,12 +49,12 @@ def checkpoints_in(root: Path, format_name: str, markers: Sequence[str], now: fl
     """The checkpoints of a folder at the time `now`, in Unix seconds. Raises ConfigurationError as `scan` does."""
     formats: tuple[Format, ...] = registry.formats(format_name)
     observed = Settling(0.0).observe(scan(root, formats, markers), now)
-    seen = Checkpoints(observed.ready, observed.waiting, observed.unreadable)
+    checkpoints = Checkpoints(observed.ready, observed.waiting, observed.unreadable)
     if observed.ready:
-        return seen
+        return checkpoints
     label, listing = str(root.resolve()), of_folder(root)
     wrong = misplaced(listing, label, formats)
-    return replace(seen, misplaced=wrong, other=() if wrong else contents(listing, label, formats))
+    return replace(checkpoints, misplaced=wrong, other=() if wrong else contents(listing, label, formats))
 
 
 @dataclass(frozen=True)

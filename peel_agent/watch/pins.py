@@ -205,14 +205,18 @@ def _forget(home: Path) -> None:
 
 def _keep_files(ref: CheckpointRef, held: Path, keep: Keep) -> None:
     is_folder = ref.path.is_dir()
-    here, there = (ref.path, held) if is_folder else (ref.path.parent, held.parent)
-    there.mkdir(exist_ok=True)
+    source_folder, held_folder = (ref.path, held) if is_folder else (ref.path.parent, held.parent)
+    held_folder.mkdir(exist_ok=True)
     for stamp in ref.own_files:
-        target = there / stamp.name
+        target = held_folder / stamp.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not _keep(here, stamp.name, target, keep, stamp=stamp):
+        if not _keep(source_folder, stamp.name, target, keep, stamp=stamp):
             raise TornCheckpoint(f"{ref.path}: {stamp.name} changed", remedy="it is read again once it is at rest")
-    for source, target in ((here, there), (here.parent, there.parent)) if is_folder else ((here, there),):
+    for source, target in (
+        ((source_folder, held_folder), (source_folder.parent, held_folder.parent))
+        if is_folder
+        else ((source_folder, held_folder),)
+    ):
         for name in COMPANIONS:
             if not (target / name).exists():
                 with contextlib.suppress(FileNotFoundError):

@@ -66,10 +66,10 @@ class ProgramSink:
         self._name = settings.command[0]
 
     def deliver(self, group: NoticeGroup) -> None:
-        with tempfile.TemporaryFile() as text:  # a pipe would have to be fed while it runs
-            text.write(json.dumps(plain(group), allow_nan=False).encode())
-            text.seek(0)
-            process = self._started(text, group)
+        with tempfile.TemporaryFile() as message:  # a pipe would have to be fed while it runs
+            message.write(json.dumps(plain(group), allow_nan=False).encode())
+            message.seek(0)
+            process = self._started(message, group)
         status, said = self._ended(process)
         if status == 0:
             return
@@ -102,7 +102,7 @@ class ProgramSink:
             )
         return executable
 
-    def _started(self, text: IO[bytes], group: NoticeGroup) -> subprocess.Popen[bytes]:
+    def _started(self, message: IO[bytes], group: NoticeGroup) -> subprocess.Popen[bytes]:
         states = {notice.state for notice in group.notices}
         environment = {
             "PATH": self._settings.path,
@@ -115,7 +115,7 @@ class ProgramSink:
         try:
             return subprocess.Popen(  # noqa: S603 -- the list that the user enabled
                 [executable, *self._settings.command[1:]],
-                stdin=text,
+                stdin=message,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd="/",

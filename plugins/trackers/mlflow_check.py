@@ -157,8 +157,8 @@ def _clock(uri: str, now: Callable[[], float]) -> Iterator[Check]:
     answer = http_request(get_default_host_creds(uri), "/version", "GET", raise_on_status=False)
     if "Date" not in answer.headers:
         return
-    told = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-    ahead = told - min(max(told, before - 1.0), now())  # it is in whole seconds
+    server_time = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+    ahead = server_time - min(max(server_time, before - 1.0), now())  # it is in whole seconds
     if abs(ahead) > CLOCK_SECONDS:
         which = "ahead of" if ahead > 0 else "behind"
         yield Check(

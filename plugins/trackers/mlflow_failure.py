@@ -88,9 +88,9 @@ def is_known(mlflow: Any, error: Exception, stage: Stage) -> bool:
 
 def failure(error: Exception, stage: Stage, where: Where) -> DeliveryError:
     """What is raised for an error that the library raised at this stage; servers repeat logins, which are left out."""
-    told, secrets = _failure(error, stage, where), tuple(_secrets(where.uri))
-    what, remedy = (redacted(text, secrets, shown=LONGEST) for text in (told.what, told.remedy))
-    return type(told)(what, remedy=remedy)
+    unredacted, secrets = _failure(error, stage, where), tuple(_secrets(where.uri))
+    what, remedy = (redacted(text, secrets, shown=LONGEST) for text in (unredacted.what, unredacted.remedy))
+    return type(unredacted)(what, remedy=remedy)
 
 
 def _failure(error: Exception, stage: Stage, where: Where) -> DeliveryError:
@@ -157,8 +157,8 @@ def _is_strange(error: Exception) -> bool:
         return "error_code" not in (error.json or {})
     if "not in a valid JSON format" in str(error):
         return True
-    told = re.search(r"failed with error code (\d+) != 200", str(error))
-    return told is not None and 300 <= int(told[1]) < 500 and int(told[1]) not in (401, 403, 408, 429)
+    match = re.search(r"failed with error code (\d+) != 200", str(error))
+    return match is not None and 300 <= int(match[1]) < 500 and int(match[1]) not in (401, 403, 408, 429)
 
 
 def _of_strange(error: Exception, where: Where) -> DeliveryError | None:

@@ -109,8 +109,8 @@ class _Files:
 
 def _check_ranks(names: Names, world: int, lead: str) -> None:
     for rank in range(world):
-        for kind, there in (("model", names.model), ("optim", names.optimizer)):
-            if rank not in there:
+        for kind, name_by_rank in (("model", names.model), ("optim", names.optimizer)):
+            if rank not in name_by_rank:
                 raise IncompleteCheckpoint(
                     f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt is not there: {lead} says dp_world_size {world}",
                     remedy=WAIT,

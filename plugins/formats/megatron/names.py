@@ -167,28 +167,28 @@ class _Finder:
         turned = place.transposed and len(shape_of_rows) == 2
         return Part(self.prefix + name, layer, rows, shape_of_rows[::-1] if turned else shape_of_rows, turned)
 
-    def _rows(self, name: str, there: int, kind: Kind) -> Rows:
-        """Which of the `there` rows of a tensor are meant."""
+    def _rows(self, name: str, stored: int, kind: Kind) -> Rows:
+        """Which of the `stored` rows of a tensor are meant."""
         model = self.model
         if kind == "whole":
-            return ((0, there),)
+            return ((0, stored),)
         if kind == "vocabulary":
-            if there < model.vocabulary:
-                raise _misfit(name, there, f"vocab_size {model.vocabulary}")
+            if stored < model.vocabulary:
+                raise _misfit(name, stored, f"vocab_size {model.vocabulary}")
             return ((0, model.vocabulary),)
         if kind in ("gate", "up"):
-            if there % 2:
-                raise _misfit(name, there, "a gated MLP, gate and up of equal size")
-            return ((0, there // 2),) if kind == "gate" else ((there // 2, there),)
+            if stored % 2:
+                raise _misfit(name, stored, "a gated MLP, gate and up of equal size")
+            return ((0, stored // 2),) if kind == "gate" else ((stored // 2, stored),)
         needed = (model.heads + 2 * model.groups) * model.head_size
-        if there != needed:
+        if stored != needed:
             wanted = f"{model.heads} heads in {model.groups} groups of size {model.head_size}, {needed} rows"
-            raise _misfit(name, there, wanted)
+            raise _misfit(name, stored, wanted)
         return _grouped(kind, model.heads // model.groups, model.groups, model.head_size)
 
 
-def _misfit(name: str, there: int, wanted: str) -> CheckpointError:
-    return CheckpointError(f"`{name}` has {there} rows where config.json has {wanted}", remedy=CONFIG_FIX)
+def _misfit(name: str, stored: int, wanted: str) -> CheckpointError:
+    return CheckpointError(f"`{name}` has {stored} rows where config.json has {wanted}", remedy=CONFIG_FIX)
 
 
 # One object for all layers: a thousand groups in a thousand layers would be millions.

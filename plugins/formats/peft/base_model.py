@@ -96,10 +96,10 @@ def _folder(named: str | None, adapter: Path) -> Path:
                 f"the LoRA adapter's base model {path}", "is no folder that is there and readable", remedy=NAME_IT
             )
         return Path(os.path.realpath(path))
-    here, there = Path(os.path.realpath(adapter)), Path(os.path.realpath(adapter / path))
-    if here not in there.parents or not LocalListing(there).is_folder:
+    adapter_path, base_path = Path(os.path.realpath(adapter)), Path(os.path.realpath(adapter / path))
+    if adapter_path not in base_path.parents or not LocalListing(base_path).is_folder:
         raise _not_local(named)
-    return adapter / there.relative_to(here)
+    return adapter / base_path.relative_to(adapter_path)
 
 
 def _not_local(named: str) -> CheckpointError:

@@ -86,8 +86,8 @@ def read_archive(descriptor: int, name: str, size: int, *, start: int = 0, most:
     directory_at, directory_size, count = _find_directory(descriptor, name, size, start)
     if count > MAX_MEMBERS or directory_size > most:
         raise refused(name, f"has {count:,} members in a directory of {directory_size:,} bytes; {most:,} are read")
-    text = _read(descriptor, start + directory_at, directory_size, name)
-    members = _without_folder(_check_apart(_entries(text, count, name), directory_at, name), name)
+    directory = _read(descriptor, start + directory_at, directory_size, name)
+    members = _without_folder(_check_apart(_entries(directory, count, name), directory_at, name), name)
     archive = Archive(descriptor, name, start, members)
     if "byteorder" in members and archive.content("byteorder", 16) != b"little":
         raise refused(name, "holds big-endian numbers, which are not read")
@@ -124,30 +124,30 @@ def _find_directory(descriptor: int, name: str, archive_size: int, start: int) -
     end = tail_size - _END.size
     if end < 0 or not tail.startswith(b"PK\x05\x06", end) or not tail.endswith(b"\0\0"):
         raise IncompleteCheckpoint(f"{name} lacks the zip directory at its end: it is not all there", remedy=WAIT)
-    _, disk, first_disk, here, count, size, at, _ = _END.unpack_from(tail, end)
+    _, disk, first_disk, count_here, count, size, at, _ = _END.unpack_from(tail, end)
     locator = end - _LOCATOR_64.size
     if locator >= _END_64.size and tail.startswith(b"PK\x06\x07", locator):
         end = locator - _END_64.size
         if _LOCATOR_64.unpack_from(tail, locator) != (b"PK\x06\x07", 0, tail_at + end, 1):
             raise refused(name, "has a zip64 directory in another place than torch.save puts it")
-        signature, length, _, _, disk, first_disk, here, count, size, at = _END_64.unpack_from(tail, end)
+        signature, length, _, _, disk, first_disk, count_here, count, size, at = _END_64.unpack_from(tail, end)
         if signature != b"PK\x06\x06" or length != _END_64.size - 12:
             raise refused(name, "has a zip64 directory that torch.save does not write")
-    if (disk, first_disk) != (0, 0) or here != count or at + size != tail_at + end:
+    if (disk, first_disk) != (0, 0) or count_here != count or at + size != tail_at + end:
         raise refused(name, f"says that its zip directory is {size:,} bytes at {at:,}, which it is not")
     return at, size, count
 
 
-def _entries(text: bytes, count: int, name: str) -> Iterator[tuple[bytes, int, int]]:
+def _entries(directory: bytes, count: int, name: str) -> Iterator[tuple[bytes, int, int]]:
     """Name, local header's byte and size of every member."""
     at = 0
     for number in range(count):
-        if at + _ENTRY.size > len(text) or not text.startswith(b"PK\x01\x02", at):
+        if at + _ENTRY.size > len(directory) or not directory.startswith(b"PK\x01\x02", at):
             raise refused(name, f"has a zip directory of {number:,} members where it says {count:,}")
-        entry = _ENTRY.unpack_from(text, at)
+        entry = _ENTRY.unpack_from(directory, at)
         flags, method, (packed, size, name_length, extra_length, comment_length) = *entry[3:5], entry[8:13]
         at += _ENTRY.size
-        member, extra = text[at : at + name_length], text[at + name_length : at + name_length + extra_length]
+        member, extra = directory[at : at + name_length], directory[at + name_length : at + name_length + extra_length]
         at += name_length + extra_length + comment_length
         size, packed, header = _wide(size, packed, entry[16], extra, name)
         if method != _STORED or packed != size or flags & _ENCRYPTED:
@@ -155,8 +155,8 @@ def _entries(text: bytes, count: int, name: str) -> Iterator[tuple[bytes, int, i
                 name, f"has {shown(member.decode('latin-1'))} compressed or encrypted; torch.save does neither"
             )
         yield member, header, size
-    if at != len(text):
-        raise refused(name, f"has a zip directory of {len(text):,} bytes where its members need {at:,}")
+    if at != len(directory):
+        raise refused(name, f"has a zip directory of {len(directory):,} bytes where its members need {at:,}")
 
 
 def _wide(size: int, packed: int, header: int, extra: bytes, name: str) -> tuple[int, int, int]:

@@ -70,8 +70,8 @@ class Poster:
         try:
             peer = exchange.run(lambda: self._peer(exchange))
         except (OSError, http.client.HTTPException, DeliveryError) as error:
-            told = self._failure(error)
-            return (Check("connection", False, told.what, told.remedy),)
+            refusal = self._failure(error)
+            return (Check("connection", False, refusal.what, refusal.remedy),)
         by = f"the proxy {peer}" if self._settings.proxy else peer
         sure = ", its certificate is right" if self._url.scheme == "https" else ""
         return (Check("connection", True, f"{self._place} is reached by {by}{sure}; nothing was posted"),)
