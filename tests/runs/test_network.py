@@ -61,7 +61,8 @@ def test_scan_tells_the_zones(run: Path, tmp_path: Path) -> None:
         report = json.loads(finished.stdout)
         zones.append(report["zone"])
         assert [bound["label"] for bound in report["bounds"]] == ["yes-0", "yes-1", "yes-2"]
-        assert report["model"] == {"family": "mlp", "blocks": 3, "parameters": 3466, "precision": "float32"}
+        model = {"family": "mlp", "blocks": 3, "parameters": 3466, "precision": "float32", "vocabulary": None}
+        assert report["model"] == model
     assert zones == ["ineffective", "effective"]
 
 
