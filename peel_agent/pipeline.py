@@ -304,7 +304,7 @@ def plan_of(peeling: PeelSettings) -> Plan:
         parts=not quick,
         few_sequences=quick,
         seconds=peeling.time_budget_seconds,
-        passes=peeling.budget_passes,
+        passes=peeling.budget_passes or None,
     )
 
 

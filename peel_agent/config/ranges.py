@@ -33,14 +33,13 @@ def _check_least(sections: Settings | RunSettings) -> None:
         "probe.fit_tokens": (probe.fit_tokens, 1),
         "probe.select_tokens": (probe.select_tokens, 1),
         "probe.confirm_tokens": (probe.confirm_tokens, 1),
+        "peel.budget_passes": (sections.peel.budget_passes, 0),
         "tracker.max_series": (sections.tracker.max_series, 10),
     }
     if probe.sequence_length is not None:
         least["probe.sequence_length"] = (probe.sequence_length, 2)
     if sections.peel.time_budget_seconds is not None:
         least["peel.time_budget_seconds"] = (sections.peel.time_budget_seconds, 0)
-    if sections.peel.budget_passes is not None:
-        least["peel.budget_passes"] = (sections.peel.budget_passes, 0)
     for dotted, (value, bound) in least.items():
         if not bound <= value < float("inf"):
             raise ConfigurationError(f"`{dotted}` is {value:g}", remedy=f"it must be {bound:g} or more")

@@ -47,7 +47,7 @@ BODY = """
 # quantities = ["margin", "bounds", "headroom", "redundancy"]  # instead of what the effort says
 # maps = "ends"            # target maps of the bounds: direct, ends, paper, or lists such as [[1, 4], [2, 4]]
 # solver = "closed_form"   # or descent: the paper's six AdamW steps a block, from the trained one; descent_cold
-# budget_passes = 8        # margins and progress of a checkpoint, in plain forward passes; by default no limit;
+# budget_passes = 8        # margins and progress of a checkpoint, in plain forward passes; 0 is no limit;
 # time_budget_seconds = 600  # a checkpoint; what it does not suffice for is left out, and the report says what
 
 # What a worker may take, so that the training stays first.

@@ -94,7 +94,7 @@ def peel(
         skipped=skipped,
         timing=stopwatch.timing(),
         sketches=comparison.sketches() if comparison else None,
-        passes=raced.passes,
+        work=raced.work,
         bound_label=bounds.memory.label if bounds.memory else None,
         bound_step=bounds.memory.step if bounds.memory else None,
         losses=sequence_losses_of(trace.probe.fingerprint, swept.trained[selecting:], raced.margins, rooms),

@@ -134,6 +134,9 @@ REFIT_TOKENS = 8192
 REFIT_TOKENS_PER_COLUMN = 4
 """A stand-in by refit, whose Gram is the dearest, is solved on the first fit tokens only: the larger of these."""
 
+REFIT_SELECT_TOKENS = 2048
+"""Its ridges are tried on the first select tokens only: a squared error needs no more to tell them apart."""
+
 
 def refit_tokens(columns: int) -> int:
     """The fit tokens on which a stand-in of so many columns is solved."""
@@ -144,7 +147,7 @@ def refit_work(trace: Trace, block: Block, meter: Meter) -> float:
     """What one refit costs in forward passes: features, sums, solutions, and each ridge tried on `select`."""
     probe, width = trace.probe, trace.width
     tokens = refit_tokens(columns_of_refit(block))
-    fit, select = min(tokens, probe.fit.size), probe.select.size
+    fit, select = min(tokens, probe.fit.size), min(REFIT_SELECT_TOKENS, probe.select.size)
     passes = (2 + len(RIDGES)) * meter.blocks(select, probe.sequence_length) + 2 * meter.blocks(
         fit, probe.sequence_length
     )

@@ -278,11 +278,16 @@ class Findings:
     skipped: tuple[Skipped, ...]
     timing: Timing
     sketches: Sketches | None = None
-    passes: float = 0.0
-    """What margins and progress cost, in plain forward passes over the whole probe, by counted work."""
+    work: Mapping[str, float] = field(default_factory=dict)
+    """What each stage of margins and progress cost, in plain forward passes over the whole probe, by counted work."""
     bound_label: str | None = None
     bound_step: int | None = None
     losses: SequenceLosses | None = None
+
+    @property
+    def passes(self) -> float:
+        """What margins and progress cost altogether, in the same unit."""
+        return sum(self.work.values())
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ QUANTITIES: Mapping[str, tuple[str, ...]] = {
 class PeelSettings:
     """`[peel]`: what to compute; what `time_budget_seconds` do not suffice for is left out and said.
 
-    `budget_passes` is the same for margins and progress alone, in plain forward passes over the whole probe.
+    `budget_passes` is the same for margins and progress alone, in plain forward passes over the whole probe; 0 is no
+    limit.
     """
 
     effort: str = "standard"
@@ -66,7 +67,7 @@ class PeelSettings:
     maps: str | tuple[tuple[int, ...], ...] = "ends"
     solver: str = "closed_form"
     time_budget_seconds: float | None = None
-    budget_passes: float | None = None
+    budget_passes: float = 8.0
 
     @property
     def computed(self) -> tuple[str, ...]:

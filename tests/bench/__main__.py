@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
-from peel_agent.before import open_before
 from peel_agent.peel import peel
 from peel_agent.peel.bounds.chains import chain_ends, hidden_states_of
 from peel_agent.peel.bounds.maps import PAPER_26_BLOCKS
@@ -32,11 +29,21 @@ from peel_agent.peel.numerics.least_squares import Gram
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.sweep.forward import sweep
 from peel_agent.peel.sweep.heats import nowhere
-from peel_agent.pipeline import locate, scan
-from peel_agent.records import Before, ModelSettings, PeelSettings, Plan, Probe, ProbeSettings
+from peel_agent.pipeline import scan
+from peel_agent.records import PeelSettings, Plan, Probe, ProbeSettings
 from tests.bench import device as device_bench
 from tests.bench.naive import naive_chain
-from tests.bench.shapes import SEQUENCE, Shape, earning, forward_seconds, idle, synchronise, trace_at
+from tests.bench.shapes import (
+    SEQUENCE,
+    Shape,
+    compared,
+    earning,
+    forward_seconds,
+    idle,
+    step_back,
+    synchronise,
+    trace_at,
+)
 
 MARGINS = Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends")
 HEADROOM = Plan(frozenset({"headroom"}), (), "ends")
@@ -73,26 +80,16 @@ def comparison_costs(device: str, shape: Shape) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         now, before = Path(folder) / "now", Path(folder) / "before"
         probe = earning(now, shape, device)
-        shutil.copytree(now, before)
-        weights = load_file(now / "model.safetensors")
-        noise = torch.Generator().manual_seed(1)
-        moved = {
-            name: own + 0.02 * own.std() * torch.randn(own.shape, generator=noise) for name, own in weights.items()
-        }
-        save_file(moved, before / "model.safetensors", metadata={"format": "pt"})
+        step_back(now, before)
         forward = forward_seconds(now, probe, device)
 
-        def compared() -> None:
-            trace = trace_at(now, probe, device)
-            opened = open_before(
-                Before(None, locate(before)), trace, model=ModelSettings(), keep_sketches=True, required=True
-            )
-            peel(trace, MARGINS, time.perf_counter, comparison=opened.comparison)
+        def beside() -> None:
+            compared(now, before, probe, MARGINS, device)
 
-        alone = [peel_seconds(now, probe, MARGINS, device), seconds(compared, device)]
-        again = [peel_seconds(now, probe, MARGINS, device), seconds(compared, device)]
-    without, beside = (min(one, other) / forward for one, other in zip(alone, again, strict=True))
-    return {"margins": without, "with change and progress": beside, "what they add": beside - without}
+        alone = [peel_seconds(now, probe, MARGINS, device), seconds(beside, device)]
+        again = [peel_seconds(now, probe, MARGINS, device), seconds(beside, device)]
+    without, with_past = (min(one, other) / forward for one, other in zip(alone, again, strict=True))
+    return {"margins": without, "with change and progress": with_past, "what they add": with_past - without}
 
 
 def worst_case(device: str, shape: Shape) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 from peel_agent.load import ProbeSizes
 from peel_agent.probing import QUICK_SEQUENCE_LENGTH, quick_sizes
-from peel_agent.records import ProbeSettings
+from peel_agent.records import PeelSettings, ProbeSettings
 from tests.bench.fleet import HOUR, Record, Training, Week, quantile, simulate
 from tests.bench.operations import HELD_OUT, SEEN, Counted, Law, Size, count, laws
 
@@ -41,8 +41,8 @@ EFFORTS: Mapping[str, tuple[str, ...]] = {"quick": ("quick",), "standard": ("mar
 LIMITED = ("quick", "margins")
 """Plans that `[peel] budget_passes` limits."""
 
-BUDGET_PASSES = 8.0
-"""What is advised for deep models."""
+BUDGET_PASSES = PeelSettings().budget_passes
+"""The default."""
 
 
 @dataclass(frozen=True)

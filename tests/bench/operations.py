@@ -7,7 +7,6 @@ are fitted to the counts, and held against models that they were not fitted to.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,17 +17,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from scipy.optimize import nnls
 from torch.utils.flop_counter import FlopCounterMode
 
-from peel_agent.before import open_before
 from peel_agent.capture.trace import BlockwiseTrace
 from peel_agent.peel import peel
 from peel_agent.peel.margins.heats import usual_sequences
-from peel_agent.pipeline import locate
-from peel_agent.records import Before, ModelSettings, Plan, Probe
-from tests.bench.shapes import Shape, earning, idle, trace_at
+from peel_agent.records import Plan, Probe
+from tests.bench.shapes import Shape, compared, earning, idle, step_back, trace_at
 
 QUICK = Plan(frozenset({"margin"}), ("skip", "affine"), "ends", parts=False, few_sequences=True)
 MARGINS = Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends")
@@ -142,10 +138,10 @@ def count(shape: Shape, *, early: bool = False) -> Counted:
     with tempfile.TemporaryDirectory() as name:
         now, before = Path(name) / "now", Path(name) / "before"
         probe = idle(now, shape) if early else earning(now, shape, "cpu")
-        _step_back(now, before)
+        step_back(now, before)
         work = {
             "quick": lambda: peel(trace_at(now, probe, "cpu"), QUICK, time.perf_counter),
-            "margins": lambda: _compared(now, before, probe),
+            "margins": lambda: compared(now, before, probe, MARGINS),
             "bounds": lambda: peel(trace_at(now, probe, "cpu"), BOUNDS, time.perf_counter),
         }
         operations, reads = {}, {}
@@ -154,23 +150,6 @@ def count(shape: Shape, *, early: bool = False) -> Counted:
                 operations[plan] = counted(run)
             reads[plan] = visit.call_count / shape.blocks
         return Counted(size_of(shape, probe), operations, reads)
-
-
-def _step_back(now: Path, before: Path) -> None:
-    """The checkpoint before: the same weights, each moved a little."""
-    shutil.copytree(now, before)
-    noise = torch.Generator().manual_seed(1)
-    weights = load_file(now / "model.safetensors")
-    moved = {key: own + 0.02 * own.std() * torch.randn(own.shape, generator=noise) for key, own in weights.items()}
-    save_file(moved, before / "model.safetensors", metadata={"format": "pt"})
-
-
-def _compared(now: Path, before: Path, probe: Probe) -> None:
-    """Margins, change and progress, as `watch` asks for them."""
-    trace = trace_at(now, probe, "cpu")
-    earlier = Before(None, locate(before))
-    opened = open_before(earlier, trace, model=ModelSettings(), keep_sketches=True, required=True)
-    peel(trace, MARGINS, time.perf_counter, comparison=opened.comparison)
 
 
 # ---------------------------------------------------------------- fitted

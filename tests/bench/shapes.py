@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peel_agent import registry
+from peel_agent.before import open_before
 from peel_agent.capture import open_trace
 from peel_agent.capture.trace import BlockwiseTrace
 from peel_agent.load import open_snapshot
+from peel_agent.peel import peel
 from peel_agent.pipeline import locate
-from peel_agent.records import Probe
+from peel_agent.records import Before, Findings, ModelSettings, Plan, Probe
 
 SEQUENCE = 64
 BATCH = 4096 // SEQUENCE
@@ -93,22 +97,39 @@ def _split(ids: Any, shape: Shape) -> Probe:
     return Probe(ids[select + confirm :], ids[:select], ids[select : select + confirm], "bench")
 
 
+def step_back(now: Path, before: Path) -> None:
+    """The checkpoint before: the same weights, each moved a little."""
+    shutil.copytree(now, before)
+    noise = torch.Generator().manual_seed(1)
+    weights = load_file(now / "model.safetensors")
+    moved = {key: own + 0.02 * own.std() * torch.randn(own.shape, generator=noise) for key, own in weights.items()}
+    save_file(moved, before / "model.safetensors", metadata={"format": "pt"})
+
+
+def compared(now: Path, before: Path, probe: Probe, plan: Plan, device: str = "cpu") -> Findings:
+    """What a plan finds beside the checkpoint before, change and progress too, as `watch` asks for them."""
+    trace = trace_at(now, probe, device)
+    earlier = Before(None, locate(before))
+    opened = open_before(earlier, trace, model=ModelSettings(), keep_sketches=True, required=True)
+    return peel(trace, plan, time.perf_counter, comparison=opened.comparison)
+
+
 def trace_at(path: Path, probe: Probe, device: str) -> BlockwiseTrace:
     ref = locate(path)
     (form,) = registry.formats(ref.format)
     return open_trace(open_snapshot(ref, form, registry.family), probe, device=device)
 
 
-def forward_seconds(path: Path, probe: Probe, device: str) -> float:
+def forward_seconds(path: Path, probe: Probe, device: str, batch: int = BATCH) -> float:
     """One plain forward pass of transformers over the whole probe, loss included, with every weight resident."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
     ids = torch.from_numpy(np.concatenate([probe.fit, probe.select, probe.confirm])).to(device)
     with torch.no_grad():
-        model(ids[:BATCH], labels=ids[:BATCH])
+        model(ids[:batch], labels=ids[:batch])
         synchronise(device)
         start = time.perf_counter()
-        for batch in ids.split(BATCH):
-            model(batch, labels=batch)
+        for rows in ids.split(batch):
+            model(rows, labels=rows)
         synchronise(device)
         return time.perf_counter() - start
 

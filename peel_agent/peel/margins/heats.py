@@ -23,7 +23,7 @@ WHOLE_PASSES = 2.0
 taken to stay under it; where the fewest cost more still, only the first tokens of sequences are, which is a cut.
 """
 
-CUT_PASSES = 1.0
+CUT_PASSES = 0.75
 """What the first heat may cost on a cut, in the same unit."""
 
 CUT_SEQUENCES = 16
@@ -31,6 +31,11 @@ CUT_SEQUENCES = 16
 
 LEAST_CUT = 64
 """Tokens of a sequence. No cut is shorter than half of this, whatever it costs."""
+
+PICKING_TOKENS = 4096
+"""Where a cut left several stand-ins, the best is picked on so many tokens of select, in no fewer sequences than
+HEAT_SELECT_SEQUENCES.
+"""
 
 GROWTH = 4
 """Each longer cut has so many times the tokens of the one before."""
@@ -64,6 +69,11 @@ def usual_sequences(selecting: int, confirming: int) -> tuple[int, int]:
     select = min(selecting, max(HEAT_SELECT_SEQUENCES, selecting // HEAT_FRACTION))
     confirm = min(confirming, max(HEAT_CONFIRM_SEQUENCES, confirming // HEAT_FRACTION))
     return (select, confirm) if 4 * (select + confirm) <= 3 * (selecting + confirming) else (selecting, confirming)
+
+
+def picking_rows(probe: Probe) -> int:
+    """How many select sequences tell several stand-ins apart."""
+    return min(len(probe.select), max(HEAT_SELECT_SEQUENCES, -(-PICKING_TOKENS // probe.sequence_length)))
 
 
 def longer_heats(probe: Probe, first: Heat) -> Iterator[Heat]:

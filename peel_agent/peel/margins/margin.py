@@ -145,47 +145,41 @@ class Threshold(NamedTuple):
 def thresholds(margins: Sequence[Margin]) -> tuple[Threshold, ...]:
     """What each margin is held against: a fraction of the others' median, never below 0 (method.md 4).
 
-    Both numbers are the same where all margins are of whole sequences. Where some are of first tokens only, the median
-    on whole sequences is not known: the two numbers come from the others' lower and upper limits, moved apart by
-    CUT_DOUBT.
+    Both numbers are the same where all margins are of whole sequences. What one of first tokens only would be on whole
+    ones is not known: the two numbers allow for that.
     """
-    doubt = _doubt(margins)
-    return tuple(_threshold(others, doubt) for others in _others(margins))
-
-
-def _doubt(margins: Sequence[Margin]) -> float:
-    """By what factor margins may be off for having been measured on first tokens only."""
-    return CUT_DOUBT if any(margin.cut is not None for margin in margins) else 1.0
-
-
-def _threshold(others: Sequence[Margin], doubt: float) -> Threshold:
-    if not others:
-        return Threshold(0.0, 0.0)
-    if doubt == 1.0:
-        exact = max(0.0, MEDIAN_FRACTION * median(margin.estimate.value for margin in others))
-        return Threshold(exact, exact)
-    return _doubtful(others, doubt)
-
-
-def _doubtful(others: Sequence[Margin], doubt: float) -> Threshold:
-    low = median(margin.estimate.low for margin in others)
-    high = median(margin.estimate.high for margin in others)
-    return Threshold(max(0.0, MEDIAN_FRACTION * low / doubt), max(0.0, MEDIAN_FRACTION * high * doubt))
-
-
-def _others(margins: Sequence[Margin]) -> Iterator[list[Margin]]:
-    yield from ([*margins[:place], *margins[place + 1 :]] for place in range(len(margins)))
+    return tuple(_threshold(others) for others in _others([_values(margin) for margin in margins]))
 
 
 def final_thresholds(margins: Sequence[Margin]) -> tuple[Threshold, ...]:
-    """The same when nothing more is measured. If some margin was left open, they are moved apart here too: on all
-    sequences that margin would be another one, which might move the median.
+    """The same when nothing more is measured: a margin that was left open would be another one on all sequences, too,
+    which might move the median.
     """
     limits = thresholds(margins)
-    if all(margin.whole or margin.least > limit.above for margin, limit in zip(margins, limits, strict=True)):
-        return limits
-    doubt = _doubt(margins)
-    return tuple(_doubtful(others, doubt) if others else Threshold(0.0, 0.0) for others in _others(margins))
+    values = [
+        _values(margin, left_open=not margin.whole and margin.least <= limit.above)
+        for margin, limit in zip(margins, limits, strict=True)
+    ]
+    return tuple(_threshold(others) for others in _others(values))
+
+
+def _values(margin: Margin, *, left_open: bool = False) -> tuple[float, float]:
+    """The least and the most that a margin may be on all sequences, as far as thresholds need to allow for it."""
+    value, low, high = margin.estimate.value, margin.estimate.low, margin.estimate.high
+    if margin.cut is not None:
+        return min(low, low / CUT_DOUBT), max(high, high * CUT_DOUBT)
+    return (low, high) if left_open else (value, value)
+
+
+def _threshold(others: Sequence[tuple[float, float]]) -> Threshold:
+    if not others:
+        return Threshold(0.0, 0.0)
+    below, above = (max(0.0, MEDIAN_FRACTION * median(values)) for values in zip(*others, strict=True))
+    return Threshold(below, above)
+
+
+def _others(values: Sequence[tuple[float, float]]) -> Iterator[list[tuple[float, float]]]:
+    yield from ([*values[:place], *values[place + 1 :]] for place in range(len(values)))
 
 
 def far_under(margins: Mapping[int, Margin]) -> frozenset[int]:

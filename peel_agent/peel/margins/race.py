@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from peel_agent.peel.margins.heats import first_heat, longer_heats
+from peel_agent.peel.margins.heats import first_heat, longer_heats, picking_rows
 from peel_agent.peel.margins.margin import (
     Margin,
     Place,
@@ -38,8 +38,18 @@ from peel_agent.records import Estimate, Plan, Skipped, Trace
 LEAST_WORSE, MOST_WORSE = 3, 8
 """How many blocks and parts that seem to have got worse are measured on all of confirm, at least and at most."""
 
-RESERVED = 0.5
-"""While first tokens are run, at most this fraction of what is left of the budget is kept for whole sequences."""
+MOST_BELOW = 9
+"""How many blocks and parts that seem below their threshold are measured on whole sequences whatever the budget: three
+blocks with their parts.
+"""
+
+CLEARING = 0.5
+"""What does not seem to be below is measured while no more than this share of the budget is spent: most of the time the
+price of a peel is that share, and the rest is there for what may be found below.
+"""
+
+CERTAIN = float("inf")
+"""The share for what is measured whatever the budget."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,8 @@ class Raced:
 
     `swept`: the sweep that solved the stand-ins. `excesses`: how much more each stand-in loses than the trained model,
     on the last tokens it was run on. `margins`: of every block and part. `first`: their margins on the first heat,
-    whose tokens are the same at every checkpoint. `progress`: over the checkpoint before. `passes`: the work of all of
-    it, in plain forward passes.
+    whose tokens are the same at every checkpoint. `progress`: over the checkpoint before. `work`: what each stage of
+    it cost, in plain forward passes.
     """
 
     swept: Sweep
@@ -57,7 +67,7 @@ class Raced:
     margins: Mapping[Place, Margin]
     first: Mapping[Place, Margin]
     progress: Mapping[Place, Estimate]
-    passes: float
+    work: Mapping[str, float]
 
 
 Entry = tuple[Place, Heat, tuple[Variant, ...]]
@@ -80,7 +90,7 @@ def race(
     shortest = first_heat(trace, meter, variants_per_block(plan))
     swept = sweep(trace, plan, shortest, keep, stopwatch, meter=meter, comparison=comparison)
     if not np.isfinite(swept.trained).all():
-        return Raced(swept, {}, {}, {}, {}, meter.spent)  # there is nothing to hold against anything
+        return Raced(swept, {}, {}, {}, {}, meter.by_stage)  # there is nothing to hold against anything
     standings = _Standings(trace, plan, swept, stopwatch, meter)
     first = standings.margins()
     for longer in longer_heats(trace.probe, shortest):
@@ -93,7 +103,7 @@ def race(
         first,
         # What was measured before the comparison fell counts for nothing: its files may be torn.
         standings.progress() if comparison is not None and comparison.stands else {},
-        meter.spent,
+        meter.by_stage,
     )
 
 
@@ -123,27 +133,45 @@ class _Standings:
     def clear_on(self, heat: Heat) -> None:
         """Runs open places on the first tokens of sequences: not those that seem below, which only whole ones can tell.
 
-        The highest margins come first, for they are cleared soonest, as long as enough of the budget is left for those
-        that seem below.
+        The highest margins come first, for they are cleared soonest.
         """
         margins = self.margins()
         suspects = seeming_below(margins)
         straddling = [place for place in still_open(margins) if place not in suspects]
         straddling.sort(key=lambda place: -margins[place].estimate.value)
-        whole = self._whole(suspects, margins)
-        self._carry([(place, heat, self._contending(place, margins)) for place in straddling], reserved=whole)
+        entries = [(place, heat, self._contending(place, margins)) for place in straddling]
+        self._carry([(CLEARING, entries)], "longer cuts")
 
     def measure_in_full(self) -> None:
-        """Measures open places on whole sequences, the lowest margins first, and those that seem to have got worse."""
+        """Measures open places on whole sequences, as far as the budget goes: after what is certain to be measured, the
+        lowest margins first.
+        """
         margins = self.margins()
-        worse = seeming_worse(self.progress())
-        confirm = np.arange(self._selecting, len(self._swept.trained))
-        entries = [
-            ((variant.block, variant.target), self._unmeasured(self.earlier[variant], confirm), (variant,))
-            for variant in worse
+        certain = self._certain(margins)
+        taken = {place for place, _, variants in certain if variants[0].reference != EARLIER}
+        # What is held against a threshold is of use only when that is known: the other blocks or parts come first.
+        needed = {target for _, target in taken}
+        rest = [place for place in still_open(margins) if place not in taken]
+        rest.sort(key=lambda place: (place[1] not in needed, margins[place].estimate.high))
+        low = not_surely_over(margins)
+        groups = [
+            (CERTAIN, certain),
+            (1.0, self._whole([place for place in rest if place in low], margins)),
+            (CLEARING, self._whole([place for place in rest if place not in low], margins)),
         ]
-        lowest = sorted(still_open(margins), key=lambda place: margins[place].estimate.high)
-        self._refused = self._carry([*entries, *self._whole(lowest, margins)])
+        self._refused = self._carry(groups, "whole sequences")
+
+    def _certain(self, margins: Mapping[Place, Margin]) -> list[Entry]:
+        """What is measured on whole sequences whatever the budget, so that none makes an alert come later: the blocks,
+        then the parts, that seem below their threshold, the lowest first; and the places that seem to have got worse.
+        """
+        confirm = np.arange(self._selecting, len(self._swept.trained))
+        worse = [
+            ((variant.block, variant.target), self._unmeasured(self.earlier[variant], confirm), (variant,))
+            for variant in seeming_worse(self.progress())
+        ]
+        below = sorted(seeming_below(margins), key=lambda place: (place[1] != "block", margins[place].estimate.high))
+        return [*self._whole(below[:MOST_BELOW], margins), *worse]
 
     def left_out(self) -> tuple[Skipped, ...]:
         """What stayed open, and on what the margins are that were cleared on cuts."""
@@ -168,12 +196,14 @@ class _Standings:
         return contenders(self.stand_ins, {place: margins[place]})
 
     def _whole(self, places: Iterable[Place], margins: Mapping[Place, Margin]) -> list[Entry]:
-        """The places on all sequences; on confirm alone where one contender is left: nothing is to be picked."""
+        """The places on all of confirm, and on select where several contenders are left to pick from."""
         everything = np.arange(len(self._swept.trained))
+        confirm, few = everything[self._selecting :], everything[: picking_rows(self._trace.probe)]
         entries = []
         for place in places:
             contending = self._contending(place, margins)
-            rows = everything if len(contending) > 1 else everything[self._selecting :]
+            rows = everything if margins[place].cut is None else np.concatenate([few, confirm])
+            rows = rows if len(contending) > 1 else confirm
             entries.append((place, self._unmeasured(self.stand_ins[contending[0]], rows), contending))
         return entries
 
@@ -182,13 +212,19 @@ class _Standings:
         known = excess.measured.nonzero()[0] if excess.cut is None else rows[:0]
         return Heat(np.setdiff1d(rows, known), self._trace.probe.sequence_length)
 
-    def _carry(self, entries: Sequence[Entry], reserved: Sequence[Entry] = ()) -> dict[Place, str]:
-        """Runs as many entries as are afforded, in their order; says of the others why not."""
-        entries = [entry for entry in entries if len(entry[1].rows)]
-        kept_back = min(self._price(reserved), RESERVED * self._meter.left) if reserved else 0.0
-        taken = len(entries)
-        while taken and self._refusal(self._price(entries[:taken]) + kept_back) is not None:
-            taken -= 1
+    def _carry(self, groups: Sequence[tuple[float, Sequence[Entry]]], stage: str) -> dict[Place, str]:
+        """Runs as many entries as are afforded, in their order; says of the others why not.
+
+        Each group comes with the share of the budget that may be spent before it is left out.
+        """
+        shared = [(share, entry) for share, entries in groups for entry in entries if len(entry[1].rows)]
+        entries = [entry for _, entry in shared]
+        taken, why = len(entries), ""
+        while taken:
+            refusal = self._refusal(self._price(entries[:taken]), shared[taken - 1][0])
+            if refusal is None:
+                break
+            taken, why = taken - 1, refusal
         lanes: dict[tuple[int, ...], tuple[Heat, list[Variant]]] = {}
         for _, heat, variants in entries[:taken]:
             lanes.setdefault(tuple(heat.rows), (heat, []))[1].extend(variants)
@@ -197,11 +233,9 @@ class _Standings:
                 (heat, {variant: self._swept.solved[variant] for variant in variants})
                 for heat, variants in lanes.values()
             ]
-            for excesses in carry(self._trace, chosen, self._stopwatch, self._meter):
+            for excesses in carry(self._trace, chosen, self._stopwatch, self._meter, stage):
                 self._learn(excesses)
-        rest = entries[taken:]
-        why = self._refusal(self._price(rest[:1]) + kept_back) if rest else None
-        return {place: why or "" for place, _, _ in rest}
+        return {place: why for place, _, _ in entries[taken:]}
 
     def _learn(self, excesses: Mapping[Variant, Excess]) -> None:
         for variant, new in excesses.items():
@@ -219,9 +253,9 @@ class _Standings:
         )
         return restream(union([heat for _, heat, _ in entries]), self._meter) + tails
 
-    def _refusal(self, passes: float) -> str | None:
-        """Why so many forward passes are not afforded; None when they are."""
-        if not self._meter.affords(passes):
+    def _refusal(self, passes: float, share: float) -> str | None:
+        """Why a share of the budget, or the time, does not suffice for so many forward passes; None when they do."""
+        if not self._meter.affords(passes, share):
             return self._meter.refusal()
         afforded = self._stopwatch.affords(passes * self._swept.seconds_per_pass)
         return None if afforded else self._stopwatch.refusal()
@@ -267,6 +301,13 @@ def seeming_below(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
         place
         for place, margin, limits in _with_thresholds(margins)
         if margin.estimate.high < limits.above and not margin.whole
+    )
+
+
+def not_surely_over(margins: Mapping[Place, Margin]) -> frozenset[Place]:
+    """The blocks and parts that may be below their threshold for all that is known."""
+    return frozenset(
+        place for place, margin, limits in _with_thresholds(margins) if margin.estimate.low <= limits.below
     )
 
 

@@ -5,14 +5,21 @@ A plain forward pass is the trained model run once over every token of the probe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from peel_agent.records import Block, Trace
 
 ROUNDING = 1e-9
 """What sums in another order may differ by."""
 
+USUAL_TOKENS = 90_112
+"""What the usual probe holds. A budget is of passes over so many tokens where the probe is smaller: most of a small one
+is scored, and left open would be what takes little time.
+"""
+
 
 class Meter:
-    """What was `spent`, and the `budget`, None for no limit. Both in plain forward passes.
+    """What was spent on each stage, and a `budget`, None for no limit. Both in plain forward passes.
 
     A token is multiplied by each matrix of a block (in a mixture of experts, by those of every expert), and in
     attention by the keys and values of the tokens before it: on average half of the sequence, `width` numbers of each.
@@ -21,8 +28,7 @@ class Meter:
 
     def __init__(self, trace: Trace, block: Block, budget: float | None = None) -> None:
         probe = trace.probe
-        self.budget = budget
-        self.spent = 0.0
+        self._stages: dict[str, float] = {}
         self.depth = len(trace.block_names)
         self._width = trace.width
         self._matrices = sum(weight.numel() for weight in block.parameters.values() if weight.dim() > 1)
@@ -30,21 +36,27 @@ class Meter:
         tokens = probe.fit.size + probe.select.size + probe.confirm.size
         per_token = self.depth * (self._matrices + self._width * probe.sequence_length) + self._head
         self._per_pass = float(tokens * per_token)
+        self._asked = budget
+        self._budget = None if budget is None else budget * max(1.0, USUAL_TOKENS / tokens)
 
-    def spend(self, passes: float) -> None:
-        self.spent += passes
-
-    def affords(self, passes: float) -> bool:
-        """Whether so much is left."""
-        return self.budget is None or self.spent + passes <= self.budget * (1.0 + ROUNDING)
+    def spend(self, passes: float, stage: str) -> None:
+        self._stages[stage] = self._stages.get(stage, 0.0) + passes
 
     @property
-    def left(self) -> float:
-        return float("inf") if self.budget is None else self.budget - self.spent
+    def spent(self) -> float:
+        return sum(self._stages.values())
+
+    @property
+    def by_stage(self) -> Mapping[str, float]:
+        return dict(self._stages)
+
+    def affords(self, passes: float, share: float = 1.0) -> bool:
+        """Whether so much is left of a share of the budget."""
+        return self._budget is None or self.spent + passes <= share * self._budget * (1.0 + ROUNDING)
 
     def refusal(self) -> str:
         """Why work that is not afforded is left out."""
-        return f"the budget of {self.budget:g} forward passes does not suffice ([peel] budget_passes)"
+        return f"the budget of {self._asked:g} forward passes does not suffice ([peel] budget_passes)"
 
     def blocks(self, tokens: int, length: int, count: int = 1) -> float:
         """So many tokens, in sequences of a length, through so many blocks."""

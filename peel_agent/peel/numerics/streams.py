@@ -31,10 +31,13 @@ class Streams:
     def confirm(self) -> Tensor:
         return self.score[self.selecting :]
 
-    def first(self, tokens: int) -> Streams:
-        """The same with no more fit sequences than these tokens fill."""
-        sequences = -(-tokens // self.fit.shape[1])
-        return Streams(self.fit[:sequences], self.score, self.selecting)
+    def first(self, fit: int, select: int | None = None) -> Streams:
+        """The same with no more fit sequences than these tokens fill; with `select` no more of that, and no confirm."""
+        few = self.fit[: -(-fit // self.fit.shape[1])]
+        if select is None:
+            return Streams(few, self.score, self.selecting)
+        selecting = min(self.selecting, -(-select // self.fit.shape[1]))
+        return Streams(few, self.select[:selecting], selecting)
 
     def through(self, function: Callable[[Tensor], Tensor], chunk: Chunk) -> Streams:
         """Both parts run through `function` ([B, S, d] to [B, S, d]), `chunk` sequences at a time."""

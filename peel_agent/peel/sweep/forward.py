@@ -26,6 +26,9 @@ PARTS_TOO_DEAR = Skipped(
     "progress of parts", f"it costs more than {BUDGET_PASSES:g} forward passes; that of whole blocks was measured"
 )
 
+TRAINED = "trained streams and affine fits"
+"""The stage of the work that a meter counts at each visit."""
+
 
 @dataclass(frozen=True)
 class Visited:
@@ -84,23 +87,23 @@ def sweep(
     visited: list[Visited] = []
     previous: Visit | None = None
     targets, earlier_heat = _earlier_heat(trace, plan, heat, meter)
-    stand_ins, earlier = Lane.of(trace, heat, meter), Lane.of(trace, earlier_heat, meter)
+    stand_ins, earlier = Lane.of(trace, heat, meter, "first heat"), Lane.of(trace, earlier_heat, meter, "progress")
     leaving = ((stand_ins, variants_per_block(plan)), (earlier, len(targets) if comparison is not None else 0))
     depth = len(trace.block_names)
     stopwatch.progress("blocks", 0, depth)
     for block in stopwatch.each("capture", trace.blocks()):
-        per_block = trained_work(trace, plan, meter)
-        if plan.references and (why := _refusal(leaving, block, per_block, stopwatch)) is not None:
+        if plan.references and (why := _refusal(leaving, block, stopwatch)) is not None:
             skipped[Skipped(f"margins of {block.name} and the blocks after it", why)] = None
             plan = replace(plan, references=())
         with stopwatch("capture"):
             visit = visit_block(trace, block, h, plan, skipped)
-            meter.spend(trained_work(trace, plan, meter))
+            meter.spend(trained_work(trace, plan, meter), TRAINED)
             if comparison is not None:
                 comparison.visit(block)
         with stopwatch("solve"):
             spliced = stand_ins_of(trace, visit, previous, plan)
-            meter.spend(refit_work(trace, block, meter) if Variant(block.index, "block", "previous") in spliced else 0)
+            if Variant(block.index, "block", "previous") in spliced:
+                meter.spend(refit_work(trace, block, meter), "`previous` fits")
         compared = comparison.progress(block, targets) if comparison is not None and plan.references else {}
         with stopwatch("score"):
             streams = _trained_streams(visit, previous)
@@ -113,7 +116,7 @@ def sweep(
         stopwatch.progress("blocks", block.index + 1, depth)
     with stopwatch("score"):
         trained = sequence_losses(trace, h.score, score_ids(trace.probe))
-        meter.spend(meter.head(score_ids(trace.probe).size))
+        meter.spend(meter.head(score_ids(trace.probe).size), TRAINED)
         variants, progress = (lane.excesses(h.score) for lane in (stand_ins, earlier))
     if progress and plan.parts and "mlp" not in targets:
         skipped[PARTS_TOO_DEAR] = None
@@ -151,17 +154,14 @@ def _trained_streams(visit: Visit, previous: Visit | None) -> Trained:
     return Trained(visit.block, visit.before.score, visit.mid, before)
 
 
-def _refusal(lanes: Sequence[tuple[Lane, int]], block: Block, per_block: float, stopwatch: Stopwatch) -> str | None:
-    """Why this block and those after it get no references; None when the budgets suffice for this block.
+def _refusal(lanes: Sequence[tuple[Lane, int]], block: Block, stopwatch: Stopwatch) -> str | None:
+    """Why this block and those after it get no references; None when the time suffices for this block.
 
-    Held against the budgets is what would be left to do if this block were the last with references. The lanes come
-    with how many variants leave at the block; `per_block` is what the trained streams cost in a block.
+    Held against it is what would be left to do if this block were the last with references. The lanes come with how
+    many variants leave at the block. A budget of forward passes never leaves out the first look at a block.
     """
-    meter, done = lanes[0][0].meter, max(1, block.index)
-    ahead = meter.depth - block.index
+    ahead, done = lanes[0][0].meter.depth - block.index, max(1, block.index)
     tails = sum(lane.passes_ahead(block.index, variants) for lane, variants in lanes)
-    if not meter.affords(ahead * per_block + tails):
-        return meter.refusal()
     each = (stopwatch.seconds("capture") + stopwatch.seconds("solve")) / done
     seconds = tails * _seconds_per_pass([lane for lane, _ in lanes], stopwatch)
     return None if stopwatch.affords(ahead * each + seconds) else stopwatch.refusal()

@@ -47,9 +47,9 @@ class Lane:
     meter: Meter
 
     @classmethod
-    def of(cls, trace: Trace, heat: Heat, meter: Meter, at: Heat | None = None) -> Lane:
+    def of(cls, trace: Trace, heat: Heat, meter: Meter, stage: str, at: Heat | None = None) -> Lane:
         share = TAIL_SHARE * trace.probe.fit.size * trace.width
-        return cls(trace, heat, at or heat, Tails(trace, heat.ids(trace.probe), share, meter), meter)
+        return cls(trace, heat, at or heat, Tails(trace, heat.ids(trace.probe), share, meter, stage), meter)
 
     def take(self, splices: Mapping[Variant, Splice], trained: Trained) -> None:
         """Runs the block on every stream that was spliced before it, and adds those that leave at it."""
@@ -81,7 +81,11 @@ class Lane:
 
 
 def carry(
-    trace: Trace, entries: Sequence[tuple[Heat, Mapping[Variant, Splice]]], stopwatch: Stopwatch, meter: Meter
+    trace: Trace,
+    entries: Sequence[tuple[Heat, Mapping[Variant, Splice]]],
+    stopwatch: Stopwatch,
+    meter: Meter,
+    stage: str = "whole sequences",
 ) -> list[dict[Variant, Excess]]:
     """Variants that an earlier sweep solved, each on its heat: how much higher their losses are than the trained
     model's.
@@ -90,11 +94,11 @@ def carry(
     depth = len(trace.block_names)
     with stopwatch("score"):
         lanes = [
-            Lane.of(trace, heat, meter, Heat(np.searchsorted(every.rows, heat.rows), heat.length))
+            Lane.of(trace, heat, meter, stage, Heat(np.searchsorted(every.rows, heat.rows), heat.length))
             for heat, _ in entries
         ]
         h = trace.embed(every.ids(trace.probe))
-        meter.spend(restream(every, meter))
+        meter.spend(restream(every, meter), stage)
         before: tuple[Block, Tensor] | None = None
         stopwatch.progress("open margins, blocks", 0, depth)
         for block in trace.blocks():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peel_agent.peel.references import (
+    REFIT_SELECT_TOKENS,
     Affine,
     columns_of_refit,
     pick_affine,
@@ -31,7 +32,7 @@ def stand_ins_of(
         stand_ins[Variant(index, target, "affine")] = splices.affine(target, added)
     if "previous" in plan.references and previous is not None:
         tokens = refit_tokens(columns_of_refit(previous.block))
-        inputs, aim = (streams.first(tokens) for streams in (previous.before, visit.after))
+        inputs, aim = (streams.first(tokens, REFIT_SELECT_TOKENS) for streams in (previous.before, visit.after))
         (reaching,) = refit(previous.block, inputs, [aim], trace.chunk)
         stand_ins[Variant(index, "block", "previous")] = splices.previous(reaching.attention, reaching.mlp)
     return stand_ins

@@ -24,13 +24,15 @@ class Tails:
     """Streams spliced so far, and the losses of those that have reached the head.
 
     `ids` [n, S] are the tokens on which variants are scored, `share` is the most elements that streams may hold between
-    two blocks. What they cost is told to the `meter` as it is done; `work` is the sum, in plain forward passes.
+    two blocks. What they cost is told to the `meter` as it is done, as work of a `stage`; `work` is the sum, in plain
+    forward passes.
     """
 
-    def __init__(self, trace: Trace, ids: TokenIds, share: int, meter: Meter | None = None) -> None:
+    def __init__(self, trace: Trace, ids: TokenIds, share: int, meter: Meter | None = None, stage: str = "") -> None:
         self.losses: dict[Variant, Losses] = {}
         self.work = 0.0
         self._meter = meter
+        self._stage = stage
         self._trace = trace
         self._ids = ids
         self._share = share
@@ -75,4 +77,4 @@ class Tails:
     def _count(self, passes: float) -> None:
         self.work += passes
         if self._meter is not None:
-            self._meter.spend(passes)
+            self._meter.spend(passes, self._stage)
