@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from peel_agent import registry
@@ -16,10 +17,16 @@ from peel_agent.cli import main
 from tests.runs.stoppable import InstantEngine
 
 
+@dataclass(frozen=True)
+class _NoSettings:
+    pass
+
+
 class _Plugin:
     name = "instant"
+    settings = _NoSettings
 
-    def open(self, environment: object) -> InstantEngine:
+    def open(self, environment: object, settings: object) -> InstantEngine:
         module, _, name = os.environ.get("REPORTS", "tests.runs.stoppable:report_of").partition(":")
         return InstantEngine(Path(os.environ["PEELS"]), getattr(importlib.import_module(module), name))
 

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from peel_agent import registry
@@ -45,10 +46,16 @@ class LateEngine(InstantEngine):
         self._threads.shutdown(cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class _NoSettings:
+    pass
+
+
 class _Plugin:
     name = "late"
+    settings = _NoSettings
 
-    def open(self, environment: object) -> LateEngine:
+    def open(self, environment: object, settings: object) -> LateEngine:
         return LateEngine(Path(os.environ["PEELS"]), Path(os.environ["GO"]))
 
 
