@@ -14,7 +14,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from peel_agent.records import Findings, PeelSettings, Plan, Probe
+from peel_agent.records import Findings, PeelSettings, Plan, Probe, Status
 from tests.bench.shapes import compared, forward_seconds, step_back
 
 STORED = Path(__file__).with_name("depth.json")
@@ -97,13 +97,37 @@ def untrained(model: Any) -> Probe:
 
 def silent(model: Any) -> Probe:
     """Every block adds exactly nothing."""
-    for layer in model.model.layers:
-        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            projection.weight.data.zero_()
+    _silence(model, range(len(model.model.layers)))
     return untrained(model)
 
 
-CASES: Mapping[str, Callable[[Any], Probe]] = {"earning": earning, "untrained": untrained, "silent": silent}
+def one_silent(model: Any) -> Probe:
+    """Block 5 adds nothing, and the others earn their place."""
+    _silence(model, [5])
+    return earning(model)
+
+
+def three_silent(model: Any) -> Probe:
+    """Blocks 2, 5 and 8 add nothing."""
+    _silence(model, [2, 5, 8])
+    return earning(model)
+
+
+def dead_mlp(model: Any) -> Probe:
+    """The MLP of block 4 adds nothing."""
+    model.model.layers[4].mlp.down_proj.weight.data.zero_()
+    return earning(model)
+
+
+def _silence(model: Any, blocks: Iterable[int]) -> None:
+    for index in blocks:
+        layer = model.model.layers[index]
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.data.zero_()
+
+
+FAULTS = (one_silent, three_silent, dead_mlp)
+CASES: Mapping[str, Callable[[Any], Probe]] = {case.__name__: case for case in (earning, untrained, silent, *FAULTS)}
 
 
 def measured(shape: Shape, make_probe: Callable[[Any], Probe], plan: Plan, *, timed: bool = True) -> dict[str, Any]:
@@ -122,14 +146,18 @@ def measured(shape: Shape, make_probe: Callable[[Any], Probe], plan: Plan, *, ti
         "passes": round(found.passes, 3),
         "by stage": {stage: round(passes, 3) for stage, passes in found.work.items()},
         **({} if forward is None else {"time over that of a forward pass": round(spent / forward, 2)}),
-        "statuses": dict(sorted(Counter(_statuses(found)).items())),
+        "statuses": dict(sorted(Counter(_statuses(found).values()).items())),
+        "below": [place for place, status in _statuses(found).items() if status == "below"],
     }
 
 
-def _statuses(found: Findings) -> Iterator[str]:
+def _statuses(found: Findings) -> dict[str, Status]:
+    """By block (`3`) and part (`3/mlp`)."""
+    statuses: dict[str, Status] = {}
     for layer in found.layers:
-        yield layer.status
-        yield from (part.status for part in layer.parts.values())
+        statuses[f"{layer.index}"] = layer.status
+        statuses |= {f"{layer.index}/{name}": part.status for name, part in layer.parts.items()}
+    return statuses
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""No alert comes later because of the budget in forward passes: what seems below is measured in full whatever it is."""
+"""The budget in forward passes: where the default does not bind nothing is lost, and what seems below is measured in full
+whatever it is.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ def left_open(findings: Findings) -> set[str]:
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_nothing_comes_later_by_default(faulty: tuple[str, Path], probe: str) -> None:
+def test_a_small_probe_has_all_of_its_answers_by_default(faulty: tuple[str, Path], probe: str) -> None:
     """The default says of every block and part what no limit says, whatever the share of the probe that is scored."""
     fault, path = faulty
     whole, limited = (found(path, PROBES[probe], passes) for passes in (None, PeelSettings().budget_passes))

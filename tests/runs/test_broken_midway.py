@@ -23,6 +23,7 @@ from tests.runs.conftest import STEPS, Train, train_on
 from tests.runs.test_low_bit import confirm_losses
 
 RESTORED, HEALTHY = (Run("llama", 0, name) for name in ("restored_old", "healthy"))
+SHUFFLED = "model.layers.5"
 GUILTY = "model.layers.3"
 
 
@@ -110,11 +111,13 @@ def alert_log(client: Any, run_id: str, folder: Path) -> str:
 
 @pytest.fixture
 def broken(train: Train, tmp_path: Path) -> tuple[Path, Path]:
-    """A healthy checkpoint, and a later one in which the rows of one matrix of block 2 were shuffled."""
+    """A healthy checkpoint, and a later one in which the rows of one matrix of the last block were shuffled: it costs a
+    tenth of the loss and more in every training that was looked at, and in a middle block less than is told.
+    """
     healthy, later = train("llama", True) / f"checkpoint-{STEPS}", tmp_path / "checkpoint-600"
     shutil.copytree(healthy, later)
     weights = load_file(later / "model.safetensors")
-    name = "model.layers.2.mlp.up_proj.weight"
+    name = f"{SHUFFLED}.mlp.up_proj.weight"
     order = torch.randperm(len(weights[name]), generator=torch.Generator().manual_seed(0))
     weights[name] = weights[name][order].contiguous()
     save_file(weights, later / "model.safetensors", metadata={"format": "pt"})
@@ -133,16 +136,17 @@ def test_the_earlier_block_is_a_witness(broken: tuple[Path, Path], middling_prob
     )  # fmt: skip
     report = json.loads(scanned.stdout)
     assert report["since_step"] == STEPS
-    mlp = report["layers"][2]["parts"]["mlp"]
-    assert mlp["progress"]["high"] < 0
-    assert report["layers"][2]["finding"]["subject"] == "model.layers.2/mlp"
+    last = report["layers"][-1]
+    assert last["parts"]["mlp"]["progress"]["high"] < 0
+    assert (last["finding"]["kind"], last["finding"]["subject"]) == ("regressed", f"{SHUFFLED}/mlp")
+    assert scanned.returncode == 1
     patch = tmp_path / "patch.safetensors"
     finished = peel_agent(
-        "witness", later, "--from", healthy, "--layer", "2", "--probe", middling_probe, "--out", patch, home=tmp_path
+        "witness", later, "--from", healthy, "--layer", "5", "--probe", middling_probe, "--out", patch, home=tmp_path
     )
     assert finished.returncode == 0, finished.stderr
     (published,) = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("won")]
-    assert published == pytest.approx(-report["layers"][2]["progress"]["value"], abs=2e-3)
+    assert published == pytest.approx(-last["progress"]["value"], abs=2e-3)
     model = AutoModelForCausalLM.from_pretrained(later, dtype=torch.float32)
     unseen = torch.from_numpy(np.ascontiguousarray(corpus()[1][-64 * LENGTH :].reshape(64, LENGTH)))
     losses = []

@@ -46,7 +46,7 @@ def others_earn_more(report: dict[str, Any], faulty: int) -> bool:
 @pytest.mark.parametrize("name", ["ternary", pytest.param("sign", marks=pytest.mark.long)])
 @pytest.mark.parametrize("healthy", [False, True], ids=["held_back", "healthy"])
 def test_the_faulty_block_of_a_low_bit_training(
-    name: str, healthy: bool, train_low_bit: TrainLowBit, middling_probe: Path, tmp_path: Path
+    name: str, healthy: bool, train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path
 ) -> None:
     """Of a run trained by straight-through estimation the frozen block is below, and earns less than all others; in a
     healthy run every block earns something, for certain.
@@ -55,7 +55,7 @@ def test_the_faulty_block_of_a_low_bit_training(
     the others' median, which is where `below` begins.
     """
     checkpoint = train_low_bit(name, healthy) / f"checkpoint-{LOW_BIT_STEPS}"
-    report = scanned(checkpoint, middling_probe, tmp_path, "margin", "--precision", f"{MATRICES}={name}")
+    report = scanned(checkpoint, probe_file, tmp_path, "margin", "--precision", f"{MATRICES}={name}")
     assert report["model"]["precision"] == f"float32 latents of {name}"
     if healthy:
         assert min(layer["margin"]["low"] for layer in report["layers"]) > NOTHING
@@ -65,14 +65,14 @@ def test_the_faulty_block_of_a_low_bit_training(
         assert others_earn_more(report, HELD_BACK)
 
 
-def test_a_collapsed_scale(train_low_bit: TrainLowBit, middling_probe: Path, tmp_path: Path) -> None:
+def test_a_collapsed_scale(train_low_bit: TrainLowBit, probe_file: Path, tmp_path: Path) -> None:
     """A block whose latents shrank to nothing in a healthy ternary run is below, and earns less than all others.
 
     Nothing is claimed of its neighbours' statuses: on some processors the training ends with one that leans on it, and
     that one is below beside it.
     """
     checkpoint = rewritten(train_low_bit("ternary", True) / f"checkpoint-{LOW_BIT_STEPS}", tmp_path, _shrink)
-    report = scanned(checkpoint, middling_probe, tmp_path, "margin", "--precision", f"{MATRICES}=ternary")
+    report = scanned(checkpoint, probe_file, tmp_path, "margin", "--precision", f"{MATRICES}=ternary")
     assert report["layers"][2]["status"] == "below"
     assert abs(report["layers"][2]["margin"]["value"]) < NOTHING
     assert others_earn_more(report, 2)
