@@ -56,13 +56,14 @@ def commands_in_process_leave_it_as_it_is() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def environment_is_left_as_it_was() -> Iterator[None]:
+def gpus_are_seen_as_before() -> Iterator[None]:
     """A command that a test runs in its own process hides the GPUs from it, and so from all tests after it."""
-    before = dict(os.environ)
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
     yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
+    if before is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 @pytest.fixture(scope="module", autouse=True)

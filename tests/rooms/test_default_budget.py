@@ -1,6 +1,4 @@
-"""The budget in forward passes: where the default does not bind nothing is lost, and what seems below is measured in full
-whatever it is.
-"""
+"""The budget in forward passes: where it does not bind nothing is lost, and what seems below is always measured."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,14 @@ def test_a_bad_restore_in_mlflow(restored: Path, small_probe: Path, tmp_path: Pa
     assert "peel/margin_mlp/L003" in client.get_run(run_id).data.metrics
     notices = [json.loads(line) for line in alert_log(client, run_id, tmp_path).splitlines()]
     (fired,) = [one for one in notices if one["rule"] == "layer_changed" and one["state"] == "firing"]
-    assert (fired["subject"], fired["step"]) == (GUILTY, 500)
-    assert fired["text"].startswith(f"{GUILTY} changed: ")
+    # That block, or the one half of it that stands out: which of them hangs on how the training came out.
+    assert (fired["subject"].partition("/")[0], fired["step"]) == (GUILTY, 500)
+    assert re.match(rf"(the \w+ of )?{GUILTY} changed: ", fired["text"])
     assert "since step 400 its weights moved" in fired["text"]
     assert any("restored from another checkpoint" in cause for cause in fired["causes"])
     assert f"ALERT firing: {fired['text']}" in finished.stderr
     (resolved,) = [one for one in notices if one["rule"] == "layer_changed" and one["state"] == "resolved"]
-    assert (resolved["subject"], resolved["step"]) == (GUILTY, 600)
+    assert (resolved["subject"], resolved["step"]) == (fired["subject"], 600)
     assert client.get_run(run_id).data.tags["peel.alert.layer_changed"] == "inactive"
 
 
