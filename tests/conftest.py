@@ -67,6 +67,16 @@ def gpus_are_seen_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def environment_is_left_as_it_was() -> Iterator[None]:
+    """mlflow.set_experiment, for one, leaves a variable that names the experiment to all modules after it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def arithmetic_is_left_as_it_was() -> Iterator[None]:
     """No module leaves its process computing otherwise (numbers near 0 flushed, another number of threads, another
     default type): the modules after it would measure something else.
