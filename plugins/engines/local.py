@@ -164,10 +164,14 @@ def _peeled(written: str, status: int) -> Peeled:
         )
     answer: dict[str, Any] = json.loads(written.splitlines()[-1])
     if "error" in answer:
-        error = answer["error"]
-        kind: type[PeelError] = getattr(errors, error["kind"], errors.CheckpointError)  # a plug-in may have its own
-        raise kind(error["what"], remedy=error["remedy"])
+        raise error_of(answer["error"])
     return restored(Peeled, answer["peeled"])
+
+
+def error_of(told: Mapping[str, str]) -> PeelError:
+    """The error that an answer in JSON tells of, by its `kind`, `what` and `remedy`."""
+    kind: type[PeelError] = getattr(errors, told["kind"], errors.CheckpointError)  # a plug-in may have its own
+    return kind(told["what"], remedy=told["remedy"])
 
 
 @dataclass(frozen=True)

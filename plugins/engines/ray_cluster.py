@@ -22,7 +22,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from peel_agent import errors
 from peel_agent.errors import (
     ConfigurationError,
     DeviceUnavailable,
@@ -34,6 +33,7 @@ from peel_agent.errors import (
 from peel_agent.records import CheckpointRef, DeviceLease, Peeled, Request, plain, restored
 from peel_agent.spi import Engine, EnginePlugin, setting
 
+from .local import error_of
 from .ray_task import DISTRIBUTION, Share
 
 NEEDS = ("ray", 'pip install "peel-agent[ray]"')
@@ -270,12 +270,13 @@ def _absent(paths: list[str], node: str) -> PeelError:
 
 
 def _error(told: Mapping[str, str], node: str) -> PeelError:
-    kind: type[PeelError] = getattr(errors, told["kind"], errors.CheckpointError)  # a plug-in may have its own
-    if kind is not WorkerError:
-        return kind(told["what"], remedy=told["remedy"])
+    """What the node's own engine raised; a failed worker is one of that node."""
+    error = error_of(told)
+    if type(error) is not WorkerError:
+        return error
     return WorkerError(
-        f"{told['what']} (on the node {node})",
-        remedy=told["remedy"].replace("its output stands above", "its output is in the logs of Ray on that node"),
+        f"{error.what} (on the node {node})",
+        remedy=error.remedy.replace("its output stands above", "its output is in the logs of Ray on that node"),
     )
 
 
