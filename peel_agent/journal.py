@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from peel_agent.errors import printable
@@ -13,6 +14,9 @@ from peel_agent.records import Event, EventKind, Level
 
 AGAIN_SECONDS = 60.0
 """The same sentence is not told twice within this time."""
+
+NUMBERS_SECONDS = 3600.0
+"""A trouble of which only numbers change, such as a GPU's utilisation, is not told anew within this time."""
 
 REMEMBERED = 1000
 
@@ -24,6 +28,7 @@ class _Trouble:
     words: str
     since: float
     run: str | None
+    told_at: float
 
 
 class Journal:
@@ -78,11 +83,12 @@ class Journal:
     def begin(self, trouble: str, words: str, *, run: str | None = None) -> None:
         """Something is wrong that may pass: told when it begins, and again when its words change."""
         with self._lock:
-            before = self._troubles.get(trouble)
-            if before is None or before.words != words:
-                since = self.now() if before is None else before.since
-                self._troubles[trouble] = _Trouble(words, since, run)
-                self.tell("trouble began", words, run=run, level="warning")
+            now, before = self.now(), self._troubles.get(trouble)
+            if before is not None and (words == before.words or _is_recent_but_for_numbers(words, before, now)):
+                self._troubles[trouble] = replace(before, words=words)
+                return
+            self._troubles[trouble] = _Trouble(words, now if before is None else before.since, run, told_at=now)
+            self.tell("trouble began", words, run=run, level="warning")
 
     def end(self, trouble: str, words: str, *, run: str | None = None) -> None:
         """What was wrong has passed: told once, when it was told at all."""
@@ -120,3 +126,9 @@ def _text(event: Event) -> str:
 def _json(event: Event) -> str:
     form = {"time": _time(event.at), "level": event.level, "run": event.run, "step": event.step}
     return json.dumps({**form, "event": event.kind, "message": event.words})
+
+
+def _is_recent_but_for_numbers(words: str, before: _Trouble, now: float) -> bool:
+    """Whether a trouble was told not long ago, in words that differ in numbers at most."""
+    differs = re.sub(r"\d+", "0", words) != re.sub(r"\d+", "0", before.words)
+    return not differs and 0 <= now - before.told_at < NUMBERS_SECONDS

@@ -199,9 +199,10 @@ def _measure_decoder(
     tokens: Probe | None,
     progress: Progress | None,
 ) -> Peeled:
-    from peel_agent.capture import open_trace
+    from peel_agent.capture import open_trace, settled
     from peel_agent.load import open_snapshot
     from peel_agent.peel import peel
+    from peel_agent.precision import float32_products
 
     start = clock()
     sets, factory = model.precision, model.factory
@@ -216,9 +217,16 @@ def _measure_decoder(
     )
     loaded = clock()
     known = earlier if isinstance(earlier, BoundMemory) else None
-    findings = peel(
-        trace, plan_of(peeling), clock, earlier=known, progress=progress, comparison=opened.comparison, step=ref.step
-    )
+    with float32_products(trace.device):
+        findings = peel(
+            trace,
+            plan_of(peeling),
+            settled(clock, trace.device),
+            earlier=known,
+            progress=progress,
+            comparison=opened.comparison,
+            step=ref.step,
+        )
     is_compared = opened.comparison is not None and opened.comparison.stands
     report = PeelReport(
         checkpoint=CheckpointInfo(ref.label, ref.step, ref.format, ref.fingerprint),

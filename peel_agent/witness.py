@@ -105,9 +105,10 @@ def _witness(
     clock: Callable[[], float],
     progress: Progress | None,
 ) -> Witness:
-    from peel_agent.capture import open_trace
+    from peel_agent.capture import open_trace, settled
     from peel_agent.load import open_snapshot
     from peel_agent.peel import earlier_block, improve
+    from peel_agent.precision import float32_products
 
     (form,) = registry.formats(ref.format)
     snapshot = open_snapshot(ref, form, registry.family, sets=model.precision, factory=model.factory)
@@ -116,10 +117,12 @@ def _witness(
         raise ConfigurationError(
             f"there is no block {layer}", remedy=f"this model has blocks 0 to {len(trace.block_names) - 1}"
         )
-    if earlier is None:
-        better = improve(trace, layer, clock, progress)
-    else:
-        better = earlier_block(trace, open_past(earlier, earlier.step, trace, model), layer, clock, progress)
+    clock = settled(clock, trace.device)
+    with float32_products(trace.device):
+        if earlier is None:
+            better = improve(trace, layer, clock, progress)
+        else:
+            better = earlier_block(trace, open_past(earlier, earlier.step, trace, model), layer, clock, progress)
     patch = {name: weight.cpu().to(snapshot.weights.read(name).dtype) for name, weight in better.weights.items()}
     request = Request(
         ref=ref,

@@ -19,6 +19,8 @@ from peel_agent.precision import Quantisers, quantise
 from peel_agent.records import FULL_PRECISION, Block, Chunk, Probe, Projection, Snapshot, TokenIds
 
 CHUNK_TOKENS = 4096
+CHUNK_TOKENS_ON_GPU = 16_384
+"""More at once: to begin a computation there takes longer than a small one."""
 
 
 def open_trace(snapshot: Snapshot, probe: Probe, *, device: str = "cpu") -> BlockwiseTrace:
@@ -37,6 +39,18 @@ def usable_device(name: str) -> torch.device:
             remedy=f"use --device {' or --device '.join(usable)}",
         )
     return torch.device(name)
+
+
+def settled(clock: Callable[[], float], device: torch.device) -> Callable[[], float]:
+    """The clock, read when the device has done what it was given: a GPU is still at it when Python goes on."""
+    if device.type != "cuda":
+        return clock
+
+    def read() -> float:
+        torch.cuda.synchronize(device)
+        return clock()
+
+    return read
 
 
 class _Tap(nn.Module):
@@ -64,7 +78,8 @@ class BlockwiseTrace:
         self._model = snapshot.model
         self._body = snapshot.body
         self._initialise = snapshot.initialise
-        self.chunk = Chunk(max(1, CHUNK_TOKENS // probe.sequence_length), probe.sequence_length)
+        tokens = CHUNK_TOKENS if device.type == "cpu" else CHUNK_TOKENS_ON_GPU
+        self.chunk = Chunk(max(1, tokens // probe.sequence_length), probe.sequence_length)
         container = self._model.get_submodule(snapshot.anatomy.blocks)
         assert isinstance(container, nn.ModuleList)
         self._blocks = list(container)

@@ -111,4 +111,4 @@ class QuietTimes:
         seconds = self.seconds(uuid)
         if seconds is not None and seconds >= WATCHED_SECONDS:
             return None
-        return f"it has been seen free for {seconds or 0:.0f} s; {WATCHED_SECONDS} s are asked for"
+        return f"it has not been seen free for {WATCHED_SECONDS} s yet"  # no count: a changed reason is told anew

@@ -25,29 +25,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
-
 from peel_agent.capture.trace import usable_device
 from peel_agent.errors import ConfigurationError
-from tests.bench import one_peel
-from tests.bench.capacity import MODELS, Model
+from tests.bench import random_llama
+from tests.bench.random_llama import SHAPES, STEP
 from tests.runs.command import environment_of, reports_of
+from tests.runs.sidecar import read_ledger
 
 ROOT = Path(__file__).parents[2]
-STEP = 1000
 SEQUENCES = 88
-SHAPES: Mapping[str, Model] = {
-    "tiny": Model("tiny", 64, 2, 128, 64, vocabulary=256),
-    "124m": Model("124 M", 768, 12, 2048, 768, vocabulary=25_344),
-    "1b": MODELS[0],
-    "8b": MODELS[1],
-}
 LARGE = ("124m", "1b", "8b")
 AIMS = {"1b": 20.0, "8b": 60.0}
-"""Seconds on one H200, from the ledger to MLflow."""
+"""Seconds on one H200, from the start of the peel to MLflow."""
 
 
 @dataclass(frozen=True)
@@ -61,59 +50,12 @@ class Settings:
     """What is measured: see PARTS."""
     weightwatcher: str | None
     """An interpreter that has WeightWatcher."""
+    patience: float
+    """The seconds that WeightWatcher gets."""
 
     @property
     def is_gpu(self) -> bool:
         return self.device != "cpu"
-
-
-def config_of(model: Model) -> LlamaConfig:
-    head = 128 if model.width >= 4096 else min(64, model.width // 2)
-    return LlamaConfig(
-        vocab_size=model.vocabulary,
-        hidden_size=model.width,
-        intermediate_size=model.inner,
-        num_hidden_layers=model.blocks,
-        num_attention_heads=model.width // head,
-        num_key_value_heads=model.keys // head,
-        max_position_embeddings=2048,
-        initializer_range=model.width**-0.5,
-        bos_token_id=0,
-        eos_token_id=0,
-        dtype="bfloat16",
-    )
-
-
-def write_checkpoint(folder: Path, model: Model) -> int:
-    """Writes random weights in bf16, one shard in memory at a time, as a Trainer's checkpoint. Returns their bytes."""
-    config = config_of(model)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    folder.mkdir()
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": STEP}))
-    blocks = [f"model.layers.{block}." for block in range(model.blocks)]
-    prefixes = [next((block for block in blocks if name.startswith(block)), "") for name in shapes]
-    noise = torch.Generator().manual_seed(0)
-    files: dict[str, str] = {}
-    written = 0
-    for number, prefix in enumerate(["", *blocks], start=1):
-        file = f"model-{number:05}-of-{model.blocks + 1:05}.safetensors"
-        names = [name for name, own in zip(shapes, prefixes, strict=True) if own == prefix]
-        weights = {name: _weight(shapes[name], config.initializer_range, noise) for name in names}
-        save_file(weights, folder / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(names, file)
-        written += sum(weight.nbytes for weight in weights.values())
-    index = {"metadata": {"total_size": written}, "weight_map": files}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return written
-
-
-def _weight(shape: Sequence[int], spread: float, noise: torch.Generator) -> Tensor:
-    """A matrix of normal numbers; a norm's weights are ones."""
-    drawn = torch.randn(shape, generator=noise) * spread if len(shape) > 1 else torch.ones(shape)
-    return drawn.to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -125,8 +67,8 @@ class Spent:
     last_line: str
 
 
-def spent(command: Sequence[object], home: Path) -> Spent:
-    """Runs a command to its end. Raises CalledProcessError, its stderr shown, when it fails."""
+def spent(command: Sequence[object], home: Path, patience: float | None = None) -> Spent:
+    """Runs a command to its end. Raises CalledProcessError, its stderr shown, when it fails, and TimeoutExpired."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     finished = subprocess.run(
@@ -136,6 +78,7 @@ def spent(command: Sequence[object], home: Path) -> Spent:
         text=True,
         cwd=home,
         env=environment_of(home, PYTHONPATH=path),
+        timeout=patience,
     )
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     finished.check_returncode()
@@ -145,7 +88,7 @@ def spent(command: Sequence[object], home: Path) -> Spent:
 
 def peel(home: Path, settings: Settings, *extra: str) -> dict[str, Any]:
     """A peel of the checkpoint in a process of its own: see tests/bench/one_peel.py."""
-    command = [sys.executable, "-m", "tests.bench.one_peel", "peel", _checkpoint(home), settings.device]
+    command = [sys.executable, "-m", "tests.bench.one_peel", _checkpoint(home), settings.device]
     taken = spent([*command, "--effort", settings.effort, *extra], home)
     return {
         "seconds with start": taken.seconds,
@@ -163,14 +106,17 @@ def agent(home: Path, settings: Settings) -> dict[str, Any]:
         [*command, "--device", settings.device, "--effort", settings.effort, "--probe", home / "probe.npy",
          "--tracking-uri", f"sqlite:///{store}"], home,
     )  # fmt: skip
-    (report,) = (report for state in (home / "peel-agent").iterdir() for report in reports_of(state))
+    (state,) = (home / "peel-agent").iterdir()
+    (report,) = reports_of(state)
     timing = json.loads(report.read_text())["timing"]
+    told = dict(read_ledger(state, "SELECT kind, at FROM events WHERE kind IN ('peeling', 'delivered')"))
     with sqlite3.connect(store) as rows:
         ((series,),) = rows.execute("SELECT count(DISTINCT key) FROM metrics WHERE key LIKE 'peel/%'")
     of_peel = sum(timing.values())
     return {
         "seconds": taken.seconds,
         "cpu seconds": taken.cpu_seconds,
+        "from the start of the peel to MLflow": told["delivered"] - told["peeling"],
         "of these the peel": of_peel,
         "start, ledger and sending": taken.seconds - of_peel,
         "series in MLflow": series,
@@ -184,7 +130,9 @@ def weightwatcher(home: Path, settings: Settings) -> dict[str, Any]:
     hidden = [] if settings.is_gpu else ["env", "CUDA_VISIBLE_DEVICES="]
     script = [settings.weightwatcher, ROOT / "tests" / "bench" / "one_analysis.py", _checkpoint(home)]
     try:
-        taken = spent([*hidden, *script], home)
+        taken = spent([*hidden, *script], home, settings.patience)
+    except subprocess.TimeoutExpired:
+        return {"left out": f"WeightWatcher was not done after {settings.patience:g} seconds"}
     except subprocess.CalledProcessError as error:
         return {"left out": f"WeightWatcher ended with status {error.returncode}; what it said is above"}
     return {"seconds": taken.seconds, "cpu seconds": taken.cpu_seconds, **json.loads(taken.last_line)}
@@ -198,32 +146,27 @@ PARTS: Mapping[str, Callable[[Path, Settings], dict[str, Any]]] = {
 }
 
 
-def draw_probe(home: Path, settings: Settings) -> None:
-    """Samples the probe; in a process of its own on a GPU, which the agent has to see free."""
+def make(home: Path, name: str, settings: Settings) -> dict[str, Any]:
+    """The file and the probe; in a process of its own on a GPU, which the agent has to see free."""
     if not settings.is_gpu:
-        one_peel.sample(_checkpoint(home), settings.device, sequences=SEQUENCES, length=settings.sequence)
-        return
-    command = [sys.executable, "-m", "tests.bench.one_peel", "sample", _checkpoint(home), settings.device]
-    spent([*command, "--sequence", settings.sequence, "--sequences", SEQUENCES], home)
+        return random_llama.make(_checkpoint(home), SHAPES[name], "cpu", SEQUENCES, settings.sequence)
+    command = [sys.executable, "-m", "tests.bench.random_llama", _checkpoint(home), name, settings.device]
+    taken = spent([*command, "--sequence", settings.sequence, "--sequences", SEQUENCES], home)
+    return dict(json.loads(taken.last_line))
 
 
 def measured(name: str, settings: Settings, folder: Path, told: Callable[[str, Any], None]) -> None:
     """Everything about one model."""
-    model, home = SHAPES[name], folder / name
+    home = folder / name
     (home / "run").mkdir(parents=True)
-    start = time.perf_counter()
-    size = write_checkpoint(_checkpoint(home), model)
-    told("file", {"GB": size / 1e9, "parameters": size // 2, "seconds to write": time.perf_counter() - start})
-    start = time.perf_counter()
-    draw_probe(home, settings)
-    told("probe", {"tokens": SEQUENCES * settings.sequence, "seconds to sample": time.perf_counter() - start})
-    found: dict[str, Any] = {}
+    told("made", make(home, name, settings))
+    results: dict[str, Any] = {}
     for part, measure in PARTS.items():
         if part in settings.parts:
-            found[part] = measure(home, settings)
-            told(part, {**found[part], **({"aim": AIMS[name]} if part == "watch" and name in AIMS else {})})
-    if {"peel", "weightwatcher"} <= set(found) and "seconds" in found["weightwatcher"]:
-        other, ours = found["weightwatcher"], found["peel"]
+            results[part] = measure(home, settings)
+            told(part, {**results[part], **({"aim": AIMS[name]} if part == "watch" and name in AIMS else {})})
+    if {"peel", "weightwatcher"} <= set(results) and "seconds" in results["weightwatcher"]:
+        other, ours = results["weightwatcher"], results["peel"]
         ratios = {which: other[which] / ours[f"{which} with start"] for which in ("seconds", "cpu seconds")}
         told("weightwatcher / peel", ratios)
 
@@ -240,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequence", type=int, help="tokens a sequence: 1024 on a GPU, 128 on the CPU")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"what to measure: of {', '.join(PARTS)}, with commas")
     parser.add_argument("--weightwatcher", metavar="PYTHON", help="an interpreter that has WeightWatcher")
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds that WeightWatcher gets (%(default)g)")
     parser.add_argument("--folder", type=Path, help="where the files are made and deleted (20 GB for 8b)")
     parser.add_argument("--out", type=Path, default=Path("device.json"))
     options = parser.parse_args(arguments)
@@ -259,14 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sequence=options.sequence or (1024 if is_gpu else 128),
         parts=tuple(parts),
         weightwatcher=options.weightwatcher or (sys.executable if find_spec("weightwatcher") else None),
+        patience=options.patience,
     )
     results: dict[str, Any] = {"settings": asdict(settings) | {"weightwatcher": settings.weightwatcher is not None}}
     print(f"settings: {json.dumps(results['settings'])}", flush=True)
     for name in names:
-        found = results[SHAPES[name].name] = {}
+        of_shape = results[SHAPES[name].name] = {}
 
-        def told(what: str, value: Any, name: str = SHAPES[name].name, found: dict[str, Any] = found) -> None:
-            found[what] = value
+        def told(what: str, value: Any, name: str = SHAPES[name].name, of_shape: dict[str, Any] = of_shape) -> None:
+            of_shape[what] = value
             print(f"{name}, {what}: {json.dumps(value)}", flush=True)
             options.out.write_text(json.dumps(results, indent=2) + "\n")
 

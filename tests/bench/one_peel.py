@@ -1,8 +1,7 @@
 """What a bench of a device does in a process of its own, so that memory and the device are given back.
 
-`python -m tests.bench.one_peel peel CHECKPOINT DEVICE` peels it on probe.npy, two folders above, and prints seconds and
-peak memory as JSON; with `--profile` the time in kernels. `... sample CHECKPOINT DEVICE` samples that probe from the
-model.
+`python -m tests.bench.one_peel CHECKPOINT DEVICE` peels it on probe.npy, two folders above, and prints seconds and peak
+memory as JSON; with `--profile` the time in kernels, and in which.
 """
 
 from __future__ import annotations
@@ -15,34 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
 
 from peel_agent.pipeline import scan
 from peel_agent.records import PeelReport, PeelSettings, ProbeSettings
+from tests.bench.random_llama import probe_of
 from tests.bench.shapes import peak, synchronise
 
 NO_KERNELS = ("Memcpy", "Memset")
 """What the profiler calls copies on a GPU, which are no kernels."""
 
-
-@torch.no_grad()
-def sample(checkpoint: Path, device: str, *, sequences: int, length: int) -> None:
-    """Writes token ids [sequences, length] that the model itself says."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-    torch.manual_seed(0)
-    vocabulary = model.config.vocab_size
-    current = torch.randint(vocabulary, (sequences, 1), device=device)
-    ids, cache = [current], None
-    for _ in range(length - 1):
-        out = model(current, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        current = torch.multinomial(torch.softmax(out.logits[:, -1].float(), -1), 1)
-        ids.append(current)
-    np.save(_probe(checkpoint), torch.cat(ids, dim=1).cpu().numpy())
+LONGEST, NAME = 8, 60
+"""So many kernels are named, by so many letters."""
 
 
 def peeled(checkpoint: Path, device: str, effort: str) -> tuple[PeelReport, float]:
@@ -50,7 +34,7 @@ def peeled(checkpoint: Path, device: str, effort: str) -> tuple[PeelReport, floa
     start = time.perf_counter()
     report = scan(
         checkpoint,
-        probe=ProbeSettings(path=_probe(checkpoint)),
+        probe=ProbeSettings(path=probe_of(checkpoint)),
         peeling=PeelSettings(effort=effort),
         device=device,
         clock=time.perf_counter,
@@ -81,32 +65,30 @@ def profiled(checkpoint: Path, device: str, effort: str) -> dict[str, Any]:
     with profile(activities=[activity]) as profiler:
         _, seconds = peeled(checkpoint, device, effort)
     kernels = copies = 0.0
+    by_kernel: Counter[str] = Counter()
     for event in profiler.key_averages():
         taken = (event.self_cpu_time_total if device == "cpu" else event.self_device_time_total) / 1e6
         if event.key.startswith(NO_KERNELS):
             copies += taken
         else:
             kernels += taken
-    return {"wall": seconds, "kernels": kernels, "copies": copies, "kernels / wall": kernels / seconds}
-
-
-def _probe(checkpoint: Path) -> Path:
-    return checkpoint.parents[1] / "probe.npy"
+            by_kernel[event.key[:NAME]] += taken
+    return {
+        "wall": seconds,
+        "kernels": kernels,
+        "copies": copies,
+        "kernels / wall": kernels / seconds,
+        "longest": dict(by_kernel.most_common(LONGEST)),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=["sample", "peel"])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("device")
     parser.add_argument("--effort", default="standard")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--sequences", type=int, default=88)
-    parser.add_argument("--sequence", type=int, default=1024)
     options = parser.parse_args()
-    if options.work == "sample":
-        sample(options.checkpoint, options.device, sequences=options.sequences, length=options.sequence)
-        return
     work = profiled if options.profile else measure
     print(json.dumps(work(options.checkpoint, options.device, options.effort)))
 

@@ -49,6 +49,7 @@ def test_a_value_that_is_read_is_seen() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("work", WORK)
 def test_a_gpu_is_not_waited_for(work: Callable[[torch.device], object]) -> None:

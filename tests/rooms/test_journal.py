@@ -137,6 +137,20 @@ def test_a_trouble_that_changes_is_told_again() -> None:
     assert desk.journal.troubles == ("denied",)
 
 
+def test_a_trouble_of_changing_numbers_is_told_once_an_hour() -> None:
+    """A GPU that is busy, looked at each second for two hours and a half; what is wrong now has the last number."""
+    desk = Desk()
+    for second in range(9000):
+        desk.journal.begin("device", f"GPU 0 is not free: its utilisation is {50 + second % 40} %")
+        desk.now += 1.0
+    assert [event.words for event in desk.events] == [
+        f"GPU 0 is not free: its utilisation is {percent} %" for percent in (50, 50, 50)
+    ]
+    assert desk.journal.troubles == ("GPU 0 is not free: its utilisation is 89 %",)
+    desk.journal.begin("device", "GPU 0 is not free: process 12 computes on it")
+    assert len(desk.events) == 4
+
+
 def test_an_end_without_a_beginning_is_nothing() -> None:
     """Every delivery says that all is well: nobody hears of it."""
     desk = Desk()

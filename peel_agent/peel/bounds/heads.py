@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from peel_agent.peel.numerics.losses import logits, position_losses
 from peel_agent.peel.numerics.streams import Streams, through
-from peel_agent.precision import quantise, straight_through
+from peel_agent.precision import coarse_products, quantise, straight_through
 from peel_agent.records import Projection, TokenIds, Trace
 
 LEARNING_RATE = 5e-4
@@ -39,14 +39,15 @@ def fit_head(trace: Trace, ends: Streams, alive: Callable[[], None] = lambda: No
     optimiser = torch.optim.AdamW([weight], lr=LEARNING_RATE, weight_decay=0.0)
     generator = np.random.default_rng(SHUFFLE_SEED)
     for _ in range(MAX_EPOCHS):
-        _run_epoch(
-            head=lambda: replace(trace.head, weight=straight_through(weight.T, weight_set).T),
-            optimiser=optimiser,
-            features=features,
-            targets=targets,
-            generator=generator,
-            alive=alive,
-        )
+        with coarse_products(weight.device):  # gradients; what the head is worth is measured in float32
+            _run_epoch(
+                head=lambda: replace(trace.head, weight=straight_through(weight.T, weight_set).T),
+                optimiser=optimiser,
+                features=features,
+                targets=targets,
+                generator=generator,
+                alive=alive,
+            )
         head = replace(trace.head, weight=quantise(weight.detach().T, weight_set).T.clone())
         loss = float(position_losses(select_features, select_targets, head).mean())
         if not loss < best_loss:

@@ -66,10 +66,24 @@ class Gram:
     def update(self, features: Tensor, targets: Tensor) -> None:
         """Adds rows: features [..., p] and targets [..., q], PRODUCT_ROWS at a time."""
         x, y = features.flatten(0, -2), targets.flatten(0, -2)
-        x = with_ones(x) if self._intercept else x
         for rows, wanted in zip(x.split(PRODUCT_ROWS), y.split(PRODUCT_ROWS), strict=True):
-            self._gram += rows.T @ rows
-            self._cross += rows.T @ wanted
+            self.metric.add_(rows.T @ rows)
+            self._of_features.add_(rows.T @ wanted)
+            if self._intercept:
+                self._add_ones(rows, wanted)
+
+    def _add_ones(self, rows: Tensor, wanted: Tensor) -> None:
+        """What the column of ones adds. It is no part of the products: tensor cores take widths that 4 divides."""
+        sums = rows.sum(dim=0, dtype=torch.float64)
+        self._gram[-1, :-1] += sums
+        self._gram[:-1, -1] += sums
+        self._gram[-1, -1] += len(rows)
+        self._cross[-1] += wanted.sum(dim=0, dtype=torch.float64)
+
+    @property
+    def _of_features(self) -> Tensor:
+        """X'Y of the features alone."""
+        return self._cross[:-1] if self._intercept else self._cross
 
     @property
     def metric(self) -> Tensor:
@@ -109,8 +123,3 @@ class Gram:
         weight[live] = vectors @ (inverse[:, None] * (vectors.T @ cross))
         condition = float(values.max() / values[kept].min())
         return Solution(weight, ridge, "eigen", condition, int(kept.sum()))
-
-
-def with_ones(x: Tensor) -> Tensor:
-    """[n, p] with a column of ones appended."""
-    return torch.cat([x, x.new_ones(len(x), 1)], dim=1)

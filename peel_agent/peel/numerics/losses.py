@@ -65,6 +65,5 @@ def position_losses(features: Tensor, targets: Tensor, head: Projection) -> Tens
 
 def logits(features: Tensor, head: Projection) -> Tensor:
     """[n, V] for features [n, d]."""
-    product = features @ head.weight
-    product = product if head.bias is None else product + head.bias
+    product = functional.linear(features, head.weight.T, head.bias)
     return product if head.softcap is None else head.softcap * torch.tanh(product / head.softcap)
