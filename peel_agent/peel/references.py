@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peel_agent.peel.numerics.least_squares import RIDGES, Gram, Solution, shortfall
+from peel_agent.peel.numerics.least_squares import GRAM_SHARE, RIDGES, Gram, Solution, shortfall
 from peel_agent.peel.numerics.losses import logits
 from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.streams import Streams, pieces, through
@@ -152,7 +152,7 @@ def refit_work(trace: Trace, block: Block, meter: Meter) -> float:
         fit, probe.sequence_length
     )
     for columns in (_columns(block.attention_projection), _columns(block.mlp_projection)):
-        passes += meter.products(fit, columns, columns + width)
+        passes += meter.products(fit, columns, GRAM_SHARE * columns + width)
         passes += len(RIDGES) * meter.products(columns, columns, columns / 3 + width)
     return passes
 

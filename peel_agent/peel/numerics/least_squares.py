@@ -8,6 +8,7 @@ Residuals are never taken from the normal equations: callers measure them in a s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -21,6 +22,12 @@ DEAD_COLUMN = 1e-12
 
 PRODUCT_ROWS = 1024
 """Rows whose products are summed in float32, before the sum goes on in float64."""
+
+STRIPS = 4
+"""Into so many strips of rows a Gram matrix is cut; more of them spare little, and small products are slow."""
+
+GRAM_SHARE = (1 + 1 / STRIPS) / 2
+"""What of a Gram matrix is multiplied out."""
 
 TOKENS_PER_COLUMN = 2
 """With fewer fit tokens than this times the number of unknowns a row, a least-squares fit is meaningless."""
@@ -55,55 +62,62 @@ def shortfall(tokens: int, columns: int) -> str | None:
 
 
 class Gram:
-    """Running X'X [p, p] and X'Y [p, q]: update, merge, solve. With `intercept`, X gets a column of ones at its end."""
+    """Running X'X [p, p] and X'Y [p, q]: update, merge, solve. With `intercept`, X gets a column of ones at its end.
+
+    X'X is its own mirror image: of STRIPS strips of rows only what is left of and on the diagonal is added up.
+    """
 
     def __init__(self, features: int, targets: int, *, intercept: bool, device: torch.device) -> None:
         self.columns = features + int(intercept)
         self._intercept = intercept
-        self._gram = torch.zeros(self.columns, self.columns, dtype=torch.float64, device=device)
+        self._lower = torch.zeros(self.columns, self.columns, dtype=torch.float64, device=device)
+        """What lies to the right of the strips is set by `_whole`."""
         self._cross = torch.zeros(self.columns, targets, dtype=torch.float64, device=device)
+        bounds = [features * strip // STRIPS for strip in range(STRIPS + 1)]
+        self._strips = [slice(start, stop) for start, stop in pairwise(bounds)]
 
     def update(self, features: Tensor, targets: Tensor) -> None:
         """Adds rows: features [..., p] and targets [..., q], PRODUCT_ROWS at a time."""
         x, y = features.flatten(0, -2), targets.flatten(0, -2)
         for rows, wanted in zip(x.split(PRODUCT_ROWS), y.split(PRODUCT_ROWS), strict=True):
-            self.metric.add_(rows.T @ rows)
-            self._of_features.add_(rows.T @ wanted)
+            for strip in self._strips:
+                self._lower[strip, : strip.stop].add_(rows[:, strip].T @ rows[:, : strip.stop])
+            self._cross[: x.shape[1]].add_(rows.T @ wanted)
             if self._intercept:
                 self._add_ones(rows, wanted)
 
     def _add_ones(self, rows: Tensor, wanted: Tensor) -> None:
         """What the column of ones adds. It is no part of the products: tensor cores take widths that 4 divides."""
-        sums = rows.sum(dim=0, dtype=torch.float64)
-        self._gram[-1, :-1] += sums
-        self._gram[:-1, -1] += sums
-        self._gram[-1, -1] += len(rows)
+        self._lower[-1, :-1] += rows.sum(dim=0, dtype=torch.float64)
+        self._lower[-1, -1] += len(rows)
         self._cross[-1] += wanted.sum(dim=0, dtype=torch.float64)
 
-    @property
-    def _of_features(self) -> Tensor:
-        """X'Y of the features alone."""
-        return self._cross[:-1] if self._intercept else self._cross
+    def _whole(self) -> Tensor:
+        """X'X, its upper part set from the lower one."""
+        for strip in self._strips:
+            self._lower[strip, strip.stop :] = self._lower[strip.stop :, strip].T
+        return self._lower
 
     @property
     def metric(self) -> Tensor:
         """X'X [p, p] of the features alone, float64."""
-        return self._gram[:-1, :-1] if self._intercept else self._gram
+        return self._whole()[:-1, :-1] if self._intercept else self._whole()
 
     def norm(self, weight: Tensor) -> float:
         """Frobenius norm of X @ weight for a weight [p, q], the intercept's row included."""
-        return float((weight * (self._gram @ weight)).sum().clamp(min=0).sqrt())
+        return float((weight * (self._whole() @ weight)).sum().clamp(min=0).sqrt())
 
     def merge(self, other: Gram) -> None:
         """Adds the rows that another Gram of the same shape has seen."""
-        self._gram += other._gram
+        self._lower += other._lower
         self._cross += other._cross
 
     def solve(self, ridges: tuple[float, ...] = RIDGES) -> tuple[Solution, ...]:
         """One solution for each relative ridge, in the order given."""
-        diagonal = self._gram.diagonal()
+        whole = self._whole()
+        diagonal = whole.diagonal()
         live = diagonal > DEAD_COLUMN * diagonal.max()
-        gram, cross = self._gram[live][:, live], self._cross[live]
+        gram, cross = whole[live][:, live], self._cross[live]
         scale = float(diagonal.mean())
         return tuple(self._solve_one(gram, cross, live, ridge, ridge * scale) for ridge in ridges)
 

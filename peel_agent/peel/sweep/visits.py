@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peel_agent.peel.numerics.least_squares import RIDGES, Gram, shortfall
+from peel_agent.peel.numerics.least_squares import GRAM_SHARE, RIDGES, Gram, shortfall
 from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.streams import Streams, pieces
 from peel_agent.records import Block, PartName, Plan, Skipped, Trace
@@ -85,7 +85,7 @@ def trained_work(trace: Trace, plan: Plan, meter: Meter) -> float:
     passes = meter.blocks(tokens, probe.sequence_length)
     if "affine" in plan.references and shortfall(probe.fit.size, columns) is None:
         for targets in (2 * width, width) if plan.parts else (width,):
-            passes += meter.products(probe.fit.size, columns, columns + targets)
+            passes += meter.products(probe.fit.size, columns, GRAM_SHARE * columns + targets)
             passes += len(RIDGES) * meter.products(probe.select.size + columns, columns, targets)
             passes += len(RIDGES) * meter.products(columns, columns, columns) / 3
     return passes
