@@ -47,7 +47,9 @@ class ResidentBlock:
         self._initialise = initialise
         self._quantisers = quantisers
         sets = {key: quantisers.of(f"{name}.{key}", weight) for key, weight in stored.items()}
-        self.sets: Mapping[str, WeightSet] = {key: own for key, own in sets.items() if own.restricts}
+        self.sets: Mapping[str, WeightSet] = {
+            key: weight_set for key, weight_set in sets.items() if weight_set.restricts
+        }
         self.latents: Mapping[str, Tensor] = {key: stored[key] for key in self.sets}
         self.parameters: Mapping[str, Tensor] = {
             key: quantisers.effective(weight, sets[key]) for key, weight in stored.items()
@@ -177,8 +179,8 @@ class ResidentBlock:
     def _part(self, name: str, x: Tensor, mlp: Projection | None) -> Tensor:
         """A submodule called with the block's tensors, its output projection replaced when one is given."""
         state = {**self.parameters, **self._named(self._anatomy.mlp_output, mlp)}
-        own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-        returned = functional_call(self._module.get_submodule(name), own, (x,))
+        inner = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+        returned = functional_call(self._module.get_submodule(name), inner, (x,))
         output: Tensor = returned[0] if isinstance(returned, tuple) else returned
         return output
 

@@ -104,7 +104,9 @@ class BlockwiseTrace:
         self.head_latents = weight.T
         self.head_set = self._quantisers.named(f"{snapshot.anatomy.head}.weight") or FULL_PRECISION
         outside |= {
-            name: quantise(stored, own) for name, stored in outside.items() if (own := self._quantisers.named(name))
+            name: quantise(stored, weight_set)
+            for name, stored in outside.items()
+            if (weight_set := self._quantisers.named(name))
         }
         self._model.load_state_dict(outside, strict=True, assign=True)
         self._model.to(device).requires_grad_(requires_grad=False)

@@ -95,12 +95,12 @@ class Devices:
         held = self._held.get(lease.visible)
         if held is None:
             return None
-        own = self._own()
+        ours = self._own()
         seen = look()
         reading = next((reading for reading in seen.readings if reading.uuid == lease.visible), None)
         if reading is None:
             return f"{lease.label} can no longer be seen: {seen.blind or seen.uncountable or 'it is gone'}"
-        reason = self._somebody_else(held, reading, own)
+        reason = self._somebody_else(held, reading, ours)
         return None if reason is None else f"{lease.label}: {reason}"
 
     def _ours(self, seen: Look) -> tuple[Reading, ...]:
@@ -108,12 +108,12 @@ class Devices:
 
     def _look(self) -> Look:
         """One look, for the record. A device of ours counts as free while nobody else is on it."""
-        own = self._own() if self._held else None
+        ours = self._own() if self._held else None
         seen = look()
         free = {}
         for reading in self._ours(seen):
             held = self._held.get(reading.uuid)
-            reason = self._busy(reading) if held is None else self._somebody_else(held, reading, own)
+            reason = self._busy(reading) if held is None else self._somebody_else(held, reading, ours)
             free[reading.uuid] = reason is None
         self._quiet.note(free, self._now())
         return seen
@@ -173,20 +173,20 @@ class Devices:
         self._held[reading.uuid] = _Held(locked, frozenset(reading.processes or ()), reading.used)
         return DeviceLease(name="cuda:0", visible=reading.uuid, label=_seen(reading).label, reason=reason)
 
-    def _somebody_else(self, held: _Held, reading: Reading, own: frozenset[int] | None) -> str | None:
-        """Who is on a leased device besides our child, whose number we cannot know in a container (`own` None)."""
+    def _somebody_else(self, held: _Held, reading: Reading, ours: frozenset[int] | None) -> str | None:
+        """Who is on a leased device besides our child, whose number we cannot know in a container (`ours` None)."""
         if reading.trouble:
             return reading.trouble
         strangers = frozenset(reading.processes or ()) - held.processes
-        if own is None:
+        if ours is None:
             strangers = strangers if len(strangers) > 1 else frozenset()
-        elif strangers - own:  # a child that started since `own` was read, or a stranger
-            strangers -= own | (self._own() or frozenset())
+        elif strangers - ours:  # a child that started since `ours` was read, or a stranger
+            strangers -= ours | (self._own() or frozenset())
         else:
             strangers = frozenset()
         if strangers:
             who = processes(tuple(sorted(strangers)))
-            return f"{who} on it" if own is not None else f"{who} on it, and only one of them is ours"
+            return f"{who} on it" if ours is not None else f"{who} on it, and only one of them is ours"
         limit = self._fraction * reading.total + CONTEXT_BYTES
         if reading.used - held.used > limit:
             return f"{reading.used / GIB:.1f} GiB are in use, more than the {limit / GIB:.1f} GiB that a peel may take"

@@ -48,13 +48,13 @@ def backwards(trace: Trace) -> Iterator[tuple[Block, Streams, Tensor, Callable[[
 def loss_gradient(trace: Trace, stream: Tensor, ids: TokenIds) -> Tensor:
     """Gradient [N, S, d] of the summed next-token cross-entropy with respect to the last stream [N, S, d]."""
 
-    def gradient(h: Tensor, own: Tensor) -> Tensor:
+    def gradient(h: Tensor, ids: Tensor) -> Tensor:
         with torch.enable_grad():
             h = h.detach().requires_grad_()
             features = trace.normalise(h)[:, :-1].flatten(0, 1)
-            loss = functional.cross_entropy(logits(features, trace.head), own[:, 1:].flatten(), reduction="sum")
-            (found,) = torch.autograd.grad(loss, h)
-        return found
+            loss = functional.cross_entropy(logits(features, trace.head), ids[:, 1:].flatten(), reduction="sum")
+            (of_stream,) = torch.autograd.grad(loss, h)
+        return of_stream
 
     return torch.cat(list(pieces(gradient, trace.chunk, stream, torch.from_numpy(ids).to(stream.device))))
 
@@ -76,14 +76,17 @@ def descents(
 ) -> tuple[Descent, Descent, Tensor]:
     """The two output projections of a block, attention first, and the gradient [N, S, d] at its input h [N, S, d]."""
     projections = (block.attention_projection, block.mlp_projection)
-    grams = [Gram(*own.weight.shape, intercept=own.bias is not None, device=own.weight.device) for own in projections]
+    grams = [
+        Gram(*projection.weight.shape, intercept=projection.bias is not None, device=projection.weight.device)
+        for projection in projections
+    ]
     entering = []
     for seen, outgoing in pieces(lambda x, g: (block.backward(x, g), g), chunk, h, gradient):
         grams[0].update(seen.attention_features, seen.mid)
         grams[1].update(seen.mlp_features, outgoing)
         entering.append(seen.input)
     attention, mlp = (
-        Descent(own, gram, typical[part])
-        for own, gram, part in zip(projections, grams, ("attention", "mlp"), strict=True)
+        Descent(projection, gram, typical[part])
+        for projection, gram, part in zip(projections, grams, ("attention", "mlp"), strict=True)
     )
     return attention, mlp, torch.cat(entering)

@@ -82,8 +82,8 @@ def headrooms(
     if why is not None:
         return {}, (Skipped("headroom", why),)
     positions = trace.probe.fit.size
-    typical = {part: median(own[part] for own in added) * positions**0.5 for part in ("attention", "mlp")}
-    found: dict[int, Headroom] = {}
+    typical = {part: median(rms[part] for rms in added) * positions**0.5 for part in ("attention", "mlp")}
+    rooms: dict[int, Headroom] = {}
     depth = len(trace.block_names)
     stopwatch.progress("headroom, blocks", 0, depth)
     for block, entering, gradient, hand_back in stopwatch.each("solve", backwards(trace)):
@@ -92,24 +92,26 @@ def headrooms(
             attention, mlp, further = descents(block, entering.fit, gradient, trace.chunk, typical)
         hand_back(further)
         if only in (None, block.index):
-            found[block.index] = _headroom(_Scoring(trace, block, entering, trained), block, attention, mlp, stopwatch)
+            rooms[block.index] = _headroom(_Scoring(trace, block, entering, trained), block, attention, mlp, stopwatch)
         stopwatch.progress("headroom, blocks", depth - block.index, depth)
         if block.index == only or (block.index and not stopwatch.affords(stopwatch.now() - began)):
             break
-    missing = [name for index, name in enumerate(trace.block_names) if only is None and index not in found]
-    return found, tuple(Skipped(f"headroom of {name}", stopwatch.refusal()) for name in missing)
+    missing = [name for index, name in enumerate(trace.block_names) if only is None and index not in rooms]
+    return rooms, tuple(Skipped(f"headroom of {name}", stopwatch.refusal()) for name in missing)
 
 
 def _headroom(scoring: _Scoring, block: Block, attention: Descent, mlp: Descent, stopwatch: Stopwatch) -> Headroom:
     sets = (block.attention_set, block.mlp_set)
-    low_bit = any(own.restricts for own in sets)
+    low_bit = any(weight_set.restricts for weight_set in sets)
     with stopwatch("solve"):
         inside = list(_candidates(attention, mlp, sets, LOW_BIT_LENGTHS if low_bit else LENGTHS))
         free = list(_candidates(attention, mlp, (FULL_PRECISION, FULL_PRECISION), LENGTHS)) if low_bit else []
     with stopwatch("score"):
-        better = {target: scoring.best([TRAINED, *(_for(target, own) for own in inside)]) for target in TARGETS}
-        each = {target: scoring.won(own) for target, own in better.items()}
-        won = {target: estimate(own) for target, own in each.items()}
+        better = {
+            target: scoring.best([TRAINED, *(_for(target, candidate) for candidate in inside)]) for target in TARGETS
+        }
+        each = {target: scoring.won(improved) for target, improved in better.items()}
+        won = {target: estimate(differences) for target, differences in each.items()}
         if not low_bit:
             return Headroom(won, each, better, None)
         whole = scoring.won(scoring.best([TRAINED, *free, better["block"]]))  # free weights may be low-bit ones too
@@ -117,9 +119,9 @@ def _headroom(scoring: _Scoring, block: Block, attention: Descent, mlp: Descent,
     return Headroom(won, each, better, shares)
 
 
-def _for(target: Target, own: Better) -> Better:
+def _for(target: Target, better: Better) -> Better:
     """A candidate for the whole block, with the other part left as trained."""
-    return own if target == "block" else replace(own, **{"mlp" if target == "attention" else "attention": None})
+    return better if target == "block" else replace(better, **{"mlp" if target == "attention" else "attention": None})
 
 
 def _candidates(
@@ -131,13 +133,13 @@ def _candidates(
             yield Better(_stepped(attention, one.weight, length, sets[0]), _stepped(mlp, other.weight, length, sets[1]))
 
 
-def _stepped(own: Descent, direction: torch.Tensor, length: float, weight_set: WeightSet) -> Projection:
+def _stepped(descent: Descent, direction: torch.Tensor, length: float, weight_set: WeightSet) -> Projection:
     """The projection after a step of this relative length down a direction [p, q], the bias in its last row."""
-    reach = own.gram.norm(direction)
-    step = direction * (length * own.typical / reach if reach > 0 else 0.0)
-    trained = own.projection
+    reach = descent.gram.norm(direction)
+    step = direction * (length * descent.typical / reach if reach > 0 else 0.0)
+    trained = descent.projection
     weight = trained.weight.double() - (step if trained.bias is None else step[:-1])
-    rounded = within(weight, own.gram, weight_set).to(trained.weight.dtype)
+    rounded = within(weight, descent.gram, weight_set).to(trained.weight.dtype)
     return Projection(rounded, None if trained.bias is None else (trained.bias.double() - step[-1]).to(rounded.dtype))
 
 
@@ -168,9 +170,9 @@ class _Scoring:
         h = self._entering.score[torch.from_numpy(rows)]
         tails = Tails(trace, score_ids(trace.probe)[rows], 0)
         variants = {
-            Variant(index, "block", str(place)): splices.changed(attention=own.attention, mlp=own.mlp)
-            for place, own in enumerate(candidates)
-            if own is not TRAINED
+            Variant(index, "block", str(place)): splices.changed(attention=candidate.attention, mlp=candidate.mlp)
+            for place, candidate in enumerate(candidates)
+            if candidate is not TRAINED
         }
         tails.splice(variants, Site(self._block, h, h, None, trace.chunk))
         measured = {int(variant.reference): losses for variant, losses in tails.losses.items()}

@@ -80,11 +80,11 @@ def earlier_block(
     return Improvement(weights, estimate(trained[confirm.rows]), won)
 
 
-def _storable(projection: Projection | None, own: WeightSet) -> Projection | None:
+def _storable(projection: Projection | None, weight_set: WeightSet) -> Projection | None:
     """A projection whose weights are what is stored for it: latents when it is in a weight set."""
-    if projection is None or not own.restricts:
+    if projection is None or not weight_set.restricts:
         return projection
-    return Projection(latents_of(projection.weight.T, own).T, projection.bias)
+    return Projection(latents_of(projection.weight.T, weight_set).T, projection.bias)
 
 
 def _without_same(block: Block, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -49,8 +49,8 @@ def sequence_losses(trace: Trace, stream: Tensor, ids: TokenIds, head: Projectio
         features = trace.normalise(part)[:, :-1].flatten(0, 1)
         return position_losses(features, own_ids[:, 1:].flatten(), head or trace.head).view(len(part), -1).mean(dim=1)
 
-    found = pieces(losses, trace.chunk, stream, torch.from_numpy(ids).to(stream.device))
-    return torch.cat(list(found)).cpu().numpy()
+    by_piece = pieces(losses, trace.chunk, stream, torch.from_numpy(ids).to(stream.device))
+    return torch.cat(list(by_piece)).cpu().numpy()
 
 
 @torch.no_grad()

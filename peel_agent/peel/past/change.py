@@ -41,7 +41,7 @@ def matrices(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         if not weight.is_floating_point():
             continue
         if weight.dim() == 3:
-            yield from ((f"{name}[{expert}]", own) for expert, own in enumerate(weight))
+            yield from ((f"{name}[{expert}]", of_expert) for expert, of_expert in enumerate(weight))
         else:
             yield name, weight
 
@@ -67,10 +67,10 @@ def changes(
     A place has none when the other blocks did not move at all, or there are none.
     """
     ratios = _matrix_ratios(blocks)
-    found: dict[Place, Change] = {}
+    by_place: dict[Place, Change] = {}
     for target in ("block", "attention", "mlp"):
-        inside = [_names_of(own, parts, target) for own, parts in zip(blocks, part_names, strict=True)]
-        sums = [_total(own, names) for own, names in zip(blocks, inside, strict=True)]
+        inside = [_names_of(moved, parts, target) for moved, parts in zip(blocks, part_names, strict=True)]
+        sums = [_total(moved, names) for moved, names in zip(blocks, inside, strict=True)]
         for index, names in enumerate(inside):
             others = [total.relative for place, total in enumerate(sums) if place != index and inside[place]]
             if not names or not others or median(others) == 0.0:
@@ -78,35 +78,35 @@ def changes(
             # Biases begin at zero: how far they move beside others of that name says little at first.
             weights = (name for name in names if name in ratios[index] and not name.endswith("bias"))
             judged = [WorstMatrix(name, ratios[index][name]) for name in weights]
-            worst = max(judged, key=lambda own: own.ratio, default=None)
-            found[index, target] = Change(sums[index].relative / median(others), worst)
-    return found
+            worst = max(judged, key=lambda one: one.ratio, default=None)
+            by_place[index, target] = Change(sums[index].relative / median(others), worst)
+    return by_place
 
 
-def _names_of(own: Mapping[str, Moved], parts: Mapping[PartName, Sequence[str]], target: str) -> list[str]:
+def _names_of(moved: Mapping[str, Moved], parts: Mapping[PartName, Sequence[str]], target: str) -> list[str]:
     if target == "block":
-        return list(own)
+        return list(moved)
     wanted = set(dict(parts).get(target, ()))  # type: ignore[call-overload]
-    return [name for name in own if _tensor(name) in wanted]
+    return [name for name in moved if _tensor(name) in wanted]
 
 
-def _total(own: Mapping[str, Moved], names: Sequence[str]) -> Moved:
-    return sum((own[name] for name in names), Moved(0.0, 0.0))
+def _total(moved: Mapping[str, Moved], names: Sequence[str]) -> Moved:
+    return sum((moved[name] for name in names), Moved(0.0, 0.0))
 
 
 def _matrix_ratios(blocks: Sequence[Mapping[str, Moved]]) -> list[dict[str, float]]:
     """Each matrix's relative change over the median of the same matrix in the other blocks, where that is not 0."""
-    found: list[dict[str, float]] = []
-    for index, own in enumerate(blocks):
+    ratios: list[dict[str, float]] = []
+    for index, moved in enumerate(blocks):
         elsewhere: dict[str, list[float]] = {}
         for place, other in enumerate(blocks):
             for name, one in other.items() if place != index else ():
                 elsewhere.setdefault(_tensor(name), []).append(one.relative)
         typical = {name: median(values) for name, values in elsewhere.items()}
-        found.append(
-            {name: one.relative / typical[_tensor(name)] for name, one in own.items() if typical.get(_tensor(name))}
+        ratios.append(
+            {name: one.relative / typical[_tensor(name)] for name, one in moved.items() if typical.get(_tensor(name))}
         )
-    return found
+    return ratios
 
 
 def _tensor(name: str) -> str:

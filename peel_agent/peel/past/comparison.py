@@ -53,23 +53,23 @@ class Comparison:
         self._part_names.append(block.part_names)
         if self._sketcher is not None:
             self._sketcher.add(block, weights)
-        found = self._moved_of(block, weights)
-        if found is not None:
-            self._moved.append(found)
+        by_weight = self._moved_of(block, weights)
+        if by_weight is not None:
+            self._moved.append(by_weight)
 
     def _moved_of(self, block: Block, weights: Mapping[str, Tensor]) -> Mapping[str, Moved] | None:
-        found = None
+        by_weight = None
         if (before := self._read(block.index)) is not None and self._past is not None:
             rounding = self._past.rounding
-            found = moved(_rounded(weights, rounding), _rounded(before.stored, rounding))
+            by_weight = moved(_rounded(weights, rounding), _rounded(before.stored, rounding))
         elif self._before is not None:
-            found = moved_in_sketches(block, weights, self._before)
-            if found is None:
+            by_weight = moved_in_sketches(block, weights, self._before)
+            if by_weight is None:
                 self._leave(f"the checkpoint before had another architecture: {block.name} had other weights")
-        if not all(isfinite(one.difference + one.before) for one in (found or {}).values()):
+        if not all(isfinite(one.difference + one.before) for one in (by_weight or {}).values()):
             self._leave(f"a weight of {block.name} is NaN or infinite here or at the checkpoint before")
             return None
-        return found
+        return by_weight
 
     def _read(self, index: int) -> PastBlock | None:
         """A block at the checkpoint before, whose files may be torn by now: then nothing is compared any more."""
@@ -89,12 +89,12 @@ class Comparison:
         """The block and its parts with their own weights of before, to be spliced in at this block."""
         if self._past is None:
             return {}
-        found: dict[Variant, Splice] = {}
+        splices: dict[Variant, Splice] = {}
         for target in targets:
             names = tuple(block.parameters) if target == "block" else block.part_names.get(target, ())
             if names:
-                found[Variant(block.index, target, EARLIER)] = self._earlier(block.index, names)
-        return found
+                splices[Variant(block.index, target, EARLIER)] = self._earlier(block.index, names)
+        return splices
 
     def _earlier(self, index: int, names: Sequence[str]) -> Splice:
         def splice(site: Site) -> Tensor:
@@ -119,7 +119,7 @@ class Comparison:
 def _rounded(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
     if dtype is None:
         return weights
-    return {name: own.to(dtype) if own.is_floating_point() else own for name, own in weights.items()}
+    return {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
 
 
 def affordable(each: float, rows: int) -> tuple[tuple[Target, ...], int]:

@@ -40,15 +40,15 @@ class Sketcher:
 
 def moved_in_sketches(block: Block, weights: Mapping[str, Tensor], before: Sketches) -> dict[str, Moved] | None:
     """How far each matrix of a block moved, estimated from the sketches; None for another architecture."""
-    found = {}
+    moved = {}
     for name, weight in matrices(weights):
         full = f"{block.name}.{name}"
         if before.shapes.get(full) != tuple(weight.shape):
             return None
         earlier = torch.from_numpy(np.frombuffer(base64.b64decode(before.values[full]), dtype=np.float32).copy())
         now = sketch(weight).flatten()
-        found[name] = Moved(_squared(now - earlier), _squared(earlier))
-    return found
+        moved[name] = Moved(_squared(now - earlier), _squared(earlier))
+    return moved
 
 
 def sketch(weight: Tensor) -> Tensor:
