@@ -29,6 +29,7 @@ from peel_agent.records import (
     BoundMemory,
     CheckpointInfo,
     CheckpointRef,
+    Helpers,
     LocalListing,
     Memory,
     ModelInfo,
@@ -103,13 +104,14 @@ def measure(
     require_before: bool = False,
     tokens: Probe | None = None,
     progress: Progress | None = None,
+    helpers: Helpers | None = None,
 ) -> Peeled:
     """Loads and peels one checkpoint on `device` ("cpu", "cuda:0"); `earlier` are the best bounds so far.
 
     It is held against the checkpoint `before`; what cannot be compared is said in the report, or raised when that is
     required. With `keep_sketches` the next one can be held against it when its files are gone. A `patch` of
     safetensors replaces weights of the same names. Without `tokens` the `probe` is read as suits this model; given, the
-    answer has the losses on each sequence too.
+    answer has the losses on each sequence too. `helpers` compute pieces of it elsewhere; the numbers are the same.
 
     Raises CheckpointError, ConfigurationError (a probe or a map that does not suit the model), and TornCheckpoint when
     the files changed while they were read.
@@ -142,6 +144,7 @@ def measure(
                 compared=_Compared(before, keep_sketches, require_before),
                 tokens=tokens,
                 progress=progress,
+                helpers=helpers,
             )
     except FileNotFoundError as error:
         if not str(error.filename).startswith(str(ref.in_place().path.parent)):
@@ -198,10 +201,11 @@ def _measure_decoder(
     compared: _Compared,
     tokens: Probe | None,
     progress: Progress | None,
+    helpers: Helpers | None,
 ) -> Peeled:
     from peel_agent.capture import open_trace, settled
     from peel_agent.load import open_snapshot
-    from peel_agent.peel import peel
+    from peel_agent.peel import ALONE, peel
     from peel_agent.precision import float32_products
 
     start = clock()
@@ -226,6 +230,7 @@ def _measure_decoder(
             progress=progress,
             comparison=opened.comparison,
             step=ref.step,
+            helpers=helpers or ALONE,
         )
     is_compared = opened.comparison is not None and opened.comparison.stands
     report = PeelReport(

@@ -19,8 +19,9 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+from peel_agent.elsewhere import Elsewhere, received
 from peel_agent.errors import PeelError
-from peel_agent.records import Request, plain, restored
+from peel_agent.records import Progress, Request, plain, restored
 
 PARENT_SECONDS = 2.0
 
@@ -56,7 +57,12 @@ def _answer(request: Request) -> dict[str, Any]:
         signal.alarm(STALL_SECONDS)
         meter(stage, done, total)
 
+    helpers = None
     try:
+        if request.piece is not None:
+            return {"losses": _piece_losses(request, request.piece, progress)}
+        if request.helpers is not None:
+            helpers = Elsewhere(request.helpers, request.pieces, alive=lambda: signal.alarm(STALL_SECONDS))
         peeled = measure(
             request.ref,
             probe=request.probe,
@@ -69,12 +75,32 @@ def _answer(request: Request) -> dict[str, Any]:
             before=request.before,
             keep_sketches=request.keep_sketches,
             progress=progress,
+            helpers=helpers,
         )
         return {"peeled": plain(peeled)}
     except PeelError as error:
         return {"error": {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy}}
     finally:
         meter.close()
+        if helpers is not None:
+            helpers.close()
+
+
+def _piece_losses(request: Request, place: Path, progress: Progress) -> list[str]:
+    """The losses of the piece that waits at a socket, to the last bit."""
+    from peel_agent.piece import measure_piece
+
+    losses = measure_piece(
+        request.ref,
+        received(place),
+        probe=request.probe,
+        peeling=request.peel,
+        model=request.model,
+        patch=request.patch,
+        device=request.lease.name,
+        progress=progress,
+    )
+    return [float(loss).hex() for loss in losses]
 
 
 def end_with_parent() -> None:

@@ -31,9 +31,10 @@ class Nodes:
 
     def is_peeling(self, node: int) -> bool:
         """Whether a checkpoint is peeled on this node now."""
-        return any(" peel_agent.worker" in f" {line}" for line in self._lines(node))
+        return any(" peel_agent.worker" in f" {line}" for line in self.lines(node))
 
-    def _lines(self, node: int) -> Iterator[str]:
+    def lines(self, node: int) -> Iterator[str]:
+        """The command line, or the name, of each process of a node."""
         for process in self.raylets[node].children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 yield " ".join(process.cmdline())

@@ -114,6 +114,7 @@ BODY = """
 # resource = "peel"        # one of this custom resource, to keep to the nodes that have it; by default none
 # at_once = 2              # checkpoints that are peeled at a time, of all runs
 # retries = 3              # how often one is started again whose node died
+# spread = 0               # pieces of one checkpoint that may be with other nodes at a time; 0: none
 
 # Where notices go, beside the trackers: each [[sink]] is one place; all keys but use and name are the plug-in's own.
 # A secret is "${NAME}", of the environment, or "file:/path"; also within a list.

@@ -10,8 +10,10 @@ import numpy as np
 from peel_agent.errors import CheckpointError
 from peel_agent.peel.bounds.bounds import NONE, measure_bounds
 from peel_agent.peel.bounds.chains import chained, hidden_states_of
+from peel_agent.peel.bounds.heads import head_losses
 from peel_agent.peel.bounds.maps import suite
 from peel_agent.peel.bounds.solvers import solver_named
+from peel_agent.peel.elsewhere import ALONE
 from peel_agent.peel.fully_connected.network import peel_network
 from peel_agent.peel.headroom.headroom import Headroom, headrooms
 from peel_agent.peel.headroom.improve import Improvement, earlier_block, improve
@@ -25,13 +27,28 @@ from peel_agent.peel.numerics.streams import out_of_memory
 from peel_agent.peel.pairs import paired_differences, sequence_losses_of
 from peel_agent.peel.past.comparison import Comparison
 from peel_agent.peel.redundancy import redundancy
-from peel_agent.records import Block, BoundMemory, Findings, LayerReport, Plan, Progress, Skipped, Trace
+from peel_agent.peel.sweep.tails import tail_losses
+from peel_agent.records import (
+    Block,
+    BoundMemory,
+    Findings,
+    HeadPiece,
+    Helpers,
+    LayerReport,
+    Piece,
+    Plan,
+    Progress,
+    Skipped,
+    Trace,
+)
 
 __all__ = [
+    "ALONE",
     "Comparison",
     "Improvement",
     "earlier_block",
     "improve",
+    "losses_of_piece",
     "out_of_memory",
     "paired_differences",
     "peel",
@@ -49,10 +66,12 @@ def peel(
     progress: Progress | None = None,
     comparison: Comparison | None = None,
     step: int | None = None,
+    helpers: Helpers = ALONE,
 ) -> Findings:
     """Peels one checkpoint, that of `step`, as planned, beside the one before it if there is a `comparison`.
 
     `earlier` are the best bounds that the checkpoint before handed on, `progress` is told how far the work is.
+    `helpers` compute pieces of it elsewhere; the numbers are the same.
 
     Raises ConfigurationError for maps that this model cannot have, CheckpointError when its loss is not a number.
     """
@@ -64,7 +83,7 @@ def peel(
         plan = replace(plan, references=())
     plan, skipped = _possible(plan, next(iter(trace.blocks(stop=1))))
     keep = hidden_states_of(chained(maps, depth, solver), solver) | {depth} if maps else frozenset[int]()
-    raced = race(trace, plan, keep, stopwatch, comparison=comparison)
+    raced = race(trace, plan, keep, stopwatch, comparison=comparison, helpers=helpers)
     swept = raced.swept
     _check_finite(swept.trained)
     selecting = len(trace.probe.select)
@@ -73,7 +92,15 @@ def peel(
     if maps:
         hidden, trained = swept.hidden, swept.trained
         bounds = measure_bounds(
-            trace, maps, solver=solver, hidden=hidden, trained=trained, earlier=earlier, stopwatch=stopwatch, step=step
+            trace,
+            maps,
+            solver=solver,
+            hidden=hidden,
+            trained=trained,
+            earlier=earlier,
+            stopwatch=stopwatch,
+            step=step,
+            helpers=helpers,
         )
     rooms, left_out = _headrooms(trace, plan, raced, stopwatch)
     layers, further = _layers(trace, plan, raced, rooms, comparison)
@@ -99,6 +126,17 @@ def peel(
         bound_step=bounds.memory.step if bounds.memory else None,
         losses=sequence_losses_of(trace.probe.fingerprint, swept.trained[selecting:], raced.margins, rooms),
     )
+
+
+def losses_of_piece(trace: Trace, piece: Piece, alive: Callable[[], None]) -> Losses:
+    """What a helper answers: the losses of a piece of this checkpoint. `alive` is called between steps of a long one.
+
+    It runs as many sequences at once as was done where the piece was made.
+    """
+    trace.chunk.sequences = piece.sequences
+    if isinstance(piece, HeadPiece):
+        return head_losses(trace, piece, alive)
+    return tail_losses(trace, piece, alive)
 
 
 def _check_finite(trained: Losses) -> None:

@@ -63,6 +63,7 @@ from peel_agent.records.model import (
     Weights,
 )
 from peel_agent.records.past import Before, Sketches
+from peel_agent.records.pieces import HandedOut, HeadPiece, Helpers, Piece, TailPiece, packed, unpacked
 from peel_agent.records.precision import FULL_PRECISION, SETS, WeightSet, glob_fits
 from peel_agent.records.publication import NoticeGroup, Pages, Publication
 from peel_agent.records.report import (
@@ -162,6 +163,9 @@ __all__ = [
     "Gap",
     "GapCause",
     "Gradient",
+    "HandedOut",
+    "HeadPiece",
+    "Helpers",
     "History",
     "KeptRun",
     "LaneKind",
@@ -192,6 +196,7 @@ __all__ = [
     "PeelSettings",
     "Peeled",
     "Phase",
+    "Piece",
     "PlaceDifference",
     "Plan",
     "Precision",
@@ -220,6 +225,7 @@ __all__ = [
     "Status",
     "StepDifference",
     "Strength",
+    "TailPiece",
     "Threshold",
     "TickObservation",
     "Timing",
@@ -236,7 +242,9 @@ __all__ = [
     "decoded",
     "glob_fits",
     "metric_form",
+    "packed",
     "plain",
     "restored",
     "threshold_of",
+    "unpacked",
 ]

@@ -19,6 +19,9 @@ class Request:
     The worker takes at most `memory_fraction` of the machine's memory, or of the GPU's. `earlier` are the best bounds
     so far, `before` is the checkpoint to hold this one against (None: nobody asked for that). A `patch` of safetensors
     replaces weights. `threads` is how many it computes with (None: on the CPU half of its processors).
+
+    `helpers` is a socket at which the worker may hand out pieces of its work, `pieces` of them at a time. With `piece`,
+    a socket too, only the piece that is read from there is computed.
     """
 
     ref: CheckpointRef
@@ -33,3 +36,6 @@ class Request:
     patch: Path | None = None
     memory_fraction: float = 1.0
     threads: int | None = None
+    helpers: Path | None = None
+    pieces: int = 0
+    piece: Path | None = None

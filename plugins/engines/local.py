@@ -94,13 +94,14 @@ class LocalEngine:
 
     def _work(self, request: Request, answer: Future[Peeled]) -> None:
         try:
-            answer.set_result(self._ask(request))
+            answer.set_result(restored(Peeled, self.answer(request)["peeled"]))
         except PeelError as error:
             answer.set_exception(error)
         except Exception as error:  # whatever it is, the agent is told, and goes on with the next checkpoint
             answer.set_exception(WorkerError(f"{type(error).__name__}: {error}", remedy="please report it"))
 
-    def _ask(self, request: Request) -> Peeled:
+    def answer(self, request: Request) -> Mapping[str, Any]:
+        """What the worker of a request wrote, which is waited for. Raises what `submit` answers."""
         fingerprint = request.ref.fingerprint
         child = self._start(request)
         with self._lock:
@@ -116,7 +117,7 @@ class LocalEngine:
         status = _status(child)
         if status != 0 and gave_way is not None:
             raise GaveWay(gave_way, remedy="nothing to do: it is peeled again later")
-        return _peeled(written, status)
+        return _told(written, status)
 
     def _start(self, request: Request) -> Child:
         environment = self._environment(request.lease.visible)
@@ -152,7 +153,7 @@ def _status(child: Child) -> int:
         ) from error
 
 
-def _peeled(written: str, status: int) -> Peeled:
+def _told(written: str, status: int) -> Mapping[str, Any]:
     """The answer in what a child wrote that ended with this status."""
     if status != 0:
         cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
@@ -165,7 +166,7 @@ def _peeled(written: str, status: int) -> Peeled:
     answer: dict[str, Any] = json.loads(written.splitlines()[-1])
     if "error" in answer:
         raise error_of(answer["error"])
-    return restored(Peeled, answer["peeled"])
+    return answer
 
 
 def error_of(told: Mapping[str, str]) -> PeelError:

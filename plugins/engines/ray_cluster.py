@@ -43,6 +43,9 @@ RETRY_SECONDS = 30.0
 
 START = "start it (ray start), or name another one: [engine.ray] address, or RAY_ADDRESS"
 
+LEAST = {"num_cpus": 1, "at_once": 1, "retries": 0, "spread": 0, "num_gpus": 0, "memory_bytes": 1}
+"""What each number in the settings must be at least."""
+
 
 @dataclass(frozen=True)
 class RaySettings:
@@ -50,7 +53,8 @@ class RaySettings:
 
     `address` is HOST:PORT, a `ray://` one, or `auto` for the cluster of this machine. A checkpoint takes `num_cpus`
     processors, as many threads, `num_gpus` of a GPU (0: it is peeled on the CPU), `memory_bytes`, and one of the custom
-    `resource`. At most `at_once` are peeled at a time. One whose node is lost is started again `retries` times.
+    `resource`. At most `at_once` are peeled at a time. One whose node is lost is started again `retries` times. So many
+    pieces of each as `spread` may be with other nodes at a time, each of which takes as much as a checkpoint does.
     """
 
     address: str = setting("auto", environment="RAY_ADDRESS")
@@ -60,6 +64,7 @@ class RaySettings:
     resource: str | None = setting(None)
     at_once: int = setting(2)
     retries: int = setting(3)
+    spread: int = setting(0)
 
 
 @dataclass
@@ -192,7 +197,14 @@ class RayEngine:
 
     def _connect(self) -> _Driver:
         settings = self._settings
-        share = Share(threads=settings.num_cpus, gpus=settings.num_gpus, memory_bytes=settings.memory_bytes)
+        share = Share(
+            threads=settings.num_cpus,
+            gpus=settings.num_gpus,
+            memory_bytes=settings.memory_bytes,
+            resource=settings.resource,
+            pieces=settings.spread,
+            retries=settings.retries,
+        )
         options = {**asdict(settings), "share": asdict(share), "version": version(DISTRIBUTION)}
         self._driver = driver = _Driver(options, self._environment(""))
         threading.Thread(target=self._listen, args=(driver.process,), name="ray answers", daemon=True).start()
@@ -317,7 +329,7 @@ class RayPlugin:
     def open(self, environment: Callable[[str], Mapping[str, str]], settings: RaySettings) -> Engine:
         if importlib.util.find_spec(NEEDS[0]) is None:
             raise ConfigurationError("[engine] use is `ray`, and the package ray is not installed", remedy=NEEDS[1])
-        for key, least in (("num_cpus", 1), ("at_once", 1), ("retries", 0), ("num_gpus", 0), ("memory_bytes", 1)):
+        for key, least in LEAST.items():
             number = getattr(settings, key)
             if number is not None and number < least:
                 raise ConfigurationError(f"`engine.ray.{key}` is {number}", remedy=f"it must be at least {least}")

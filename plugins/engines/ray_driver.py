@@ -120,17 +120,12 @@ class Driver:
     def _start(self, message: Mapping[str, Any]) -> Any:
         import ray
 
-        from .ray_task import peel
+        from peel_agent.records import restored
+
+        from .ray_task import Share, peel
 
         options = self._options
-        wanted = {
-            "num_cpus": options["num_cpus"],
-            "num_gpus": options["num_gpus"],
-            "memory": options["memory_bytes"],
-            "resources": {options["resource"]: 1} if options["resource"] else None,
-        }
-        # Retries of Ray's are not told apart: one for memory that ran out would be tried without end.
-        task = ray.remote(peel).options(max_retries=0, scheduling_strategy="SPREAD", name="peel-agent", **wanted)
+        task = ray.remote(peel).options(**restored(Share, options["share"]).options)
         reference = task.remote(message["request"], options["share"], message["paths"], options["version"])
         with self._lock:
             self._tasks[message["id"]] = reference

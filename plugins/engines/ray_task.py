@@ -1,6 +1,7 @@
 """What runs on a node of the cluster: the local engine with one request, and what only the node can tell.
 
-It imports no ray. A worker of Ray that is asked again keeps the process that has read in torch and transformers.
+It imports ray only to hand out pieces of a checkpoint (`spread`). A worker of Ray that is asked again keeps the process
+that has read in torch and transformers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -20,9 +21,9 @@ import psutil
 
 from peel_agent.errors import PeelError, WorkerError
 from peel_agent.records import Request, plain, restored
-from peel_agent.spi import Engine
 
 from .local import LocalEngine
+from .ray_pieces import Relay, given
 
 SIGHT_SECONDS = 5.0
 """How long a network file system may take to show a node what another machine has just written."""
@@ -34,27 +35,96 @@ DISTRIBUTION = "peel-agent"
 class Share:
     """What a task has of its node: threads for the processors asked for, GPUs, and bytes of memory if they are limited.
 
-    A task that asks for a GPU computes on the first one that Ray shows it.
+    A task that asks for a GPU computes on the first one that Ray shows it. `pieces` of its work may be with others at a
+    time, each of which has the same share, and one of the custom `resource`; one that is lost is started again
+    `retries` times.
     """
 
     threads: int
     gpus: float
     memory_bytes: int | None
+    resource: str | None = None
+    pieces: int = 0
+    retries: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same in Ray's words."""
+        return {
+            "num_cpus": self.threads,
+            "num_gpus": self.gpus,
+            "memory": self.memory_bytes,
+            "resources": {self.resource: 1} if self.resource else None,
+            "scheduling_strategy": "SPREAD",
+            "name": "peel-agent",
+            "max_retries": 0,  # retries of Ray's are not told apart: one for memory that ran out would be without end
+        }
 
 
 def peel(request: str, share: Mapping[str, Any], paths: Sequence[str], written_by: str) -> dict[str, Any]:
     """Answers a request, which is in JSON, with `peeled` or an `error`, or the `absent` ones of the paths it needs.
 
-    `written_by` is the version of peel-agent that asks. The answer's `node` is the name of this machine.
+    `written_by` is the version of peel-agent that asks. The answer's `node` is the name of this machine; `pieces`
+    counts those that were computed for it, by Ray's names of the nodes.
     """
+
+    def work(asked: Request, own: Share) -> dict[str, Any]:
+        if not own.pieces:
+            return {"peeled": plain(_engine().submit(asked).result())}
+        relay = Relay(_starter(own, request, share, paths, written_by), own.retries)
+        try:
+            helped = replace(asked, helpers=relay.place, pieces=own.pieces)
+            return {"peeled": plain(_engine().submit(helped).result()), "pieces": dict(relay.by_node)}
+        finally:
+            relay.close()
+
+    return _answered(request, share, paths, written_by, work)
+
+
+def compute(
+    request: str, share: Mapping[str, Any], paths: Sequence[str], written_by: str, piece: bytes
+) -> Iterator[Any]:
+    """One piece of what `peel` does with the same request: Ray's name of this node at once, then `losses` or `lost`."""
+    import ray
+
+    yield ray.get_runtime_context().get_node_id()
+
+    def work(asked: Request, _own: Share) -> dict[str, Any]:
+        with given(piece) as place:
+            return {"losses": _engine().answer(replace(asked, piece=place))["losses"]}
+
+    answer = _answered(request, share, paths, written_by, work)
+    if "losses" not in answer:
+        node, error = answer["node"], answer.get("error")
+        why = error["what"] if error else f"it cannot see {', '.join(answer['absent'])}"
+        answer = {"lost": f"on the node {node}: {why}"}
+    yield answer
+
+
+def _starter(own: Share, *arguments: Any) -> Callable[[Any], Any]:
+    """Starts a task for one piece, which is in the object store."""
+    import ray
+
+    task = ray.remote(compute).options(**{**own.options, "name": "peel-agent piece"}, num_returns="streaming")
+    return lambda piece: task.remote(*arguments, piece)
+
+
+def _answered(
+    request: str,
+    share: Mapping[str, Any],
+    paths: Sequence[str],
+    written_by: str,
+    work: Callable[[Request, Share], dict[str, Any]],
+) -> dict[str, Any]:
     node = socket.gethostname()
     try:
         _check_version(written_by, node)
         absent = _absent(paths)
         if absent:
             return {"absent": absent, "node": node}
-        asked = _fitted(restored(Request, json.loads(request)), restored(Share, share), node)
-        return {"peeled": plain(_engine().submit(asked).result()), "node": node}
+        own = restored(Share, share)
+        asked = _fitted(restored(Request, json.loads(request)), own, node)
+        return {**work(asked, own), "node": node}
     except PeelError as error:
         told = {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy}
         return {"error": told, "node": node}
@@ -97,5 +167,5 @@ def _fitted(request: Request, share: Share, node: str) -> Request:
 
 
 @cache
-def _engine() -> Engine:
+def _engine() -> LocalEngine:
     return LocalEngine(lambda visible: {**os.environ, "CUDA_VISIBLE_DEVICES": visible})

@@ -73,6 +73,7 @@ def test_local(check: Callable[[Open, Request], None], request_of_a_checkpoint: 
         (EngineSettings("ray", {"ray": {"num_gpus": "one"}}), r"`engine.ray.num_gpus` is 'one'(.|\n)*a number"),
         (EngineSettings("ray", {"ray": {"num_gpus": 2}}), r"`engine.ray.num_gpus` is 2(.|\n)*one GPU"),
         (EngineSettings("ray", {"ray": {"at_once": 0}}), r"`engine.ray.at_once` is 0(.|\n)*at least 1"),
+        (EngineSettings("ray", {"ray": {"spread": -1}}), r"`engine.ray.spread` is -1(.|\n)*at least 0"),
         (EngineSettings("ray", {"ray": {"memory_bytes": -5}}), r"`engine.ray.memory_bytes` is -5"),
     ],
 )

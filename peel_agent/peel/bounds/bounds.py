@@ -13,15 +13,16 @@ from functools import partial
 import numpy as np
 
 from peel_agent.peel.bounds.chains import chain_ends, chained, is_direct
-from peel_agent.peel.bounds.heads import fit_head
+from peel_agent.peel.bounds.heads import fit_head, head_losses
 from peel_agent.peel.bounds.maps import HEAD, TargetMap
 from peel_agent.peel.bounds.solvers import Solver
+from peel_agent.peel.elsewhere import ALONE, collected
 from peel_agent.peel.numerics.intervals import estimate
 from peel_agent.peel.numerics.losses import Losses, sequence_losses
 from peel_agent.peel.numerics.stopwatch import Stopwatch
 from peel_agent.peel.numerics.streams import Streams, score_ids
 from peel_agent.peel.references import refit_fault
-from peel_agent.records import BoundMemory, BoundReport, Estimate, Skipped, Trace, Zone
+from peel_agent.records import BoundMemory, BoundReport, Estimate, HandedOut, HeadPiece, Helpers, Skipped, Trace, Zone
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ def measure_bounds(
     earlier: BoundMemory | None,
     stopwatch: Stopwatch,
     step: int | None = None,
+    helpers: Helpers = ALONE,
 ) -> Bounds:
     """Bounds for the labelled maps; `hidden` holds the trained hidden states they need, `trained` the model's losses
     per score sequence [N_s + N_c], select first, `earlier` the best of the checkpoints before, `step` is this one's.
+    `helpers` fit heads.
     """
     labelled, skipped = _trusted(trace, labelled, solver)
-    losses = _suite_losses(trace, labelled, solver, hidden, stopwatch)
+    losses = _suite_losses(trace, labelled, solver, hidden, stopwatch, helpers=helpers)
     skipped += tuple(Skipped(f"map {label}", stopwatch.refusal()) for label in labelled if label not in losses)
     selecting = len(trace.probe.select)
     memory = remember(losses, selecting, trace.probe.fingerprint, earlier, step=step)
@@ -127,6 +130,8 @@ def _suite_losses(
     solver: Solver,
     hidden: Mapping[int, Streams],
     stopwatch: Stopwatch,
+    *,
+    helpers: Helpers,
 ) -> dict[str, Losses]:
     """Losses per score sequence of each map's construction: its chain, and a head fitted to the chain's last stream.
 
@@ -135,24 +140,34 @@ def _suite_losses(
     depth = len(trace.block_names)
     needed = chained(labelled, depth, solver)
     ends = chain_ends(trace, needed, hidden, solver, stopwatch)
-    ids, by_map = score_ids(trace.probe), dict[TargetMap, Losses]()
+    ids, by_map, out = score_ids(trace.probe), dict[TargetMap, Losses](), dict[TargetMap, HandedOut]()
 
     def tell(done: int) -> None:
         stopwatch.progress("bounds, maps", done, len(ends) + 1)
 
     tell(0)
     for done, (target_map, streams) in enumerate({(): hidden[depth], **ends}.items(), 1):
-        if by_map and not stopwatch.affords(stopwatch.last("solve")):
+        if (by_map or out) and not stopwatch.affords(stopwatch.last("solve")):
             break
+        if (taken := helpers.hand_out(partial(_head_piece, trace, streams))) is not None:
+            out[target_map] = taken
+            continue
         with stopwatch("solve"):
             head = fit_head(trace, streams, partial(tell, done - 1))
         with stopwatch("score"):
             by_map[target_map] = sequence_losses(trace, streams.score, ids, head)
         tell(done)
+    with stopwatch("solve"):
+        by_map |= collected(out, helpers, partial(head_losses, trace))
     map_by_label = {
         label: target_map if target_map in needed and label != HEAD else () for label, target_map in labelled.items()
     }
     return {label: by_map[target_map] for label, target_map in map_by_label.items() if target_map in by_map}
+
+
+def _head_piece(trace: Trace, streams: Streams) -> HeadPiece:
+    fit, score = streams.fit.cpu().numpy(), streams.score.cpu().numpy()
+    return HeadPiece(trace.chunk.sequences, fit, score, streams.selecting)
 
 
 def _trusted(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peel_agent.peel.numerics.losses import logits, position_losses
-from peel_agent.peel.numerics.streams import Streams, through
+from peel_agent.peel.numerics.losses import Losses, logits, position_losses, sequence_losses
+from peel_agent.peel.numerics.streams import Streams, score_ids, through
 from peel_agent.precision import coarse_products, quantise, straight_through
-from peel_agent.records import Projection, TokenIds, Trace
+from peel_agent.records import HeadPiece, Projection, TokenIds, Trace
 
 LEARNING_RATE = 5e-4
 BATCH_POSITIONS = 1024
@@ -54,6 +54,14 @@ def fit_head(trace: Trace, ends: Streams, alive: Callable[[], None] = lambda: No
             break
         best, best_loss = head, loss
     return best
+
+
+def head_losses(trace: Trace, piece: HeadPiece, alive: Callable[[], None] = lambda: None) -> Losses:
+    """Losses per score sequence of a construction, with the head that is fitted to its last streams."""
+    device = trace.head.weight.device
+    fit, score = (torch.tensor(stream, device=device) for stream in (piece.fit, piece.score))  # in torch's alignment
+    head = fit_head(trace, Streams(fit, score, piece.selecting), alive)
+    return sequence_losses(trace, score, score_ids(trace.probe), head)
 
 
 def _positions(trace: Trace, stream: Tensor, ids: TokenIds) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from peel_agent.peel.elsewhere import ALONE
 from peel_agent.peel.margins.heats import first_heat, longer_heats, picking_rows
 from peel_agent.peel.margins.margin import (
     Margin,
@@ -33,7 +34,7 @@ from peel_agent.peel.sweep.heats import Heat
 from peel_agent.peel.sweep.lanes import carry, restream, union
 from peel_agent.peel.sweep.splices import TARGETS, Variant
 from peel_agent.peel.sweep.stand_ins import variants_per_block
-from peel_agent.records import Estimate, Plan, Skipped, Trace
+from peel_agent.records import Estimate, Helpers, Plan, Skipped, Trace
 
 LEAST_WORSE, MOST_WORSE = 3, 8
 """How many blocks and parts that seem to have got worse are measured on all of confirm, at least and at most."""
@@ -81,6 +82,7 @@ def race(
     stopwatch: Stopwatch,
     *,
     comparison: Comparison | None = None,
+    helpers: Helpers = ALONE,
 ) -> Raced:
     """Margins as planned, and progress over the checkpoint before if there is a comparison with it.
 
@@ -88,10 +90,10 @@ def race(
     """
     meter = Meter(trace, next(iter(trace.blocks(stop=1))), plan.passes)
     shortest = first_heat(trace, meter, variants_per_block(plan))
-    swept = sweep(trace, plan, shortest, keep, stopwatch, meter=meter, comparison=comparison)
+    swept = sweep(trace, plan, shortest, keep, stopwatch, meter=meter, comparison=comparison, helpers=helpers)
     if not np.isfinite(swept.trained).all():
         return Raced(swept, {}, {}, {}, {}, meter.by_stage)  # there is nothing to hold against anything
-    standings = _Standings(trace, plan, swept, stopwatch, meter)
+    standings = _Standings(trace, plan, swept, stopwatch, meter, helpers=helpers)
     first = standings.margins()
     for longer in longer_heats(trace.probe, shortest):
         standings.clear_on(longer)
@@ -110,11 +112,14 @@ def race(
 class _Standings:
     """What is known so far: the excess losses of stand-ins, and of `earlier` weights, on the last tokens of each."""
 
-    def __init__(self, trace: Trace, plan: Plan, swept: Sweep, stopwatch: Stopwatch, meter: Meter) -> None:
+    def __init__(
+        self, trace: Trace, plan: Plan, swept: Sweep, stopwatch: Stopwatch, meter: Meter, *, helpers: Helpers
+    ) -> None:
         self.stand_ins = dict(swept.variants)
         self.earlier = dict(swept.progress)
         self._trace, self._plan, self._swept, self._stopwatch, self._meter = trace, plan, swept, stopwatch, meter
         self._selecting = len(trace.probe.select)
+        self._helpers = helpers
         self._refused: dict[Place, str] = {}
 
     def margins(self) -> dict[Place, Margin]:
@@ -233,7 +238,7 @@ class _Standings:
                 (heat, {variant: self._swept.solved[variant] for variant in variants})
                 for heat, variants in lanes.values()
             ]
-            for excesses in carry(self._trace, chosen, self._stopwatch, self._meter, stage):
+            for excesses in carry(self._trace, chosen, self._stopwatch, self._meter, stage, helpers=self._helpers):
                 self._learn(excesses)
         return {place: why for place, _, _ in entries[taken:]}
 

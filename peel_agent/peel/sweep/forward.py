@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from peel_agent.peel.elsewhere import ALONE
 from peel_agent.peel.numerics.losses import Excess, Losses, sequence_losses
 from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.stopwatch import Stopwatch
@@ -20,7 +21,7 @@ from peel_agent.peel.sweep.lanes import Lane, Trained
 from peel_agent.peel.sweep.splices import TARGETS, Splice, Target, Variant
 from peel_agent.peel.sweep.stand_ins import stand_ins_of, variants_per_block
 from peel_agent.peel.sweep.visits import Dead, Visit, trained_work, visit_block
-from peel_agent.records import Block, PartName, Plan, Skipped, Trace
+from peel_agent.records import Block, Helpers, PartName, Plan, Skipped, Trace
 
 PARTS_TOO_DEAR = Skipped(
     "progress of parts", f"it costs more than {BUDGET_PASSES:g} forward passes; that of whole blocks was measured"
@@ -71,11 +72,13 @@ def sweep(
     *,
     meter: Meter | None = None,
     comparison: Comparison | None = None,
+    helpers: Helpers = ALONE,
 ) -> Sweep:
     """Visits every block once; splices the plan's references (none: only the trained streams) into each block.
 
     Variants are scored on the `heat`; hidden states `keep` are kept. Each block is shown to the `comparison` with the
     checkpoint before; that one's weights are spliced in on confirm rows of the heat. The `meter` counts the work.
+    `helpers` run streams from their block to the head.
     """
     skipped: dict[Skipped, None] = {}
     plan = _possible(trace, plan, skipped)
@@ -87,7 +90,8 @@ def sweep(
     visited: list[Visited] = []
     previous: Visit | None = None
     targets, earlier_heat = _earlier_heat(trace, plan, heat, meter)
-    stand_ins, earlier = Lane.of(trace, heat, meter, "first heat"), Lane.of(trace, earlier_heat, meter, "progress")
+    stand_ins = Lane.of(trace, heat, meter, "first heat", helpers=helpers)
+    earlier = Lane.of(trace, earlier_heat, meter, "progress", helpers=helpers)
     leaving = ((stand_ins, variants_per_block(plan)), (earlier, len(targets) if comparison is not None else 0))
     depth = len(trace.block_names)
     stopwatch.progress("blocks", 0, depth)

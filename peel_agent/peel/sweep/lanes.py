@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peel_agent.peel.elsewhere import ALONE
 from peel_agent.peel.numerics.losses import Excess, sequence_losses
 from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.numerics.stopwatch import Stopwatch
@@ -18,7 +19,7 @@ from peel_agent.peel.numerics.streams import pieces
 from peel_agent.peel.sweep.heats import Heat
 from peel_agent.peel.sweep.splices import Site, Splice, Variant
 from peel_agent.peel.sweep.tails import Tails
-from peel_agent.records import Block, Trace
+from peel_agent.records import Block, Helpers, Trace
 
 TAIL_SHARE = 1
 """Spliced streams may take so many times the memory of one hidden state over `fit`."""
@@ -47,9 +48,19 @@ class Lane:
     meter: Meter
 
     @classmethod
-    def of(cls, trace: Trace, heat: Heat, meter: Meter, stage: str, at: Heat | None = None) -> Lane:
+    def of(
+        cls,
+        trace: Trace,
+        heat: Heat,
+        meter: Meter,
+        stage: str,
+        *,
+        at: Heat | None = None,
+        helpers: Helpers = ALONE,
+    ) -> Lane:
         share = TAIL_SHARE * trace.probe.fit.size * trace.width
-        return cls(trace, heat, at or heat, Tails(trace, heat.ids(trace.probe), share, meter, stage), meter)
+        tails = Tails(trace, heat.ids(trace.probe), share, meter, stage, helpers=helpers)
+        return cls(trace, heat, at or heat, tails, meter)
 
     def take(self, splices: Mapping[Variant, Splice], trained: Trained) -> None:
         """Runs the block on every stream that was spliced before it, and adds those that leave at it."""
@@ -67,7 +78,7 @@ class Lane:
 
     def excesses(self, last: Tensor) -> dict[Variant, Excess]:
         """How much higher the losses of each variant are than the trained model's, whose last stream is `last`."""
-        self.tails.score()
+        self.tails.finish()
         if not self.tails.losses:
             return {}
         probe = self.trace.probe
@@ -86,6 +97,8 @@ def carry(
     stopwatch: Stopwatch,
     meter: Meter,
     stage: str = "whole sequences",
+    *,
+    helpers: Helpers = ALONE,
 ) -> list[dict[Variant, Excess]]:
     """Variants that an earlier sweep solved, each on its heat: how much higher their losses are than the trained
     model's.
@@ -93,10 +106,7 @@ def carry(
     every = union([heat for heat, _ in entries])
     depth = len(trace.block_names)
     with stopwatch("score"):
-        lanes = [
-            Lane.of(trace, heat, meter, stage, Heat(np.searchsorted(every.rows, heat.rows), heat.length))
-            for heat, _ in entries
-        ]
+        lanes = [Lane.of(trace, heat, meter, stage, at=_within(every, heat), helpers=helpers) for heat, _ in entries]
         h = trace.embed(every.ids(trace.probe))
         meter.spend(restream(every, meter), stage)
         before: tuple[Block, Tensor] | None = None
@@ -115,6 +125,11 @@ def carry(
 def union(heats: Sequence[Heat]) -> Heat:
     """A heat that holds the tokens of all these."""
     return Heat(np.unique(np.concatenate([heat.rows for heat in heats])), max(heat.length for heat in heats))
+
+
+def _within(every: Heat, heat: Heat) -> Heat:
+    """Where a heat's tokens are in the streams of one that holds them."""
+    return Heat(np.searchsorted(every.rows, heat.rows), heat.length)
 
 
 def restream(every: Heat, meter: Meter) -> float:
