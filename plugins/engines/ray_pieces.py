@@ -17,20 +17,33 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from peel_agent.errors import WorkerError
+
 
 class Doorway:
-    """A socket for one connection, in a folder that nobody else can enter."""
+    """A socket for one connection, in a folder that nobody else can enter. WorkerError where there can be none."""
 
     def __init__(self) -> None:
         self._folder = TemporaryDirectory(prefix="peel-")
         self.place = Path(self._folder.name) / "pieces"
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(str(self.place))
+        try:
+            self._socket.bind(str(self.place))
+        except OSError as error:  # a path may have 107 bytes
+            self._socket.close()
+            self._folder.cleanup()
+            raise WorkerError(
+                f"there can be no socket at {self.place}: {error}",
+                remedy="start Ray on that node with a shorter TMPDIR, or set spread = 0 in [engine.ray]",
+            ) from error
         self._socket.listen(1)
 
     def connection(self) -> Connection[bytes, bytes]:
-        """Waits for it. OSError when the doorway is closed first."""
+        """Waits for it. OSError when the doorway is closed first. The folder is needed no longer: a task that is killed
+        leaves nothing behind.
+        """
         accepted, _ = self._socket.accept()
+        self._folder.cleanup()
         return Connection(accepted.detach())
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import socket
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,14 +14,14 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from peel_agent.capture.trace import BlockwiseTrace
-from peel_agent.elsewhere import Elsewhere
+from peel_agent.elsewhere import Elsewhere, received
+from peel_agent.errors import WorkerError
 from peel_agent.peel import losses_of_piece, peel
 from peel_agent.pipeline import locate
 from peel_agent.records import (
@@ -42,7 +43,7 @@ from peel_agent.records import (
 )
 from peel_agent.testing.engines import numbers
 from peel_plugins.engines.local import LocalEngine
-from peel_plugins.engines.ray_pieces import given
+from peel_plugins.engines.ray_pieces import Doorway, given
 from tests import zoo
 
 PLAN = Plan(frozenset({"margin", "bounds"}), ("skip", "affine", "previous"), "ends")
@@ -78,7 +79,7 @@ class OtherEnd:
     def __init__(self, losses: Callable[[bytes], Sequence[str]], fates: tuple[str, ...]) -> None:
         self._losses = losses
         self._fates = fates
-        self._folder = TemporaryDirectory(prefix="peel-")
+        self._folder = tempfile.TemporaryDirectory(prefix="peel-")
         self.place = Path(self._folder.name) / "pieces"
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(self.place))
@@ -147,6 +148,22 @@ def test_a_piece_on_its_way(piece: Piece) -> None:
     for name, value in vars(piece).items():
         np.testing.assert_array_equal(getattr(again, name), value)
         assert np.asarray(getattr(again, name)).dtype == np.asarray(value).dtype
+
+
+def test_a_piece_that_was_taken_leaves_nothing_behind() -> None:
+    """The worker gets the piece; the folder of its socket is gone by then, for who gave it may be killed."""
+    with given(packed(PIECES[0])) as place:
+        assert isinstance(received(place), TailPiece)
+        assert not place.parent.exists()
+
+
+def test_a_socket_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary folder whose path is too long for a socket is named with the way out, and left as it was."""
+    (deep := tmp_path / ("n" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(WorkerError, match=r"no socket at (.|\n)*nnn(.|\n)*shorter TMPDIR"):
+        Doorway()
+    assert list(deep.iterdir()) == []
 
 
 class Answered:
