@@ -122,13 +122,15 @@ def test_the_same_numbers_from_one_node_and_from_two(
             engine.close(60)
 
 
-def test_a_node_that_dies_with_pieces(folder: Path, alone: Peeled) -> None:
+@pytest.mark.parametrize(("slots", "retries"), [((1, 1), 0), ((1, 1, 1), 1)])
+def test_a_node_that_dies_with_pieces(folder: Path, alone: Peeled, slots: tuple[int, ...], retries: int) -> None:
     """The checkpoint is not started again: its pieces are computed by what is left, and its numbers are the same."""
-    with nodes(1, 1) as cluster:
-        engine = on(cluster, spread=2, retries=0)
+    every = range(len(slots))
+    with nodes(*slots) as cluster:
+        engine = on(cluster, spread=1, retries=retries)
         running = engine.submit(asked(folder))
-        wait_for(lambda: any(has(cluster, node, HELPING) for node in range(2)))
-        cluster.kill(next(node for node in range(2) if has(cluster, node, HELPING)))
+        wait_for(lambda: any(has(cluster, node, HELPING) for node in every))
+        cluster.kill(next(node for node in every if has(cluster, node, HELPING)))
         assert numbers(running.result(240)) == numbers(alone)
         engine.close(60)
 
