@@ -23,12 +23,14 @@ from peel_agent.errors import (
     WorkerError,
     printable,
 )
-from peel_agent.probing import probe_for, probe_path, probe_sizes
+from peel_agent.feedforward import measure_network, network_of
+from peel_agent.probing import probe_for
 from peel_agent.records import (
     Before,
     BoundMemory,
     CheckpointInfo,
     CheckpointRef,
+    Findings,
     Helpers,
     LocalListing,
     Memory,
@@ -43,9 +45,8 @@ from peel_agent.records import (
     ProbeSettings,
     Progress,
     Skipped,
-    Stack,
+    Snapshot,
     Weights,
-    YesMemory,
 )
 from peel_agent.spi import Format
 from peel_agent.watch import checkpoint_ref, fetch, fingerprint, inspected, is_url
@@ -117,12 +118,12 @@ def measure(
     the files changed while they were read.
     """
     (form,) = registry.formats(ref.format)
-    try:
+    with _reading(ref):
         weights = form.open(ref.in_place())
-        network = _network_of(weights) if model.factory is None else None
+        network = network_of(weights) if model.factory is None else None
         if network is not None:
             family, stack = network
-            peeled = _measure_network(
+            peeled = measure_network(
                 ref, weights, family=family, stack=stack, probe=probe, clock=clock, earlier=earlier
             )
             if require_before:
@@ -146,6 +147,15 @@ def measure(
                 progress=progress,
                 helpers=helpers,
             )
+    check_unchanged(ref, form)
+    return with_what_was_beside(peeled, ref.beside)
+
+
+@contextmanager
+def _reading(ref: CheckpointRef) -> Iterator[None]:
+    """Says of files that vanish meanwhile, and of memory that runs out, what to do."""
+    try:
+        yield
     except FileNotFoundError as error:
         if not str(error.filename).startswith(str(ref.in_place().path.parent)):
             raise
@@ -154,8 +164,6 @@ def measure(
         if (full := _out_of_memory(error)) is None:
             raise
         raise full from error
-    check_unchanged(ref, form)
-    return with_what_was_beside(peeled, ref.beside)
 
 
 def with_what_was_beside(peeled: Peeled, beside: str) -> Peeled:
@@ -176,14 +184,6 @@ def _out_of_memory(error: Exception) -> WorkerError | None:
         f"memory ran out: {error}",
         remedy="raise [device] memory_fraction, name a smaller [probe], or peel on a larger machine",
     )
-
-
-def _network_of(weights: Weights) -> tuple[str, Stack] | None:
-    """The family and the layers of a fully connected network; None for a decoder."""
-    config = weights.config()
-    family = registry.family(str(config.get("model_type", "(none)")))
-    anatomy = family.anatomy(config)
-    return (family.name, anatomy) if isinstance(anatomy, Stack) else None
 
 
 def _measure_decoder(
@@ -233,11 +233,26 @@ def _measure_decoder(
             helpers=helpers or ALONE,
         )
     is_compared = opened.comparison is not None and opened.comparison.stands
-    report = PeelReport(
+    report = dataclasses.replace(
+        _report_of(ref, _model_info(snapshot, len(trace.block_names)), tokens, findings),
+        skipped=(*tokens.left_out, *findings.skipped, *opened.skipped),
+        timing=dataclasses.replace(findings.timing, load=loaded - start),
+        since_step=compared.before.step if compared.before is not None and is_compared else None,
+    )
+    if compared.before is not None and compared.before.ref is not None and not still_whole(compared.before.ref):
+        report = without_comparison(report, "the files of the checkpoint before changed while they were read")
+    return Peeled(report, findings.memory, findings.sketches, findings.losses if is_given else None)
+
+
+def _model_info(snapshot: Snapshot, depth: int) -> ModelInfo:
+    return ModelInfo(snapshot.family, depth, snapshot.parameters, snapshot.precision, snapshot.vocabulary)
+
+
+def _report_of(ref: CheckpointRef, model: ModelInfo, tokens: Probe, findings: Findings) -> PeelReport:
+    """What was found, and of what."""
+    return PeelReport(
         checkpoint=CheckpointInfo(ref.label, ref.step, ref.format, ref.fingerprint),
-        model=ModelInfo(
-            snapshot.family, len(trace.block_names), snapshot.parameters, snapshot.precision, snapshot.vocabulary
-        ),
+        model=model,
         probe=ProbeInfo(
             tokens.fingerprint, tokens.fit.size, tokens.select.size, tokens.confirm.size, tokens.sequence_length
         ),
@@ -250,13 +265,9 @@ def _measure_decoder(
         redundancy=findings.redundancy,
         bound_label=findings.bound_label,
         bound_step=findings.bound_step,
-        skipped=(*tokens.left_out, *findings.skipped, *opened.skipped),
-        timing=dataclasses.replace(findings.timing, load=loaded - start),
-        since_step=compared.before.step if compared.before is not None and is_compared else None,
+        skipped=findings.skipped,
+        timing=findings.timing,
     )
-    if compared.before is not None and compared.before.ref is not None and not still_whole(compared.before.ref):
-        report = without_comparison(report, "the files of the checkpoint before changed while they were read")
-    return Peeled(report, findings.memory, findings.sketches, findings.losses if is_given else None)
 
 
 @dataclass(frozen=True)
@@ -266,44 +277,6 @@ class _Compared:
     before: Before | None
     keep_sketches: bool
     required: bool
-
-
-def _measure_network(
-    ref: CheckpointRef,
-    weights: Weights,
-    *,
-    family: str,
-    stack: Stack,
-    probe: ProbeSettings,
-    clock: Callable[[], float],
-    earlier: Memory | None,
-) -> Peeled:
-    """A fully connected network: YES bounds, in squared error a sample."""
-    from peel_agent.load import load_samples, open_network
-    from peel_agent.peel import peel_network
-
-    start = clock()
-    network = open_network(weights, family, stack)
-    samples = load_samples(probe_path(probe), probe_sizes(probe))
-    loaded = clock()
-    known = earlier if isinstance(earlier, YesMemory) else None
-    findings, parameters = peel_network(network, samples, clock, earlier=known)
-    fit, select, confirm = (part.X.shape[1] for part in (samples.fit, samples.select, samples.confirm))
-    report = PeelReport(
-        checkpoint=CheckpointInfo(ref.label, ref.step, ref.format, ref.fingerprint),
-        model=ModelInfo(family, len(network.weights), parameters, network.precision),
-        probe=ProbeInfo(samples.fingerprint, fit, select, confirm, 1),
-        loss=findings.loss,
-        bound=findings.bound,
-        gap=findings.gap,
-        zone=findings.zone,
-        bounds=findings.bounds,
-        layers=(),
-        bound_label=findings.bound_label,
-        skipped=findings.skipped,
-        timing=dataclasses.replace(findings.timing, load=loaded - start),
-    )
-    return Peeled(report, findings.memory)
 
 
 def plan_of(peeling: PeelSettings) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -88,20 +89,8 @@ def peel(
     _check_finite(swept.trained)
     selecting = len(trace.probe.select)
     skipped += swept.skipped
-    bounds = NONE
-    if maps:
-        hidden, trained = swept.hidden, swept.trained
-        bounds = measure_bounds(
-            trace,
-            maps,
-            solver=solver,
-            hidden=hidden,
-            trained=trained,
-            earlier=earlier,
-            stopwatch=stopwatch,
-            step=step,
-            helpers=helpers,
-        )
+    measured = partial(measure_bounds, trace, maps, solver=solver, hidden=swept.hidden, trained=swept.trained)
+    bounds = measured(earlier=earlier, stopwatch=stopwatch, step=step, helpers=helpers) if maps else NONE
     rooms, left_out = _headrooms(trace, plan, raced, stopwatch)
     layers, further = _layers(trace, plan, raced, rooms, comparison)
     skipped += bounds.skipped + left_out + further

@@ -118,9 +118,10 @@ def sweep(
         h, previous = visit.after, visit
         hidden |= {block.index + 1: h} if block.index + 1 in keep else {}
         stopwatch.progress("blocks", block.index + 1, depth)
+    ids = score_ids(trace.probe)
+    meter.spend(meter.head(ids.size), TRAINED)
     with stopwatch("score"):
-        trained = sequence_losses(trace, h.score, score_ids(trace.probe))
-        meter.spend(meter.head(score_ids(trace.probe).size), TRAINED)
+        trained = sequence_losses(trace, h.score, ids)
         variants, progress = (lane.excesses(h.score) for lane in (stand_ins, earlier))
     if progress and plan.parts and "mlp" not in targets:
         skipped[PARTS_TOO_DEAR] = None
