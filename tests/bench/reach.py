@@ -49,8 +49,10 @@ class RealSidecar(Sidecar):
 
     def start(self) -> None:
         command = [sys.executable, "-m", "peel_agent", "watch", "-c", str(self.file)]
+        environment = environment_of(self.folder)
+        del environment["PEEL__DEVICE__NICE"]  # which tests set, not to wait; here it is what is measured
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment_of(self.folder))
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def idle(folder: Path, uri: str) -> None:
@@ -77,10 +79,9 @@ def idle(folder: Path, uri: str) -> None:
 def beside(folder: Path, uri: str) -> None:
     """The steps of a training while a peel beside it goes on, and while it is stopped; then peels by themselves."""
     folder.mkdir()
-    shape = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 12, "num_attention_heads": 4}
+    shape = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **shape))
     more = f'[tracker.mlflow]\ntracking_uri = "{uri}"\nexperiment = "reach"\n[peel]\nquantities = ["margin"]\n'
-    more += "budget_passes = 0\n"  # so that a peel lasts
     sidecar = RealSidecar(folder, more)
     np.save(folder / "probe.npy", np.random.default_rng(0).integers(0, 256, 120_000))
     times = folder / "times"
