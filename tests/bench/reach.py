@@ -76,14 +76,20 @@ def idle(folder: Path, uri: str) -> None:
     print(f"idle with 5 runs: {100 * used / IDLE_SECONDS:.2f} % of a core, {memory:.0f} MiB, {children} children")
 
 
-def beside(folder: Path, uri: str) -> None:
-    """The steps of a training while a peel beside it goes on, and while it is stopped; then peels by themselves."""
+def _peeling(folder: Path, uri: str) -> tuple[RealSidecar, LlamaForCausalLM]:
+    """A sidecar, and a model for its checkpoints."""
     folder.mkdir()
     shape = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **shape))
     more = f'[tracker.mlflow]\ntracking_uri = "{uri}"\nexperiment = "reach"\n[peel]\nquantities = ["margin"]\n'
     sidecar = RealSidecar(folder, more)
     np.save(folder / "probe.npy", np.random.default_rng(0).integers(0, 256, 120_000))
+    return sidecar, model
+
+
+def beside(folder: Path, uri: str) -> None:
+    """The steps of a training while a peel beside it goes on, and while it is stopped."""
+    sidecar, model = _peeling(folder, uri)
     times = folder / "times"
     with times.open("w") as out, sidecar.running():
         zoo.save(model, sidecar.root, step=1)
@@ -96,8 +102,14 @@ def beside(folder: Path, uri: str) -> None:
             training.kill()
             training.wait()
         _compare(np.loadtxt(times), windows)
-        lags = [_until_sent(sidecar, 1)]
-        for step in (2, 3, 4):
+
+
+def sent(folder: Path, uri: str) -> None:
+    """How long it takes from the end of a peel until MLflow has it."""
+    sidecar, model = _peeling(folder, uri)
+    lags = []
+    with sidecar.running():
+        for step in range(1, 5):
             zoo.save(model, sidecar.root, step=step)
             lags.append(_until_sent(sidecar, step))
     print(f"from a peel's end to MLflow: {', '.join(f'{lag:.1f}' for lag in lags)} s")
@@ -145,18 +157,20 @@ def _compare(stamps: np.ndarray, windows: list[tuple[float, float, bool]]) -> No
         print(f"  {name}: {1000 * alone:.1f} ms alone, {1000 * together:.1f} ms beside: {slower:+.1f} %")
 
 
+PARTS = {"idle": idle, "beside": beside, "sent": sent}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("idle", "beside"))
+    parser.add_argument("--only", choices=PARTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="reach-") as name:
         folder = Path(name)
         (folder / "server").mkdir()
         with mlflow_server(folder / "server", free_port()) as uri:
-            if options.only in (None, "idle"):
-                idle(folder / "idle", uri)
-            if options.only in (None, "beside"):
-                beside(folder / "beside", uri)
+            for part, measure in PARTS.items():
+                if options.only in (None, part):
+                    measure(folder / part, uri)
     return 0
 
 
