@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,14 @@ def test_no_address_of_a_machine() -> None:
         if re.search(r"/(home|root|Users|work)/\w+", path.read_text())
     ]
     assert with_address == []
+
+
+def test_the_packages_are_the_folders() -> None:
+    """Those that pyproject.toml names are all there are: with one too many nothing installs, one too few is left out."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [
+        ".".join([package, *file.parent.relative_to(ROOT / folder).parts])
+        for package, folder in (("peel_agent", "peel_agent"), ("peel_plugins", "plugins"))
+        for file in (ROOT / folder).rglob("__init__.py")
+    ]
+    assert sorted(listed) == sorted(folders)
