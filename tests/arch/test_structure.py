@@ -70,7 +70,7 @@ def test_no_address_of_a_machine() -> None:
 
 
 def test_the_packages_are_the_folders() -> None:
-    """Those that pyproject.toml names are all there are: with one too many nothing installs, one too few is left out."""
+    """Those that pyproject.toml names are all there are: with one too many nothing installs, and one may be missing."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = [
         ".".join([package, *file.parent.relative_to(ROOT / folder).parts])
