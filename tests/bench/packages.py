@@ -31,6 +31,7 @@ EXTRAS = {
     "demo": ("accelerate", ""),
     "gcs": ("gcsfs", ""),
     "nvidia": ("pynvml", ""),
+    "ray": ("ray", "engines/ray"),
     "report": ("vl_convert", ""),
     "s3": ("s3fs", ""),
     "sentencepiece": ("sentencepiece", ""),
