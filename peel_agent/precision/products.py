@@ -30,7 +30,7 @@ LEAST_WORK = 2**28
 SUMMED_AT_ONCE = 256
 """Terms of a sum that tensor cores add up."""
 
-Product = Callable[[Tensor, Tensor, Tensor], None]
+Product = Callable[[Tensor, Tensor, Tensor], object]
 """Adds to the first, [n, m], the second, [n, k], times the third, [k, m]."""
 
 
@@ -38,7 +38,7 @@ def float32_products(device: torch.device) -> AbstractContextManager[object]:
     """While open, float32 matrix products of this thread on the device are made on its tensor cores, if it has them."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return nullcontext()
-    return SplitProducts(device.type, tf32_product, LEAST_WORK)
+    return SplitProducts(device.type, Tensor.addmm_, LEAST_WORK)
 
 
 @contextmanager
@@ -53,12 +53,6 @@ def coarse_products(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def tf32_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """A Product with factors rounded to TF32, if the device has such cores."""
-    with coarse_products(total.device):
-        total.addmm_(left, right)
 
 
 class SplitProducts(TorchFunctionMode):
@@ -106,12 +100,13 @@ class SplitProducts(TorchFunctionMode):
         high, low = halves(rows)
         right_high, right_low = (right, None) if fits else halves(right)
         total = rows.new_zeros(len(rows), right.shape[1])
-        for start in range(0, len(right), SUMMED_AT_ONCE):
-            terms = slice(start, start + SUMMED_AT_ONCE)
-            self._product(total, high[:, terms], right_high[terms])
-            self._product(total, low[:, terms], right_high[terms])
-            if right_low is not None:
-                self._product(total, high[:, terms], right_low[terms])
+        with coarse_products(total.device):
+            for start in range(0, len(right), SUMMED_AT_ONCE):
+                terms = slice(start, start + SUMMED_AT_ONCE)
+                self._product(total, high[:, terms], right_high[terms])
+                self._product(total, low[:, terms], right_high[terms])
+                if right_low is not None:
+                    self._product(total, high[:, terms], right_low[terms])
         return total.view(*left.shape[:-1], right.shape[1])
 
     def _fits_tf32(self, weight: Tensor) -> bool:

@@ -51,6 +51,11 @@ class Shape:
     width: int = 64
     vocabulary: int = 512
 
+    @classmethod
+    def of_tokens(cls, tokens: int) -> Shape:
+        """The shallowest model with a probe of so many tokens."""
+        return cls(DEPTHS[0], size=tokens / cls(DEPTHS[0]).tokens)
+
     @property
     def tokens(self) -> int:
         return sum(self.sequences) * self.length
@@ -209,9 +214,7 @@ def draw(picture: Path) -> None:
     axes_of = {
         "blocks": {blocks: Shape(blocks) for blocks in DEPTHS},
         "tokens a sequence, 12 blocks": {length: Shape(DEPTHS[0], length) for length in CONTEXTS},
-        "tokens of the probe, 12 blocks": {
-            tokens: Shape(DEPTHS[0], size=tokens / Shape(1).tokens) for tokens in TOKENS
-        },
+        "tokens of the probe, 12 blocks": {tokens: Shape.of_tokens(tokens) for tokens in TOKENS},
     }
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, (label, shapes) in zip(figure.subplots(1, 3, sharey=True), axes_of.items(), strict=True):
@@ -247,7 +250,7 @@ def main() -> None:
     shapes = [
         *(Shape(blocks) for blocks in options.blocks),
         *(Shape(DEPTHS[0], length) for length in options.contexts),
-        *(Shape(DEPTHS[0], size=tokens / Shape(1).tokens) for tokens in options.tokens),
+        *(Shape.of_tokens(tokens) for tokens in options.tokens),
     ]
     for shape in shapes:
         for case in options.cases:
