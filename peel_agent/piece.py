@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peel_agent import registry
-from peel_agent.pipeline import check_unchanged
+from peel_agent.pipeline import check_unchanged, reading
 from peel_agent.probing import probe_for
 from peel_agent.records import CheckpointRef, ModelSettings, PeelSettings, Piece, ProbeSettings, Progress
 
@@ -29,12 +29,13 @@ def measure_piece(
     from peel_agent.precision import float32_products
 
     (form,) = registry.formats(ref.format)
-    snapshot = open_snapshot(
-        ref.in_place(), form, registry.family, sets=model.precision, patch=patch, factory=model.factory
-    )
-    trace = open_trace(snapshot, probe_for(snapshot, probe, quick=peeling.effort == "quick"), device=device)
-    tell = progress or (lambda _stage, _done, _total: None)
-    with float32_products(trace.device):
-        losses = losses_of_piece(trace, piece, lambda: tell("a piece", 0, 1))
+    with reading(ref):
+        snapshot = open_snapshot(
+            ref.in_place(), form, registry.family, sets=model.precision, patch=patch, factory=model.factory
+        )
+        trace = open_trace(snapshot, probe_for(snapshot, probe, quick=peeling.effort == "quick"), device=device)
+        tell = progress or (lambda _stage, _done, _total: None)
+        with float32_products(trace.device):
+            losses = losses_of_piece(trace, piece, lambda: tell("a piece", 0, 1))
     check_unchanged(ref, form)
     return [float(loss) for loss in losses]

@@ -118,7 +118,7 @@ def measure(
     the files changed while they were read.
     """
     (form,) = registry.formats(ref.format)
-    with _reading(ref):
+    with reading(ref):
         weights = form.open(ref.in_place())
         network = network_of(weights) if model.factory is None else None
         if network is not None:
@@ -152,7 +152,7 @@ def measure(
 
 
 @contextmanager
-def _reading(ref: CheckpointRef) -> Iterator[None]:
+def reading(ref: CheckpointRef) -> Iterator[None]:
     """Says of files that vanish meanwhile, and of memory that runs out, what to do."""
     try:
         yield
