@@ -24,6 +24,7 @@ def scan(
     `quantities`, `maps`, `solver`) and `[model]` sections (`precision`). Raises the errors of `peel_agent.errors`.
     """
     from peel_agent.pipeline import scan as scan_one
+    from peel_agent.watch import Reserve
     from peel_agent.worker import quiet_libraries
 
     settings = _settings(probe, device, options)
@@ -35,6 +36,7 @@ def scan(
             model=settings.model,
             device="cpu" if device == "auto" else device,
             since=since,
+            reserve=Reserve(settings.watch.keep_free_gb),
             clock=time.perf_counter,
         )
 
@@ -49,6 +51,7 @@ def compare(
     Raises the errors of `peel_agent.errors`.
     """
     from peel_agent.comparing import compare_checkpoints
+    from peel_agent.watch import Reserve
     from peel_agent.worker import quiet_libraries
 
     settings = _settings(probe, device, {"quantities": ("margin",), **options})
@@ -60,6 +63,7 @@ def compare(
             peeling=settings.peel,
             model=settings.model,
             device="cpu" if device == "auto" else device,
+            reserve=Reserve(settings.watch.keep_free_gb),
             clock=time.perf_counter,
         )
 

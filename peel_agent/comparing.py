@@ -27,6 +27,7 @@ from peel_agent.records import (
     Progress,
     Snapshot,
 )
+from peel_agent.watch import Reserve
 
 if TYPE_CHECKING:
     from peel_agent.load import ProbeSizes
@@ -44,6 +45,7 @@ def compare_checkpoints(
     model: ModelSettings | None = None,
     device: str = "cpu",
     clock: Callable[[], float],
+    reserve: Reserve | None = None,
     progress: Progress | None = None,
 ) -> DifferenceReport:
     """Both measured on the same tokens in this process, and paired by sequence; b - a.
@@ -57,7 +59,7 @@ def compare_checkpoints(
             remedy=f"give --quantities some of {', '.join(QUANTITIES)}; `peel-agent scan` tells the rest of each one",
         )
     with ExitStack() as places:
-        refs = [places.enter_context(located(path)) for path in (a, b)]
+        refs = [places.enter_context(located(path, reserve=reserve)) for path in (a, b)]
         job = _Job(probe, peeling, model or ModelSettings(), device, clock, progress or _silence)
         return job.compare(*refs)
 

@@ -19,6 +19,8 @@ COMPARED_BY_SKETCHES = (
     "the last checkpoint is not kept for comparison; how far weights changed is estimated from sketches"
 )
 
+ROOM = "make room there, or lower [watch] keep_free_gb"
+
 
 class Tell(Protocol):
     def __call__(
@@ -128,7 +130,7 @@ class Intake:
                     continue
                 self._say_once(
                     f"there is no room in {self.pins.folder} to copy {printable(ref.label)}, which may be rewritten in "
-                    "place: it is read where it is, and a save during a peel ends that peel; make room there"
+                    f"place: it is read where it is, and a save during a peel ends that peel; {ROOM}"
                 )
                 return ref.released()
             break
@@ -160,16 +162,18 @@ class Intake:
         """Whether the checkpoint before was held: peeling the next one is worth more than comparing with files."""
         if not self.earlier.let_go():
             return False
-        self._say_once(f"the file system of {self.pins.folder} has no room for two copies: {COMPARED_BY_SKETCHES}")
+        full = f"the file system of {self.pins.folder} has no room for two copies"
+        self._say_once(f"{full}: {COMPARED_BY_SKETCHES}; {ROOM}")
         return True
 
     def mind_space(self) -> None:
-        """The training needs what is left of a file system that is nearly full."""
-        full = f"the file system of {self.pins.folder} is nearly full"
+        """The training needs what is left of a file system that has too little free."""
+        full = f"the file system of {self.pins.folder} has less free than is kept for the training"
         if self.earlier.make_room():
-            self.tell("space", f"{full}: {COMPARED_BY_SKETCHES}", level="warning")
+            self.tell("space", f"{full}: {COMPARED_BY_SKETCHES}; {ROOM}", level="warning")
         if self.queue.make_room():
-            self.tell("space", f"{full}: waiting checkpoints are not kept from rotation now", level="warning")
+            words = f"{full}: waiting checkpoints are not kept from rotation now; {ROOM}"
+            self.tell("space", words, level="warning")
 
     def _say_once(self, words: str) -> None:
         if words not in self._said:

@@ -49,7 +49,7 @@ from peel_agent.records import (
     Weights,
 )
 from peel_agent.spi import Format
-from peel_agent.watch import checkpoint_ref, fetch, fingerprint, inspected, is_url
+from peel_agent.watch import Reserve, checkpoint_ref, fetch, fingerprint, inspected, is_url
 
 
 def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
@@ -303,18 +303,20 @@ def scan(
     device: str = "cpu",
     format_name: str = "auto",
     since: str | Path | None = None,
+    reserve: Reserve | None = None,
     clock: Callable[[], float],
     progress: Progress | None = None,
 ) -> PeelReport:
     """One checkpoint located, measured and diagnosed in this process; held against the one `since`, if it is given.
 
-    Raises NotEarlier and OtherArchitecture for a `since` that it cannot be held against.
+    What is fetched of an object store leaves the `reserve` free. Raises NotEarlier and OtherArchitecture for a `since`
+    that it cannot be held against.
     """
     with ExitStack() as places:
-        ref = places.enter_context(located(path, format_name))
+        ref = places.enter_context(located(path, format_name, reserve))
         before = None
         if since is not None:
-            earlier = places.enter_context(located(since, format_name))
+            earlier = places.enter_context(located(since, format_name, reserve))
             check_earlier(earlier, ref)
             before = Before(earlier.step, earlier)
         peeled = measure(
@@ -332,13 +334,16 @@ def scan(
 
 
 @contextmanager
-def located(path: str | Path, format_name: str = "auto") -> Iterator[CheckpointRef]:
-    """The checkpoint at a path, or at a URL: then as a copy for the length of the `with`. Raises as `locate`."""
+def located(path: str | Path, format_name: str = "auto", reserve: Reserve | None = None) -> Iterator[CheckpointRef]:
+    """The checkpoint at a path, or at a URL: then a copy for the length of the `with`, which leaves the `reserve` free.
+
+    Raises as `locate` and `fetch`.
+    """
     if not is_url(str(path)):
         yield locate(Path(path), format_name)
         return
     with TemporaryDirectory(prefix="peel-agent-") as folder:
-        copy = fetch(str(path), Path(folder), registry.formats(format_name))
+        copy = fetch(str(path), Path(folder), registry.formats(format_name), reserve=reserve)
         yield dataclasses.replace(locate(copy, format_name), url=str(path).rstrip("/"))
 
 

@@ -27,7 +27,7 @@ from peel_agent.judging import Judging
 from peel_agent.ledger import RunLedger
 from peel_agent.publish import headline
 from peel_agent.records import CheckpointRef, DeviceLease, EventKind, Level, Peeled, Request
-from peel_agent.watch import Earlier, Observed, Pins, Queue, Source
+from peel_agent.watch import Earlier, Observed, Pins, Queue, Reserve, Source
 from peel_agent.work import (
     AWAY_PAUSE_SECONDS,
     DEATH_PAUSE_SECONDS,
@@ -65,7 +65,8 @@ class Run:
     _refused: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._pins = Pins(self.source.root, self.ledger.folder, self.ledger.folder.parent.parent)
+        reserve = Reserve(self.settings.watch.keep_free_gb)
+        self._pins = Pins(self.source.root, self.ledger.folder, self.ledger.folder.parent.parent, reserve)
         self._queue = Queue(self._pins, self.policy)
         self._earlier = Earlier(self._pins)
         self._intake = Intake(

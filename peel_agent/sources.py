@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peel_agent import registry
 from peel_agent.config import RunSettings, Settings
-from peel_agent.watch import GIVE_UP_SECONDS, Bucket, Folder, Mirror, Settling, Source, Store, is_url
+from peel_agent.watch import GIVE_UP_SECONDS, Bucket, Folder, Mirror, Reserve, Settling, Source, Store, is_url
 
 
 def with_absolute_places(settings: Settings) -> Settings:
@@ -43,5 +43,6 @@ def source_of(
         return Folder(Path(place), formats, settling, watch.ready_markers)
     mirror_folder = folder / "mirror"
     mirror_folder.mkdir(exist_ok=True)
-    mirror = Mirror(Store(place), mirror_folder, formats, watch.ready_markers, marker_seconds)
+    reserve = Reserve(watch.keep_free_gb)
+    mirror = Mirror(Store(place), mirror_folder, formats, watch.ready_markers, marker_seconds, reserve=reserve)
     return Bucket(mirror, formats, watch.settle_seconds, policy == "latest", stopping)

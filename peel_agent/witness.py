@@ -30,6 +30,7 @@ from peel_agent.records import (
     Request,
 )
 from peel_agent.signals import Interrupted
+from peel_agent.watch import Reserve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,7 @@ def witness(
     device: str,
     clock: Callable[[], float],
     earlier: str | Path | None = None,
+    reserve: Reserve | None = None,
     progress: Progress | None = None,
 ) -> Witness:
     """Writes better weights for block `layer` (0-based) to `out`, and measures them from there in a fresh process.
@@ -76,8 +78,8 @@ def witness(
     """
     _check_out(out)
     with ExitStack() as places:
-        ref = places.enter_context(located(path))
-        before = None if earlier is None else places.enter_context(located(earlier))
+        ref = places.enter_context(located(path, reserve=reserve))
+        before = None if earlier is None else places.enter_context(located(earlier, reserve=reserve))
         if before is not None:
             check_earlier(before, ref, flag="--from")
         return _witness(

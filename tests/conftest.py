@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +54,23 @@ def commands_in_process_leave_it_as_it_is() -> Iterator[None]:
     """A command that a test runs in its own process would lower the priority and the memory of all tests after it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peel_agent.cli.options.stay_second", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def half_of_the_disk_is_free() -> Iterator[None]:
+    """What the agent holds and copies depends on how much of the disk is free; what tests say of it must not.
+
+    The agents that tests start as processes of their own are given a setting instead (tests/runs/command.py).
+    """
+    usage_of = shutil.disk_usage
+
+    def half_free(path: Path) -> Any:
+        usage = usage_of(path)
+        return usage._replace(used=usage.total - usage.total // 2, free=usage.total // 2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", half_free)
         yield
 
 

@@ -27,6 +27,7 @@ from peel_agent.publish import Lines, Sheet, difference_line, difference_sheet, 
 from peel_agent.records import DifferenceReport
 from peel_agent.rendering import provenance, utc
 from peel_agent.signals import Interrupted
+from peel_agent.watch import Reserve
 
 DEFAULT_QUANTITIES = {"quick": "margin", "standard": "margin", "full": "margin,headroom"}
 
@@ -120,6 +121,7 @@ def _of_checkpoints(options: argparse.Namespace) -> DifferenceReport:
                 model=settings.model,
                 device=own_device(settings.device),
                 clock=time.perf_counter,
+                reserve=Reserve(settings.watch.keep_free_gb),
                 progress=progress,
             )
     except KeyboardInterrupt:

@@ -10,7 +10,9 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from peel_agent.cli.options import add_probe_reading, say
+from peel_agent.config import load_settings
 from peel_agent.errors import ConfigurationError, printable
+from peel_agent.watch import Reserve
 
 if TYPE_CHECKING:
     from peel_agent.load import ProbeSizes, Tokens
@@ -77,7 +79,8 @@ def _snapshot(model: str, places: ExitStack) -> Snapshot:
     from peel_agent.load import open_snapshot
     from peel_agent.pipeline import located
 
-    ref = places.enter_context(located(model))
+    reserve = Reserve(load_settings(None, {}).watch.keep_free_gb)  # of the environment: the command takes no file
+    ref = places.enter_context(located(model, reserve=reserve))
     (form,) = registry.formats(ref.format)
     return open_snapshot(ref, form, registry.family)
 

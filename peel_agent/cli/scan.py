@@ -30,6 +30,7 @@ from peel_agent.publish import Lines, Meter, Sheet, report_line, report_sheet, s
 from peel_agent.records import FindingKind, PeelReport
 from peel_agent.signals import Interrupted
 from peel_agent.views import standing, verdict
+from peel_agent.watch import Reserve
 
 
 def add_scan(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +71,7 @@ def _scan_each(options: argparse.Namespace, settings: Settings, reports: _Report
                     model=settings.model,
                     device=device,
                     since=options.since,
+                    reserve=Reserve(settings.watch.keep_free_gb),
                     clock=time.perf_counter,
                     progress=progress,
                 )
@@ -227,6 +229,7 @@ def _witness(options: argparse.Namespace) -> int:
                 device=own_device(settings.device),
                 clock=time.perf_counter,
                 earlier=options.earlier,
+                reserve=Reserve(settings.watch.keep_free_gb),
                 progress=progress,
             )
     except Interrupted:

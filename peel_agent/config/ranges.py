@@ -38,6 +38,8 @@ def _check_least(sections: Settings | RunSettings) -> None:
     }
     if probe.sequence_length is not None:
         least["probe.sequence_length"] = (probe.sequence_length, 2)
+    if watch.keep_free_gb is not None:
+        least["watch.keep_free_gb"] = (watch.keep_free_gb, 0)
     if sections.peel.time_budget_seconds is not None:
         least["peel.time_budget_seconds"] = (sections.peel.time_budget_seconds, 0)
     for dotted, (value, bound) in least.items():

@@ -19,7 +19,8 @@ class WatchSettings:
 
     `backlog` says which are peeled when they come faster than that: `latest` (the default while watching), `all` (the
     default for what is there already, with `--once`), or `every:N`. A checkpoint folder counts as whole only when every
-    file of `ready_markers` is in it.
+    file of `ready_markers` is in it. Nothing is held, copied or fetched that would leave less than `keep_free_gb` GiB
+    of its file system free; None is a tenth of it, at most 50 GiB.
     """
 
     path: str | None = None
@@ -28,6 +29,7 @@ class WatchSettings:
     poll_seconds: float = 10.0
     backlog: Backlog | None = None
     ready_markers: tuple[str, ...] = ()
+    keep_free_gb: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from peel_agent.ledger import FILE, is_held, open_beside
 from peel_agent.mounts import SILENT, kind_of
 from peel_agent.probing import probe_path
 from peel_agent.records import Check, CheckpointRef
-from peel_agent.watch import Hints, Pins, Store, is_url
+from peel_agent.watch import Hints, Pins, Reserve, Store, is_url
 from peel_agent.watch.nearby import misplaced
 from peel_agent.watch.objects import ObjectListing
-from peel_agent.watch.pins import spare_bytes
 from peel_agent.watch.units import Division
 
 WHERE = "see to that: [watch] path is the folder that a run's whole checkpoints are directly in"
@@ -96,7 +95,7 @@ def check_place(run: RunSettings, state_dir: Path | None, name: str, now: Callab
     yield _contents(root, checkpoints, what)
     yield from _events_and_clock(root, name, now)
     yield from _model_and_probe(run, checkpoints.newest, name)
-    yield from check_pins(root, checkpoints.newest, state_dir, name)
+    yield from check_pins(root, checkpoints.newest, state_dir, name, Reserve(run.watch.keep_free_gb))
 
 
 def _contents(root: Path, checkpoints: Checkpoints, what: str) -> Check:
@@ -229,7 +228,9 @@ def _probe(run: RunSettings, opened: Opened, what: str) -> Check:
 # ---------------------------------------------------------------- pins
 
 
-def check_pins(root: Path, newest: CheckpointRef | None, state_dir: Path | None, name: str) -> Iterator[Check]:
+def check_pins(
+    root: Path, newest: CheckpointRef | None, state_dir: Path | None, name: str, reserve: Reserve
+) -> Iterator[Check]:
     """Whether checkpoints that wait can be kept from rotation: the newest is held for a moment, as the agent would."""
     what = f"{name}pins"
     if newest is None or state_dir is None:
@@ -256,17 +257,18 @@ def check_pins(root: Path, newest: CheckpointRef | None, state_dir: Path | None,
             "run the agent as the user that writes the checkpoints, who may link to them, or have the training keep "
             "more of them (save_total_limit)",
         )
-    yield _space(root, newest, name)
+    yield _space(root, newest, name, reserve)
 
 
-def _space(root: Path, newest: CheckpointRef, name: str) -> Check:
+def _space(root: Path, newest: CheckpointRef, name: str, reserve: Reserve) -> Check:
     """Pins are let go of when little is left of the file system; a checkpoint that is rewritten in place is copied."""
     usage = shutil.disk_usage(root)
-    spare, size = spare_bytes(usage.total), sum(stamp.size for stamp in newest.own_files)
-    words = f"{usage.free / GIB:.1f} GiB are free in {root}; {spare / GIB:.1f} GiB are left to the training"
+    kept, size = reserve.of(usage.total), sum(stamp.size for stamp in newest.own_files)
+    words = f"{usage.free / GIB:.1f} GiB are free in {root}; {kept / GIB:.1f} GiB are left to the training"
     what = f"{name}space"
-    if usage.free < spare:
-        return Check(what, False, f"{words}: no checkpoint is held there now", "make room on that file system")
-    if usage.free - size < spare:
+    if usage.free < kept:
+        remedy = "make room on that file system, or lower [watch] keep_free_gb"
+        return Check(what, False, f"{words}: no checkpoint is held there now", remedy)
+    if usage.free - size < kept:
         return Check(what, True, f"{words}, so that there is no room for a copy of one that is rewritten in place")
     return Check(what, True, words)

@@ -24,6 +24,7 @@ BODY = """
 # poll_seconds = 10        # a timed scan; file system events only make it come sooner
 # backlog = "latest"       # of several that wait; or "all" (the default with --once), or "every:N"
 # ready_markers = ["STABLE"]  # files that must all be in its folder before a checkpoint counts as whole; none
+# keep_free_gb = 50        # GiB that stay free on its disk for the training; by default a tenth of it, at most 50
 
 # How the model is built: by transformers from config.json, or by a function of yours.
 [model]

@@ -6,6 +6,7 @@ from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror
 from peel_agent.watch.pins import NoRoom, Pins
 from peel_agent.watch.queue import Queue
+from peel_agent.watch.reserve import Reserve
 from peel_agent.watch.scan import Sighting, inspected, scan
 from peel_agent.watch.settle import GIVE_UP_SECONDS, Observed, Settling, Unread, checkpoint_ref, fingerprint
 from peel_agent.watch.source import Bucket, Folder, Source
@@ -22,6 +23,7 @@ __all__ = [
     "Observed",
     "Pins",
     "Queue",
+    "Reserve",
     "Settling",
     "Sighting",
     "Source",

@@ -25,7 +25,7 @@ class Earlier:
             self.pins.release(before)
 
     def make_room(self) -> bool:
-        """Whether it had to be let go of, its file system being nearly full: the training needs what is left."""
+        """Whether it had to be let go of, its file system having too little free: the training needs what is left."""
         return self._is_held() and self.pins.crowded() and self.let_go()
 
     def let_go(self) -> bool:

@@ -8,12 +8,19 @@ from pathlib import Path
 
 from peel_agent.errors import CheckpointError, ConfigurationError, IncompleteCheckpoint, NoRoom
 from peel_agent.spi import Format
-from peel_agent.watch.pins import COMPANIONS, spare_bytes
+from peel_agent.watch.pins import COMPANIONS
+from peel_agent.watch.reserve import GIB, Reserve
 from peel_agent.watch.store import RemoteObject, Store, torn
 from peel_agent.watch.units import RENAME, ROOT, Division, Unit, companions_of
 
 
-def fetch(url: str, folder: Path, formats: Sequence[Format], options: Mapping[str, str] | None = None) -> Path:
+def fetch(
+    url: str,
+    folder: Path,
+    formats: Sequence[Format],
+    options: Mapping[str, str] | None = None,
+    reserve: Reserve | None = None,
+) -> Path:
     """Copies one checkpoint, a folder or a single file, into an empty `folder`; returns where it is then.
 
     The config.json and tokenizer.json above it come too, if it has none of its own. Raises ConfigurationError as
@@ -30,7 +37,7 @@ def fetch(url: str, folder: Path, formats: Sequence[Format], options: Mapping[st
     try:
         unit, companions = _one(store, name, formats)
         objects = {remote.name: remote for remote in (*companions, *unit.objects)}.values()
-        check_space(folder, sum(remote.size for remote in objects), url)
+        check_space(reserve or Reserve(), folder, sum(remote.size for remote in objects), url)
         part = folder / "part"
         for remote in objects:
             (part / remote.name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,14 +87,17 @@ def download(store: Store, remote: RemoteObject, target: Path, stopping: Callabl
         ) from error
 
 
-def check_space(folder: Path, size: int, url: str) -> None:
-    """Raises NoRoom when `size` bytes more would leave less of the file system free than the training may need."""
-    usage = shutil.disk_usage(folder)
-    if size > usage.free - spare_bytes(usage.total):
-        raise NoRoom(
-            f"{url} needs {size:,} bytes, more than the file system of {folder} has to spare",
-            remedy="make room there, or put the state on a larger disk ([state] path)",
-        )
+def check_space(reserve: Reserve, folder: Path, size: int, url: str) -> None:
+    """Raises NoRoom when `size` bytes more would not leave the reserve free of the folder's file system."""
+    if reserve.leaves_room(folder, size):
+        return
+    kept = reserve.of(shutil.disk_usage(folder).total) / GIB
+    raise NoRoom(
+        f"{url} needs {size:,} bytes, more than the file system of {folder} has beside the {kept:.1f} GiB that stay "
+        "free for the training",
+        remedy="make room there, lower [watch] keep_free_gb, or take a larger disk: [state] path for an agent, TMPDIR "
+        "for a command",
+    )
 
 
 def check_unchanged(before: Iterable[RemoteObject], now: Iterable[RemoteObject], url: str) -> None:

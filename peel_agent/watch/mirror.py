@@ -23,6 +23,7 @@ from peel_agent.spi import Format
 from peel_agent.watch.fetch import check_space, check_unchanged, download
 from peel_agent.watch.objects import ObjectListing
 from peel_agent.watch.pins import COMPANIONS
+from peel_agent.watch.reserve import Reserve
 from peel_agent.watch.settle import GIVE_UP_SECONDS, Unread, waits_for
 from peel_agent.watch.store import RemoteObject, Store, torn
 from peel_agent.watch.units import ROOT, Division, Unit, companions_of, identity
@@ -71,8 +72,11 @@ class Mirror:
         formats: Sequence[Format],
         markers: Sequence[str] = (),
         marker_seconds: float = math.inf,
+        *,
+        reserve: Reserve | None = None,
     ) -> None:
         self._store = store
+        self._reserve = reserve or Reserve()
         self._markers = tuple(markers)
         self._marker_seconds = marker_seconds
         folder = folder.resolve()
@@ -216,7 +220,7 @@ class Mirror:
         """Whether the copy is there now; raises TornCheckpoint when the store changed meanwhile."""
         objects = tuple({remote.name: remote for remote in (*unit.objects, *companions)}.values())
         missing = [remote for remote in objects if not self._is_fetched(remote)]
-        check_space(self._folder, sum(remote.size for remote in missing), self.url(unit.name))
+        check_space(self._reserve, self._folder, sum(remote.size for remote in missing), self.url(unit.name))
         for remote in missing:
             if not download(self._store, remote, self._objects / identity(remote), stopping):
                 return False

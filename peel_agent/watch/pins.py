@@ -21,6 +21,7 @@ from pathlib import Path
 from peel_agent.errors import TornCheckpoint
 from peel_agent.mounts import same_mount
 from peel_agent.records import CheckpointRef, FileStamp, plain, restored
+from peel_agent.watch.reserve import Reserve
 
 FOLDER = "_peel_agent_pins"
 """Inside the watched root, when state and root are on different file systems. transformers uploads no name with `_`."""
@@ -41,11 +42,6 @@ Keep = Callable[[int, Path, Path], None]
 """Makes the third path hold what the open file, which is at the second path, holds now."""
 
 
-def spare_bytes(total: int) -> int:
-    """What is left free of a file system of `total` bytes: the training needs it."""
-    return min(total // 10, 50 * 2**30)
-
-
 class NoRoom(Exception):
     """A copy would leave too little of the file system to the training."""
 
@@ -57,7 +53,10 @@ class Pins:
     else it is in the root itself. What was held for the state folder `earlier` is taken over.
     """
 
-    def __init__(self, root: Path, state_dir: Path, earlier: Path | None = None) -> None:
+    def __init__(
+        self, root: Path, state_dir: Path, earlier: Path | None = None, reserve: Reserve | None = None
+    ) -> None:
+        self._reserve = reserve or Reserve()
         is_apart = root.exists() and not same_mount(state_dir, root)
         if is_apart and os.access(_folder_of(root), os.W_OK):
             self.folder = _beside(root, state_dir)
@@ -78,7 +77,7 @@ class Pins:
 
         They are held by reflinks; where the file system has none, by hard links, or with `copy` by copies, which end
         when the agent is `stopping`. Raises TornCheckpoint when the files are not those of the reference any more, and
-        NoRoom when a copy would leave less than `spare_bytes`.
+        NoRoom when a copy would not leave the reserve free.
         """
         self.why_not = None
         if not self._usable:
@@ -105,10 +104,9 @@ class Pins:
             nonlocal has_room
             if _cloned(descriptor, target):
                 return
-            usage = shutil.disk_usage(target.parent)
-            if not has_room and usage.free - size < spare_bytes(usage.total):
+            has_room = has_room or self._reserve.leaves_room(target.parent, size)
+            if not has_room:
                 raise NoRoom
-            has_room = True
             _copy(descriptor, target, stopping)
 
         return keep
@@ -162,12 +160,11 @@ class Pins:
                 self.folder.parent.rmdir()
 
     def crowded(self) -> bool:
-        """Whether the pins are on a file system that is nearly full: the training needs what is left."""
+        """Whether less than the reserve is free where the pins are: the training needs what is left."""
         try:
-            usage = shutil.disk_usage(self.folder)
+            return not self._reserve.leaves_room(self.folder)
         except OSError:
             return False
-        return usage.free < spare_bytes(usage.total)
 
 
 def _beside(root: Path, state_dir: Path) -> Path:

@@ -88,7 +88,7 @@ class Queue:
         return lost
 
     def make_room(self) -> bool:
-        """Whether the files of those that wait were let go of: the file system is nearly full."""
+        """Whether the files of those that wait were let go of: the file system has too little free."""
         if all(ref.held is None for ref in self._waiting) or not self._pins.crowded():
             return False
         for index, ref in enumerate(self._waiting):

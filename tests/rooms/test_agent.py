@@ -623,6 +623,28 @@ def test_a_reload_changes_a_run(station: Station) -> None:
     assert station.tallies("a").get("worker_died") is None
 
 
+def test_a_reload_changes_what_stays_free(station: Station, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a nearly full disk a checkpoint that waits is held, and its file copied, from the reload on that says so."""
+    usage = shutil.disk_usage(station.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=usage.total // 100))
+    station.engine.let = lambda _: False
+    station.put("a", 10, 20)
+
+    def held() -> int:
+        return len(list(station.state.glob("runs/*/pins/*/checkpoint-*")))
+
+    def script() -> None:
+        wait_for(lambda: any("not kept from rotation" in line for line in station.said))
+        watch = dataclasses.replace(station.run_of("a").watch, keep_free_gb=0.0)
+        station.settings = dataclasses.replace(station.settings, runs=(station.run_of("a", watch=watch),))
+        before = held()
+        station.hang_up()
+        wait_for(lambda: held() == 2)
+        assert before < 2
+
+    assert station.watch(script) == 0
+
+
 def test_a_reload_changes_the_sinks(station: Station) -> None:
     """A sink that is added gets the next notices of runs that go on as they were."""
     station.engine.make = lambda request: Peeled(report_of(request, idle=1), None)

@@ -190,6 +190,32 @@ def test_flags_and_the_environment_are_common_to_all_runs(tmp_path: Path, monkey
     assert [run.peel.effort for run in runs] == ["full", "full"]
 
 
+@pytest.mark.parametrize(
+    ("common", "own", "variable", "kept"),
+    [
+        (None, None, None, (None, None)),
+        (0, None, None, (0.0, 0.0)),
+        (20, 1.5, None, (1.5, 20.0)),
+        (20, None, "0", (0.0, 0.0)),
+        (20, 3, "1000000", (3.0, 1e6)),
+    ],
+)
+def test_what_stays_free_of_a_disk(
+    common: float | None,
+    own: float | None,
+    variable: str | None,
+    kept: tuple[float | None, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each run has its own, or what is common to all; the environment changes what is common, beside [[run]] too."""
+    lines = ["" if gib is None else f"keep_free_gb = {gib}\n" for gib in (common, own)]
+    text = f"[watch]\n{lines[0]}[[run]]\n[run.watch]\npath = '/a'\n{lines[1]}[[run]]\n[run.watch]\npath = '/b'\n"
+    if variable is not None:
+        monkeypatch.setenv("PEEL__WATCH__KEEP_FREE_GB", variable)
+    assert tuple(run.watch.keep_free_gb for run in load_settings(toml(tmp_path, text), {}).runs) == kept
+
+
 # ---------------------------------------------------------------- sinks, health, log, engine
 
 
@@ -304,6 +330,9 @@ def test_sections_of_the_agent(tmp_path: Path, text: str, name: str, expected: o
         ("[tracker]\nmax_series = -1", "`tracker.max_series` is -1"),
         ("[probe]\nfit_tokens = inf", "`probe.fit_tokens` is inf"),
         ("[watch]\npoll_seconds = nan", "`watch.poll_seconds` is nan"),
+        ("[watch]\nkeep_free_gb = -1", r"`watch.keep_free_gb` is -1(.|\n)*0 or more"),
+        ("[watch]\nkeep_free_gb = inf", "`watch.keep_free_gb` is inf"),
+        ("[[run]]\n[run.watch]\npath = 'x'\nkeep_free_gb = -0.5", "`watch.keep_free_gb` is -0.5"),
         ("[device]\nselect = 'cuda'", "`device.select` is 'cuda'"),
     ],
 )
@@ -319,6 +348,7 @@ WRONG_TYPES = {
     "watch.path": [True, ["a"], {"a": 1}],
     "watch.format": [True, ["torch"]],
     "watch.settle_seconds": [True, "soon", ["1"]],
+    "watch.keep_free_gb": [True, "a tenth", ["1"]],
     "watch.ready_markers": [True, {"a": 1}, [True], [["a"]]],
     "model.factory": [True],
     "probe.path": [True, 3, ["a"]],

@@ -38,6 +38,7 @@ from peel_agent.ledger import Ledger
 from peel_agent.pipeline import locate
 from peel_agent.records import Check, Claim, Listing, ModelSettings, ProbeSettings
 from peel_agent.testing import trackers as kit
+from peel_agent.watch import Reserve
 from peel_agent.watch.nearby import nearby, of_folder
 from peel_plugins.sinks.jsonl_file import JsonlSink
 from peel_plugins.trackers import jsonl_file, mlflow_run
@@ -468,10 +469,10 @@ class TestPlace:
         assert other.stat().st_dev != root.stat().st_dev
         state = other / f"doctor-test-{os.getpid()}"
         newest = locate(root / "checkpoint-10")
-        assert by_name(check_pins(root, newest, state, ""))["pins"].ok
+        assert by_name(check_pins(root, newest, state, "", Reserve()))["pins"].ok
         assert sorted(path.name for path in root.iterdir()) == ["checkpoint-10"]
         (root / "_peel_agent_pins").symlink_to(tmp_path / "elsewhere")  # which the agent does not follow
-        check = by_name(check_pins(root, newest, state, ""))["pins"]
+        check = by_name(check_pins(root, newest, state, "", Reserve()))["pins"]
         assert check.ok is False
         assert "cannot be held" in check.words
         assert (list((tmp_path / "elsewhere").iterdir()), state.exists()) == ([], False)
@@ -483,8 +484,36 @@ class TestPlace:
         usage = shutil.disk_usage(root)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: type(usage)(usage.total, usage.total, 1000))
         newest = locate(root / "checkpoint-10")
-        assert by_name(check_pins(root, newest, tmp_path, ""))["space"].ok is False
+        check = by_name(check_pins(root, newest, tmp_path, "", Reserve()))["space"]
+        assert (check.ok, "lower [watch] keep_free_gb" in str(check.remedy)) == (False, True)
         assert by_name(check_state(tmp_path))["space for the state"].ok is False
+
+    @pytest.mark.parametrize(
+        ("keep_free_gb", "is_well", "words"),
+        [
+            (None, False, "5.0 GiB are free in {root}; 10.0 GiB are left to the training: no checkpoint is held"),
+            (0.0, True, "; 0.0 GiB are left to the training"),
+            (2.5, True, "; 2.5 GiB are left to the training"),
+            (5.0, True, "; 5.0 GiB are left to the training, so that there is no room for a copy"),
+            (200.0, False, "; 200.0 GiB are left to the training: no checkpoint is held"),
+        ],
+    )
+    def test_what_stays_free_is_a_setting(
+        self,
+        keep_free_gb: float | None,
+        is_well: bool,
+        words: str,
+        root: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Of a disk of 100 GiB with 5 GiB free: the run's own setting says whether that is enough."""
+        monkeypatch.setattr("peel_agent.doctor.places._model_and_probe", lambda *_: ())
+        usage = shutil.disk_usage(root)._replace(total=100 * 2**30, free=5 * 2**30)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        run = run_of(root, watch={"keep_free_gb": keep_free_gb})
+        check = by_name(check_place(run, tmp_path, "", time.time))["space"]
+        assert (check.ok, words.format(root=root) in check.words) == (is_well, True), check.words
 
     def test_an_object_store_that_is_none(self, tmp_path: Path) -> None:
         """A URL of no known scheme is told as a fault of the place, and the probe is looked at."""

@@ -40,8 +40,7 @@ from peel_agent.records import (
     YesMemory,
 )
 from peel_agent.run import Run
-from peel_agent.watch import Folder, Observed, Pins, Settling, fingerprint
-from peel_agent.watch.pins import spare_bytes
+from peel_agent.watch import Folder, Observed, Pins, Reserve, Settling, fingerprint
 from peel_agent.work import AWAY_PAUSE_SECONDS, DEATH_PAUSE_SECONDS, DEATHS, INTERRUPTIONS, Services
 from tests.rooms.test_publish_form import FULL
 from tests.rooms.test_watch_scan import write_checkpoint
@@ -112,10 +111,12 @@ class Desk:
             "rules": (IDLE,),
             "sinks": {"pager": None},
             "ended": None,
+            "keep_free_gb": None,
         } | self.options
         self.ledger = Ledger(self.state)
         own = self.ledger.run(KEY, "run", str(self.root))
-        settings = RunSettings("run", WatchSettings(str(self.root)), tracker=TrackerSettings(use=("jsonl",)))
+        watch = WatchSettings(str(self.root), keep_free_gb=given["keep_free_gb"])
+        settings = RunSettings("run", watch, tracker=TrackerSettings(use=("jsonl",)))
         self.run = Run(
             dataclasses.replace(settings, rules=given["rules"]),
             DeviceSettings(),
@@ -870,7 +871,7 @@ def pinned(desk: Desk) -> list[Path]:
 def test_no_room_for_a_copy_is_said_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a file is read where it is; a save that came before its turn is lost, counted and told."""
     total = shutil.disk_usage(desk.root).total
-    usage = shutil.disk_usage(desk.root)._replace(free=spare_bytes(total))
+    usage = shutil.disk_usage(desk.root)._replace(free=Reserve().of(total))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     trainer = Overwriting(desk)
     desk.free = False
@@ -886,12 +887,33 @@ def test_no_room_for_a_copy_is_said_once(desk: Desk, monkeypatch: pytest.MonkeyP
     assert trainer.read == [300]
 
 
+@pytest.mark.parametrize(
+    ("keep_free_gb", "is_kept"), [(None, False), (0.0, True), (1e-3, True), (1.0, False), (1e9, False)]
+)
+def test_how_much_stays_free_is_a_setting(
+    keep_free_gb: float | None, is_kept: bool, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 0.1 GiB free of 100: what waits is held by its links, and what is rewritten in place by a copy, when the
+    setting lets it; else that is told, with the setting to lower.
+    """
+    usage = shutil.disk_usage(desk.root)._replace(total=100 * 2**30, free=2**30 // 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    desk.stopped(keep_free_gb=keep_free_gb)
+    desk.free = False
+    desk.put(10)
+    Overwriting(desk).save(100)
+    assert desk.held == (["checkpoint-10", "ckpt.pt"] if is_kept else [])
+    told = desk.told("space")
+    assert len(told) == (0 if is_kept else 2)
+    assert [words for words in told if "lower [watch] keep_free_gb" not in words] == []
+
+
 def test_room_is_made_for_the_next_copy(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is room for one copy only, the last checkpoint is let go of, and with `latest` the one that waits."""
     real = shutil.disk_usage(desk.root)
 
     def usage(_: Path) -> Any:
-        return real._replace(free=real.total if not pinned(desk) else spare_bytes(real.total))
+        return real._replace(free=real.total if not pinned(desk) else Reserve().of(real.total))
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     desk.stopped(backlog="latest")

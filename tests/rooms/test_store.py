@@ -17,21 +17,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import botocore.session
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import peel_agent
 from peel_agent import registry
+from peel_agent.cli import main
 from peel_agent.config import RunSettings, WatchSettings
 from peel_agent.doctor.places import check_place
 from peel_agent.errors import (
     CheckpointError,
     ConfigurationError,
     IncompleteCheckpoint,
+    NoRoom,
     StoreUnavailable,
     TornCheckpoint,
 )
 from peel_agent.pipeline import locate
+from peel_agent.sources import source_of
 from peel_agent.watch import Bucket, Unread, scan, store
 from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror, Synced
@@ -750,6 +755,64 @@ class TestRoom:
         usage.free = 1_000_000
         side.settle(mirror)
         assert complete(mirror.root) == ["export"]
+
+    @pytest.mark.parametrize(
+        ("keep_free_gb", "is_fetched"), [(None, False), (0.0, True), (1e-3, True), (1.0, False), (1e9, False)]
+    )
+    def test_what_stays_free_is_a_setting(
+        self, keep_free_gb: float | None, is_fetched: bool, side: Side, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With 0.1 GiB free of 100 it is fetched when the run's setting lets it, else refused with what to lower."""
+        side.upload(saved / "export", "export")
+        usage = SimpleNamespace(total=100 * 2**30, used=0, free=2**30 // 10)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        run = RunSettings("run", WatchSettings(path=side.url, settle_seconds=SETTLE, keep_free_gb=keep_free_gb))
+        observed = source_of(run, side.folder, "all", once=True, stopping=lambda: False).look(side.now)
+        assert [ref.path.name for ref in observed.ready] == (["export"] if is_fetched else [])
+        assert len(observed.unreadable) == (0 if is_fetched else 1)
+        assert all("lower [watch] keep_free_gb" in unread.words for unread in observed.unreadable)
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "scan {url}/export --probe {probe}",
+            "scan {export} --since {url}/export --probe {probe}",
+            "compare {url}/export {url}/export --probe {probe}",
+            "witness {url}/export --probe {probe} --layer 0 --out {new}.safetensors",
+            "witness {export} --from {url}/export --probe {probe} --layer 0 --out {new}.safetensors",
+            "probe --from {probe} --model {url}/export --out {new}.npy",
+        ],
+    )
+    def test_commands_keep_the_same_free(
+        self,
+        command: str,
+        side: Side,
+        saved: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """A command that fetches a checkpoint for itself goes by the setting too, as the environment gives it."""
+        side.upload(saved / "export", "export")
+        np.save(tmp_path / "probe.npy", zoo.token_ids(200, 3))
+        monkeypatch.setenv("PEEL__WATCH__KEEP_FREE_GB", "1e9")
+        places = {"url": side.url, "export": saved / "export", "probe": tmp_path / "probe.npy", "new": tmp_path / "new"}
+        assert main(command.format(**places).split()) == 3
+        assert "beside the 1000000000.0 GiB that stay free" in capsys.readouterr().err
+        assert side.gateway.gets == []
+
+    def test_functions_keep_the_same_free(
+        self, side: Side, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """So do `peel_agent.scan` and `peel_agent.compare`."""
+        side.upload(saved / "export", "export")
+        np.save(tmp_path / "probe.npy", zoo.token_ids(200, 3))
+        monkeypatch.setenv("PEEL__WATCH__KEEP_FREE_GB", "1e9")
+        url = f"{side.url}/export"
+        for call in (peel_agent.scan, functools.partial(peel_agent.compare, url)):
+            with pytest.raises(NoRoom, match=r"beside the 1000000000\.0 GiB that stay free"):
+                call(url, probe=tmp_path / "probe.npy")
+        assert side.gateway.gets == []
 
 
 def remotes(*names: str, size: int = 10) -> tuple[RemoteObject, ...]:

@@ -13,7 +13,7 @@ import pytest
 from peel_agent.errors import TornCheckpoint
 from peel_agent.pipeline import locate
 from peel_agent.records import CheckpointRef, LocalListing
-from peel_agent.watch import NoRoom, Pins, Queue, fingerprint, pins, scan
+from peel_agent.watch import NoRoom, Pins, Queue, Reserve, fingerprint, pins, scan
 from tests.rooms.test_watch_scan import FORMATS, write_checkpoint
 
 
@@ -108,7 +108,7 @@ class TestPins:
         """The training needs what is left: such a checkpoint is read where it is."""
         ref, held = checkpoint(root, 5), Pins(root, state)
         total = shutil.disk_usage(state).total
-        usage = shutil.disk_usage(state)._replace(free=pins.spare_bytes(total) + sum(one.size for one in ref.files))
+        usage = shutil.disk_usage(state)._replace(free=Reserve().of(total) + sum(one.size for one in ref.files))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
         assert held.pin(ref, copy=True).held is not None
         held.release(ref)
@@ -116,6 +116,44 @@ class TestPins:
         with pytest.raises(NoRoom):
             held.pin(ref, copy=True)
         assert not held.folder.exists() or list(held.folder.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("gib", "total_gib", "kept_gib"),
+        [
+            (None, 100, 10),
+            (None, 500, 50),
+            (None, 10_000, 50),
+            (0.0, 100, 0),
+            (2.5, 100, 2.5),
+            (70.0, 10_000, 70),
+            (200.0, 100, 200),
+        ],
+    )
+    def test_what_stays_free(
+        self,
+        gib: float | None,
+        total_gib: int,
+        kept_gib: float,
+        root: Path,
+        state: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """By default a tenth, at most 50 GiB, else what the user says, on a small disk and on a large one: links are
+        kept while that is free, and copies are made while it stays free; never where it is more than the disk has.
+        """
+        ref, held = checkpoint(root, 5), Pins(root, state, reserve=Reserve(gib))
+        size, total, kept = sum(file.size for file in ref.files), total_gib * 2**30, int(kept_gib * 2**30)
+        held.pin(ref)
+        for free in sorted({0, kept - 1, kept, kept + size - 1, kept + size, total}):
+            if 0 <= free <= total:
+                usage = shutil.disk_usage(state)._replace(total=total, free=free)
+                monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+                assert held.crowded() == (free < kept)
+                if free < kept + size:
+                    with pytest.raises(NoRoom):
+                        held.pin(ref, copy=True)
+                else:
+                    assert held.pin(ref, copy=True).held is not None
 
     def test_a_copy_ends_with_the_agent(self, root: Path, state: Path) -> None:
         """A large one does not hold the agent back when it is stopped; nothing of it is left."""

@@ -46,9 +46,13 @@ def processes() -> list[psutil.Process]:
 
 
 class Servers:
-    """A local engine whose worker server forks workers that run these Python statements instead of a peel."""
+    """A local engine whose worker server forks workers that run these Python statements instead of a peel.
+
+    They need little memory: a server is kept however little is free.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(forked, "ROOM_BYTES", 0)
         self._monkeypatch = monkeypatch
         self.environment = dict(os.environ)
         self.engine = LocalEngine(lambda _: self.environment)

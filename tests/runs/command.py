@@ -32,10 +32,16 @@ def peel_agent(
 def environment_of(home: Path, **more: str) -> dict[str, str]:
     """This process's environment with a state folder of its own and no tracker but the one given.
 
-    What peels has the priority of the tests: it must not wait for whatever else this machine does.
+    What peels has the priority of the tests: it must not wait for whatever else this machine does. Checkpoints are held
+    and copied however little of its disk is free.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PEEL__"))}
-    fixed = {"XDG_STATE_HOME": str(home), "MLFLOW_DISABLE_TELEMETRY": "true", "PEEL__DEVICE__NICE": "0"}
+    fixed = {
+        "XDG_STATE_HOME": str(home),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PEEL__DEVICE__NICE": "0",
+        "PEEL__WATCH__KEEP_FREE_GB": "0",
+    }
     return inherited | fixed | more
 
 

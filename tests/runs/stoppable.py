@@ -152,6 +152,7 @@ def agent_once(root: Path, state: Path) -> int:
         "watch.path": str(root),
         "watch.settle_seconds": 0.0,
         "watch.poll_seconds": 0.02,
+        "watch.keep_free_gb": 0.0,
         "tracker.use": ["jsonl"],
         "probe.path": str(root.parent / "probe.npy"),
         "sink": [{"use": "jsonl"}],
