@@ -10,7 +10,7 @@ from peel_agent.config.environment import (
     visible_gpus,
     worker_environment,
 )
-from peel_agent.config.reading import load_settings, plugin_settings
+from peel_agent.config.reading import load_settings, plugin_settings, settings_from_tables
 from peel_agent.config.sections import (
     DeviceSettings,
     EngineSettings,
@@ -41,6 +41,7 @@ __all__ = [
     "plugin_settings",
     "see_only",
     "service_manager",
+    "settings_from_tables",
     "state_dir_of_0_1",
     "variable_of",
     "visible_gpus",

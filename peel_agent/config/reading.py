@@ -5,6 +5,7 @@ An unknown key is an error that names the nearest known one.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -45,7 +46,12 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
 
     Raises ConfigurationError naming the key, the value and the remedy.
     """
-    raw = _read(file) if file is not None else {}
+    return settings_from_tables(_read(file) if file is not None else {}, flags)
+
+
+def settings_from_tables(tables: Mapping[str, Any], flags: Mapping[str, Any]) -> Settings:
+    """As `load_settings`, from what a file holds."""
+    raw = copy.deepcopy(dict(tables))
     for name, text in sorted(os.environ.items()):
         if name.startswith(PREFIX):
             keys = name.removeprefix(PREFIX).lower().split("__")

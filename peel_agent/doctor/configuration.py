@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli
 
-from peel_agent.config import Settings, load_settings
+from peel_agent.config import Settings, load_settings, settings_from_tables
 from peel_agent.errors import PeelError, printable
 from peel_agent.records import Check
 from peel_agent.sources import with_absolute_places
@@ -41,22 +41,24 @@ def failed(what: str, error: PeelError) -> Check:
 
 
 def _salvaged(file: Path | None, flags: Mapping[str, Any]) -> tuple[Settings, tuple[Check, ...]]:
-    right: dict[str, Any] = {}
+    right: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     faults: list[Check] = []
     settings = Settings()
-    for keys, value in ((), None), *_pieces(_tables(file)), *(((flag,), option) for flag, option in flags.items()):
-        tried = copy.deepcopy(right)
-        if keys:
-            _put(tried, keys, value)
+    pieces: list[tuple[tuple[str, ...] | str, Any]] = [((), None), *_pieces(_tables(file)), *flags.items()]
+    for keys, value in pieces:
+        tables, given = copy.deepcopy(right)  # apart: the environment is over the one, and under the other
+        if isinstance(keys, str):
+            given[keys] = value
+        elif keys:
+            _put(tables, keys, value)
         try:
-            # The loader puts keys into the tables that it is given.
-            settings = load_settings(None, copy.deepcopy(tried))
+            settings = settings_from_tables(tables, given)
         except PeelError as error:
             fault = failed(WHAT, error)
             faults += [] if fault in faults else [fault]
         else:
-            right = tried
-    if file is not None and not right:  # nothing of it could be used: it says why
+            right = tables, given
+    if file is not None and not any(right):  # nothing of it could be used: it says why
         try:
             load_settings(file, {})
         except PeelError as error:

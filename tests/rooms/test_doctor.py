@@ -232,6 +232,18 @@ class TestConfiguration:
         _, checks = read_configuration(None, {"watch.path": "."})
         assert [("PEEL__WATCH__PACE" in check.words, check.ok) for check in checks] == [(True, False)]
 
+    def test_the_environment_counts_beside_a_fault(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As without one it is over the file and under the flags, also in a table that the file has."""
+        (tmp_path / "peel.toml").write_text(
+            f'[watch]\npath = "{tmp_path}"\npoll_seconds = 3\nsettle_seconds = 4\n[peel]\neffrt = "quick"\n'
+        )
+        for key, value in (("KEEP_FREE_GB", "0"), ("POLL_SECONDS", "5"), ("SETTLE_SECONDS", "6")):
+            monkeypatch.setenv(f"PEEL__WATCH__{key}", value)
+        settings, checks = read_configuration(tmp_path / "peel.toml", {"watch.settle_seconds": 7})
+        (run,) = settings.runs
+        assert [check.ok for check in checks] == [False]
+        assert (run.watch.keep_free_gb, run.watch.poll_seconds, run.watch.settle_seconds) == (0.0, 5.0, 7.0)
+
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         """The path is named, and flags count."""
         settings, checks = read_configuration(tmp_path / "no.toml", {"watch.path": str(tmp_path)})
