@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,8 @@ def test_a_status_is_that_of_whole_sequences_or_undecided(
                     assert own.status != "below"
                 elif isinstance(own, LayerReport) and own.best_reference == whole.best_reference:
                     assert own.margin.value == pytest.approx(whole.margin.value, abs=1e-5)
-    assert (True, "above") in seen  # some were cleared on cuts
+    if fault != "block":  # one of three: what is left of the others says little of their median
+        assert (True, "above") in seen  # some were cleared on cuts
     if fault != "healthy":
         assert (False, "below") in seen
 
@@ -110,7 +112,9 @@ def peeled(trace: BlockwiseTrace) -> Findings:
 
 def of(low: float, high: float, cut: int | None = None, *, whole: bool = True) -> Margin:
     middle = (low + high) / 2
-    return Margin(Estimate(middle, low, high), "skip", {"skip": middle}, low, complete=True, whole=whole, cut=cut)
+    seen = 1.0 if cut is None else 0.0  # so little of each sequence that what it says of the rest is all
+    best: Mapping[str, float] = {"skip": middle}
+    return Margin(Estimate(middle, low, high), "skip", best, low, high, complete=True, whole=whole, cut=cut, seen=seen)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,7 @@ def of(low: float, high: float, cut: int | None = None, *, whole: bool = True) -
         pytest.param([of(0.09, 0.11, 64)] * 3 + [of(0.006, 0.008)], "undecided", id="over a tenth of half of 0.09"),
         pytest.param([of(0.09, 0.11, 64)] * 3 + [of(0.001, 0.004)], "below", id="under a tenth of half of 0.09"),
         pytest.param([of(0.09, 0.11)] * 3 + [of(0.0, 0.001, 64, whole=False)], "undecided", id="a cut accuses nobody"),
+        pytest.param([of(0.0, 0.2, whole=False)] * 3 + [of(0.015, 0.018)], "undecided", id="under what few may mean"),
         pytest.param([of(-0.02, 0.11, whole=False)] * 3 + [of(0.001, 0.004)], "undecided", id="under an open median"),
     ],
 )

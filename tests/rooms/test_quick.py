@@ -212,7 +212,7 @@ def test_the_interval_spans_what_may_be_the_best(other: Any, spans: bool) -> Non
 
 def margin_of(value: float, spread: float = 0.004) -> Margin:
     interval = Estimate(value, value - spread, value + spread)
-    return Margin(interval, "skip", {"skip": value}, interval.low, complete=True, whole=True)
+    return Margin(interval, "skip", {"skip": value}, interval.low, interval.high, complete=True, whole=True)
 
 
 NEIGHBOURS = {

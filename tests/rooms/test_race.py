@@ -114,7 +114,7 @@ def test_only_references_that_may_be_the_best_go_on(trace: Any) -> None:
     for place in margins:
         assert Variant(*place, margins[place].best) in again
     worse = {
-        variant: Excess(own.losses + (1.0 if variant.reference == "skip" else 0.0))
+        variant: Excess(own.losses + (5.0 if variant.reference == "skip" else 0.0))
         for variant, own in swept.variants.items()
     }
     margins = race_module.margins_of(worse, PLAN.references, 40)

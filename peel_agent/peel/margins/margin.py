@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peel_agent.peel.numerics.intervals import estimate
+from peel_agent.peel.numerics.intervals import CONFIDENCE, doubt_of_excess, estimate
 from peel_agent.peel.numerics.losses import Excess, Losses
 from peel_agent.peel.sweep.splices import Target, Variant
 from peel_agent.records import Estimate, Status
@@ -18,8 +18,16 @@ MEDIAN_FRACTION = 0.1
 """A block is `below` when its margin stays under this fraction of the other blocks' median margin."""
 
 CUT_DOUBT = 2.0
-"""Beside the margins of the other blocks, that of a block may be so many times as large on the first tokens of
-sequences as on whole ones, or as small.
+"""Beside the margins of the other blocks, that of a block may be so many times as large on the tokens behind a cut as
+on those before it, or as small.
+"""
+
+ONE_SIDE = (1 - CONFIDENCE) / 2
+"""How often an interval lies over a number that is no lower than what it is for."""
+
+DROPPED = 1e-3
+"""How often, at most, a reference is dropped on few sequences that is as good as the one picked: it is not measured
+again, and whether a block is below may hang on it.
 """
 
 FAR_UNDER = 1 / 3
@@ -35,21 +43,32 @@ Place = tuple[int, Target]
 class Margin:
     """loss(best reference) - loss(trained); the best is picked on `select`, everything here measured on `confirm`.
 
-    `references` holds the mean of the same difference for every reference, `least` the lowest lower limit among those
-    that may be the best. `complete` is False when a reference was left out because its fit could not be trusted,
-    `whole` is False when only a part of confirm was measured. `cut`: only the first so many tokens of each sequence
-    were measured; None for whole sequences. `by_sequence` holds the difference on each confirm sequence, for every
-    reference that the interval spans, the best first.
+    `references` holds the mean of the same difference for every reference. `least` and `most` are the lowest lower and
+    the lowest upper limit among those that may be the best: whichever is costs no more than any of them. `complete` is
+    False when a reference was left out because its fit could not be trusted, `whole` is False when only a part of
+    confirm was measured. `cut`: only the first so many tokens of each sequence were measured, a share `seen` of all;
+    None for whole sequences. `by_sequence` holds the difference on each confirm sequence, for every reference that the
+    interval spans, the best first; `contending` the same, where measured, for every one that was measured on most
+    tokens.
     """
 
     estimate: Estimate
     best: str
     references: Mapping[str, float]
     least: float
+    most: float
     complete: bool
     whole: bool
     cut: int | None = None
+    seen: float = 1.0
     by_sequence: Mapping[str, Losses] = field(default_factory=dict, compare=False, repr=False)
+    contending: tuple[Losses, ...] = field(default=(), compare=False, repr=False)
+
+    def doubt(self, limit: float) -> float:
+        """How likely such losses are on these sequences, at most, if the margin were no higher than this limit."""
+        if not self.contending:
+            return 0.0 if self.least > limit else 1.0
+        return max(doubt_of_excess(losses - limit) for losses in self.contending)
 
 
 def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, unsure_of_best: bool = False) -> Margin:
@@ -80,10 +99,15 @@ def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, 
         best=best,
         references={name: difference.value for name, difference in differences.items()},
         least=min(differences[name].low for name in contenders),
+        most=min(differences[name].high for name in contenders),
         complete=complete,
         whole=measured_most.cut is None and bool(measured_most.measured[selecting:].all()),
         cut=measured_most.cut,
+        seen=measured_most.seen,
         by_sequence={name: references[name].losses[selecting:] for name in rivals},
+        contending=tuple(
+            references[name].losses[selecting:][references[name].measured[selecting:]] for name in contenders
+        ),
     )
 
 
@@ -93,11 +117,19 @@ def measured_on_most(references: Mapping[str, Excess]) -> list[str]:
     return [name for name, excess in references.items() if excess.alike(widest)]
 
 
-def may_be_better(rival: Excess, best: Excess) -> bool:
-    """Whether a reference is not certainly worse than the one that was picked; true of that one itself.
+def doubt_of_cut(seen: float) -> tuple[float, float]:
+    """How many times a margin on the first tokens its margin on whole sequences is, at least and at most, if those are
+    a share `seen` of all.
+    """
+    return seen + (1.0 - seen) / CUT_DOUBT, seen + (1.0 - seen) * CUT_DOUBT
 
-    On the first tokens of sequences only one that costs more than CUT_DOUBT times as much is certainly worse: on whole
-    sequences either may cost more or less than there.
+
+def may_be_better(rival: Excess, best: Excess, doubt: float = ONE_SIDE) -> bool:
+    """Whether a reference is not certainly worse than the one that was picked; true of that one itself. One that is as
+    good would be called worse no oftener than `doubt`.
+
+    On the first tokens of sequences only one that costs as many times more as `doubt_of_cut` says is certainly worse:
+    on whole sequences either may cost more or less than there.
     """
     if rival is best:
         return True
@@ -105,9 +137,9 @@ def may_be_better(rival: Excess, best: Excess) -> bool:
         return False
     measured = rival.measured
     rivals, bests = rival.losses[measured], best.losses[measured]
-    if rival.cut is not None and estimate(rivals - CUT_DOUBT * bests).low <= 0.0:
+    if rival.cut is not None and doubt_of_excess(rivals - doubt_of_cut(rival.seen)[1] * bests) >= doubt:
         return True
-    return estimate(rivals - bests).low <= 0.0
+    return doubt_of_excess(rivals - bests) >= doubt
 
 
 def margins_of(
@@ -145,30 +177,36 @@ class Threshold(NamedTuple):
 def thresholds(margins: Sequence[Margin]) -> tuple[Threshold, ...]:
     """What each margin is held against: a fraction of the others' median, never below 0 (method.md 4).
 
-    Both numbers are the same where all margins are of whole sequences. What one of first tokens only would be on whole
-    ones is not known: the two numbers allow for that.
+    Both numbers are the same where all margins are of all sequences. What one of a few sequences, or of first tokens
+    only, would be on all is not known: the two numbers allow for that.
     """
-    return tuple(_threshold(others) for others in _others([_values(margin) for margin in margins]))
+    return tuple(_threshold(others) for others in _others([_limits(margin) for margin in margins]))
 
 
-def final_thresholds(margins: Sequence[Margin]) -> tuple[Threshold, ...]:
-    """The same when nothing more is measured: a margin that was left open would be another one on all sequences, too,
-    which might move the median.
+def over(margins: Sequence[Margin]) -> tuple[bool, ...]:
+    """Whether each margin is over its threshold with every reference that may be the best.
+
+    Of many that are looked at on few sequences some lie over it by chance. So a margin that was not measured in full
+    must do so clearly enough beside the others (Benjamini and Hochberg 1995): where most are over it, by its interval;
+    where no other is, by one that is wider for their number.
     """
-    limits = thresholds(margins)
-    values = [
-        _values(margin, left_open=not margin.whole and margin.least <= limit.above)
-        for margin, limit in zip(margins, limits, strict=True)
-    ]
-    return tuple(_threshold(others) for others in _others(values))
+    limits = [limit.above for limit in thresholds(margins)]
+    doubts = [margin.doubt(limit) for margin, limit in zip(margins, limits, strict=True)]
+    ranked = enumerate(sorted(doubts), start=1)
+    tolerated = max((doubt for rank, doubt in ranked if doubt <= rank / len(doubts) * ONE_SIDE), default=-1.0)
+    return tuple(
+        margin.least > limit and (margin.whole or doubt <= tolerated)
+        for margin, limit, doubt in zip(margins, limits, doubts, strict=True)
+    )
 
 
-def _values(margin: Margin, *, left_open: bool = False) -> tuple[float, float]:
+def _limits(margin: Margin) -> tuple[float, float]:
     """The least and the most that a margin may be on all sequences, as far as thresholds need to allow for it."""
-    value, low, high = margin.estimate.value, margin.estimate.low, margin.estimate.high
-    if margin.cut is not None:
-        return min(low, low / CUT_DOUBT), max(high, high * CUT_DOUBT)
-    return (low, high) if left_open else (value, value)
+    if margin.whole and margin.cut is None:
+        return margin.estimate.value, margin.estimate.value
+    low, high = margin.least, max(margin.least, margin.most)
+    least, most = (1.0, 1.0) if margin.cut is None else doubt_of_cut(margin.seen)
+    return min(low, low * least), max(high, high * most)
 
 
 def _threshold(others: Sequence[tuple[float, float]]) -> Threshold:
@@ -204,10 +242,10 @@ def statuses(margins: Sequence[Margin]) -> tuple[Status, ...]:
     not measured on the whole of confirm can be `above`, never `below`.
     """
     decided: list[Status] = []
-    for margin, threshold in zip(margins, final_thresholds(margins), strict=True):
+    for margin, threshold, surely in zip(margins, thresholds(margins), over(margins), strict=True):
         if margin.estimate.high < threshold.below and margin.whole:
             decided.append("below")
-        elif margin.estimate.low > threshold.above and margin.complete:
+        elif margin.estimate.low > threshold.above and margin.complete and (surely or margin.whole):
             decided.append("above")
         else:
             decided.append("undecided")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from peel_agent.peel.elsewhere import ALONE
 from peel_agent.peel.margins.heats import first_heat, longer_heats, picking_rows
 from peel_agent.peel.margins.margin import (
+    DROPPED,
     Margin,
     Place,
     Threshold,
@@ -22,6 +23,7 @@ from peel_agent.peel.margins.margin import (
     margins_of,
     may_be_better,
     of_target,
+    over,
     thresholds,
 )
 from peel_agent.peel.numerics.intervals import estimate
@@ -34,6 +36,7 @@ from peel_agent.peel.sweep.heats import Heat
 from peel_agent.peel.sweep.lanes import carry, restream, union
 from peel_agent.peel.sweep.splices import TARGETS, Variant
 from peel_agent.peel.sweep.stand_ins import variants_per_block
+from peel_agent.peel.sweep.tails import stand_in
 from peel_agent.records import Estimate, Helpers, Plan, Skipped, Trace
 
 LEAST_WORSE, MOST_WORSE = 3, 8
@@ -254,7 +257,9 @@ class _Standings:
         if not entries:
             return 0.0
         tails = sum(
-            self._meter.tail(place[0], len(variants) * heat.tokens, heat.length) for place, heat, variants in entries
+            self._meter.tail(place[0], heat.tokens, heat.length, stand_in(variant, self._meter))
+            for place, heat, variants in entries
+            for variant in variants
         )
         return restream(union([heat for _, heat, _ in entries]), self._meter) + tails
 
@@ -285,7 +290,7 @@ def contenders(variants: Mapping[Variant, Excess], margins: Mapping[Place, Margi
         Variant(*place, name)
         for place, margin in margins.items()
         for name, excess in excesses[place].items()
-        if may_be_better(excess, excesses[place][margin.best])
+        if may_be_better(excess, excesses[place][margin.best], DROPPED)
     )
 
 
@@ -293,11 +298,16 @@ def still_open(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
     """The blocks and parts that were not measured in full, and that some reference which may be the best leaves not
     certainly above their threshold.
     """
-    return tuple(
-        place
-        for place, margin, limits in _with_thresholds(margins)
-        if margin.least <= limits.above and not margin.whole
-    )
+    opened: list[Place] = []
+    for target in TARGETS:
+        by_block = of_target(margins, target)
+        cleared = over(list(by_block.values()))
+        opened += [
+            (index, target)
+            for (index, margin), clear in zip(by_block.items(), cleared, strict=True)
+            if not (clear or margin.whole)
+        ]
+    return tuple(opened)
 
 
 def seeming_below(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:

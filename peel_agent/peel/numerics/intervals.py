@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from peel_agent.records import Estimate
 
@@ -31,6 +31,15 @@ def estimate(per_sequence: NDArray[np.float64]) -> Estimate:
     tail = tail_percent(count)
     low, high = np.percentile(per_sequence[draws].mean(axis=1), [tail, 100.0 - tail])
     return Estimate(float(per_sequence.mean()), float(low), float(high))
+
+
+def doubt_of_excess(per_sequence: NDArray[np.float64]) -> float:
+    """How likely so high a mean of numbers [N] is if the true one is not above 0: one-sided, by Student's t."""
+    count, mean = len(per_sequence), float(per_sequence.mean())
+    error = float(per_sequence.std(ddof=1)) / sqrt(count) if count > 1 else 0.0
+    if error == 0.0:
+        return 0.0 if mean > 0.0 else 1.0
+    return float(stdtr(count - 1, -mean / error))
 
 
 @cache

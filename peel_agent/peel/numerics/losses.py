@@ -20,11 +20,12 @@ Losses = NDArray[np.float64]
 class Excess:
     """How much more a variant's loss is than the trained model's, per score sequence [N], NaN where not measured.
 
-    On the first `cut` tokens of each sequence, None for whole sequences.
+    On the first `cut` tokens of each sequence, a share `seen` of all; None for whole sequences.
     """
 
     losses: Losses
     cut: int | None = None
+    seen: float = 1.0
 
     @property
     def measured(self) -> NDArray[np.bool_]:

@@ -58,7 +58,7 @@ class Meter:
         """Why work that is not afforded is left out."""
         return f"the budget of {self._asked:g} forward passes does not suffice ([peel] budget_passes)"
 
-    def blocks(self, tokens: int, length: int, count: int = 1) -> float:
+    def blocks(self, tokens: int, length: int, count: float = 1) -> float:
         """So many tokens, in sequences of a length, through so many blocks."""
         return tokens * count * (self._matrices + self._width * length) / self._per_pass
 
@@ -66,9 +66,14 @@ class Meter:
         """So many tokens scored by the head."""
         return tokens * self._head / self._per_pass
 
-    def tail(self, block: int, tokens: int, length: int) -> float:
-        """So many tokens through a stand-in for this block (counted as a block), every later block and the head."""
-        return self.blocks(tokens, length, self.depth - block) + self.head(tokens)
+    def tail(self, block: int, tokens: int, length: int, stand_in: float = 1.0) -> float:
+        """So many tokens through a stand-in for this block (worth `stand_in` blocks), the later ones and the head."""
+        return self.blocks(tokens, length, self.depth - block - 1 + stand_in) + self.head(tokens)
+
+    @property
+    def affine(self) -> float:
+        """What an affine map of the stream costs, as a share of a block; `skip` for a whole block costs less."""
+        return self._width * (self._width + 1) / self._matrices
 
     def products(self, rows: float, inputs: float, outputs: float) -> float:
         """Rows of `inputs` features times a matrix of `outputs` columns; a Gram matrix is summed of such products."""

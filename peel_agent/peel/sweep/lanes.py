@@ -86,7 +86,7 @@ class Lane:
         cut = self.heat.length if self.heat.length < probe.sequence_length else None
         count = len(probe.select) + len(probe.confirm)
         return {
-            variant: Excess(self.heat.spread(losses - trained, count), cut)
+            variant: Excess(self.heat.spread(losses - trained, count), cut, self.heat.length / probe.sequence_length)
             for variant, losses in self.tails.losses.items()
         }
 

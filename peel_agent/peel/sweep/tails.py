@@ -35,6 +35,10 @@ def tail_losses(trace: Trace, piece: TailPiece, alive: Callable[[], None] = lamb
     return np.concatenate([sequence_losses(trace, stream, piece.ids) for stream in bundle.split(len(piece.ids))])
 
 
+MAPS = ("skip", "affine")
+"""References that run no block themselves where they stand in for a whole one."""
+
+
 class Tails:
     """Streams spliced so far, and the losses of those that have reached the head.
 
@@ -85,8 +89,9 @@ class Tails:
         """Adds the streams that leave the trained one at this site; runs all to the end when they hold too much."""
         if splices:
             bundle = torch.cat([splice(site) for splice in splices.values()])
-            if self._meter is not None:  # a stand-in costs a block at most
-                self._count(self._meter.blocks(len(splices) * self._ids.size, self._ids.shape[1]))
+            if self._meter is not None:
+                blocks = sum(stand_in(variant, self._meter) for variant in splices)
+                self._count(self._meter.blocks(self._ids.size, self._ids.shape[1], blocks))
             self._order += splices
             self._bundles += self._left(tuple(splices), bundle, site.block.index + 1)
         if sum(bundle.numel() for _, bundle in self._bundles) > self._share:  # a share of 0 lets none wait
@@ -130,3 +135,8 @@ class Tails:
         self.work += passes
         if self._meter is not None:
             self._meter.spend(passes, self._stage)
+
+
+def stand_in(variant: Variant, meter: Meter) -> float:
+    """What a stand-in costs at most, in blocks: for a part the other part runs, for `previous` another block."""
+    return min(1.0, meter.affine) if variant.target == "block" and variant.reference in MAPS else 1.0
