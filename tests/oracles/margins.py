@@ -52,14 +52,22 @@ def block_margins(decoder: Decoder, fit: Ids, select: Ids, confirm: Ids) -> list
 def margin(
     decoder: Decoder, i: int, references: References, select: Ids, confirm: Ids, trained: Array
 ) -> dict[str, Any]:
-    """The winner by mean loss on select (the first of equals), measured on confirm against `trained` [N]."""
+    """The winner by mean loss on select (the first of equals), measured on confirm against `trained` [N].
+
+    Where confirm says that others are certainly better, the interval spans theirs too.
+    """
     select_losses, differences = {}, {}
     for name, spliced in references.trusted.items():
         select_losses[name] = float(loss_after(decoder, i, spliced.select, select).mean())
         differences[name] = loss_after(decoder, i, spliced.confirm, confirm) - trained
     winner = min(select_losses, key=lambda name: select_losses[name])
+    intervals = [paired(differences[winner])]
+    intervals += [
+        paired(difference) for difference in differences.values() if paired(difference - differences[winner]).high < 0.0
+    ]
+    low, high = min(interval.low for interval in intervals), max(interval.high for interval in intervals)
     return {
-        "margin": paired(differences[winner]),
+        "margin": intervals[0]._replace(low=low, high=high),
         "best_reference": winner,
         "references": {name: float(difference.mean()) for name, difference in differences.items()},
         "select_losses": select_losses,

@@ -76,9 +76,10 @@ def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, 
     `selecting` sequences are `select`.
 
     The best is one of those measured on most tokens: the others dropped out earlier, being certainly worse. It is
-    picked on `select`, or on confirm where nothing was measured on `select`. In that case, and with `unsure_of_best`,
-    another reference may be the best in truth: then the interval spans those of all that may be, by their paired
-    differences. The interval of the picked one alone would say how sure its loss is, not how sure the margin is.
+    picked on `select`, or on confirm where nothing was measured on `select`. Where that was done on few sequences, and
+    with `unsure_of_best`, another reference may be the best in truth: then the interval spans those of all that may be,
+    by their paired differences. The interval of the picked one alone would say how sure its loss is, not how sure the
+    margin is. Else it spans, besides the picked one, what confirm says is certainly better.
     """
     contenders = measured_on_most(references)
     measured_most = references[contenders[0]]
@@ -88,12 +89,20 @@ def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, 
     differences = {
         name: estimate(excess.losses[selecting:][excess.measured[selecting:]]) for name, excess in references.items()
     }
-    spanned, rivals = differences[best], [best]
-    if unsure_of_best or not selected:
-        others = [name for name in contenders if name != best]
-        rivals += [name for name in others if may_be_better(references[name], references[best])]
-        low, high = min(differences[name].low for name in rivals), max(differences[name].high for name in rivals)
-        spanned = replace(spanned, low=low, high=high)
+    whole = measured_most.cut is None and bool(measured_most.measured[selecting:].all())
+    few = unsure_of_best or not selected or not whole
+    rivals = [
+        name
+        for name in contenders
+        if (may_be_better(references[name], references[best]) if few else name == best)
+        or (whole and estimate(references[name].losses[selecting:] - references[best].losses[selecting:]).high < 0.0)
+    ]
+    rivals.sort(key=lambda name: name != best)
+    spanned = replace(
+        differences[best],
+        low=min(differences[name].low for name in rivals),
+        high=max(differences[name].high for name in rivals),
+    )
     return Margin(
         estimate=spanned,
         best=best,
@@ -101,7 +110,7 @@ def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, 
         least=min(differences[name].low for name in contenders),
         most=min(differences[name].high for name in contenders),
         complete=complete,
-        whole=measured_most.cut is None and bool(measured_most.measured[selecting:].all()),
+        whole=whole,
         cut=measured_most.cut,
         seen=measured_most.seen,
         by_sequence={name: references[name].losses[selecting:] for name in rivals},

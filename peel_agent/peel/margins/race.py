@@ -160,7 +160,7 @@ class _Standings:
         # What is held against a threshold is of use only when that is known: the other blocks or parts come first.
         needed = {target for _, target in taken}
         rest = [place for place in still_open(margins) if place not in taken]
-        rest.sort(key=lambda place: (place[1] not in needed, margins[place].estimate.high))
+        rest.sort(key=lambda place: (place[1] not in needed, margins[place].most))
         low = not_surely_over(margins)
         groups = [
             (CERTAIN, certain),
@@ -178,7 +178,7 @@ class _Standings:
             ((variant.block, variant.target), self._unmeasured(self.earlier[variant], confirm), (variant,))
             for variant in seeming_worse(self.progress())
         ]
-        below = sorted(seeming_below(margins), key=lambda place: (place[1] != "block", margins[place].estimate.high))
+        below = sorted(seeming_below(margins), key=lambda place: (place[1] != "block", margins[place].most))
         return [*self._whole(below[:MOST_BELOW], margins), *worse]
 
     def left_out(self) -> tuple[Skipped, ...]:
@@ -313,17 +313,13 @@ def still_open(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
 def seeming_below(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
     """The open blocks and parts that are under their threshold as far as they were measured."""
     return tuple(
-        place
-        for place, margin, limits in _with_thresholds(margins)
-        if margin.estimate.high < limits.above and not margin.whole
+        place for place, margin, limits in _with_thresholds(margins) if margin.most < limits.above and not margin.whole
     )
 
 
 def not_surely_over(margins: Mapping[Place, Margin]) -> frozenset[Place]:
     """The blocks and parts that may be below their threshold for all that is known."""
-    return frozenset(
-        place for place, margin, limits in _with_thresholds(margins) if margin.estimate.low <= limits.below
-    )
+    return frozenset(place for place, margin, limits in _with_thresholds(margins) if margin.least <= limits.below)
 
 
 def _with_thresholds(margins: Mapping[Place, Margin]) -> list[tuple[Place, Margin, Threshold]]:
