@@ -12,16 +12,19 @@ from peel_agent.records import Probe, ProbeSettings, Snapshot
 if TYPE_CHECKING:
     from peel_agent.load import ProbeSizes
 
-QUICK_SEQUENCE_LENGTH = 128
-QUICK_FIT_TOKENS = 6144
-QUICK_FIT_TOKENS_PER_COLUMN = 8
-"""The larger of the two: an affine map of fewer tokens is worse than that of effort standard, which looks as if the
-block earned more than it does. Tokens to fit are cheap: those that are scored run through the model once a block.
+QUICK_SEQUENCE_LENGTH = 64
+"""Longer rows are shortened to it where there are enough of them: of so long sequences 10,000 tokens' worth of work are
+enough for the margins of 124 M parameters.
+"""
+QUICK_FIT_TOKENS = 3072
+QUICK_FIT_TOKENS_PER_COLUMN = 4
+"""The larger of the two. An affine map of few tokens is worse than that of effort standard, as if the block earned more
+than it does: the intervals allow for it (`fit_share`).
 """
 QUICK_SELECT_SEQUENCES = 4
 """With fewer the worse of two stand-ins is picked too often, and the block seems to earn more than it does."""
-QUICK_SELECT_TOKENS = 512
-QUICK_CONFIRM_TOKENS = 2048
+QUICK_SELECT_TOKENS = 256
+QUICK_CONFIRM_TOKENS = 1024
 
 
 def probe_for(snapshot: Snapshot, settings: ProbeSettings, *, quick: bool = False) -> Probe:
@@ -74,7 +77,7 @@ def _folder(snapshot: Snapshot) -> Path:
 
 
 def quick_sizes(sizes: ProbeSizes, width: int) -> ProbeSizes:
-    """As few tokens as a model of this width allows, none more than `sizes`; whole sequences of any length."""
+    """As few tokens as a model of this width allows, none more than `sizes`; of long rows the first tokens."""
     fit = min(sizes.fit, max(QUICK_FIT_TOKENS, QUICK_FIT_TOKENS_PER_COLUMN * (width + 1)))
     return replace(
         sizes,
@@ -84,6 +87,7 @@ def quick_sizes(sizes: ProbeSizes, width: int) -> ProbeSizes:
         confirm=min(sizes.confirm, QUICK_CONFIRM_TOKENS),
         least_select=QUICK_SELECT_SEQUENCES,
         usual_length=QUICK_SEQUENCE_LENGTH,
+        shorten_rows=True,
     )
 
 

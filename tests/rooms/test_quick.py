@@ -4,7 +4,9 @@ measured, and no margin that the standard effort would deny.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +20,22 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import peel_agent
+from peel_agent.capture.trace import BlockwiseTrace
 from peel_agent.load import ProbeSizes, load_probe
+from peel_agent.peel import peel
 from peel_agent.peel.layers import Measured, layer_reports
-from peel_agent.peel.margins.margin import Margin, Place, margin
+from peel_agent.peel.margins.heats import QUICK_TOKENS, first_heat, quick_passes
+from peel_agent.peel.margins.margin import Few, Margin, Place, margin
 from peel_agent.peel.numerics.losses import Excess
+from peel_agent.peel.numerics.meter import Meter
 from peel_agent.peel.sweep.forward import Visited
+from peel_agent.peel.sweep.stand_ins import variants_per_block
+from peel_agent.peel.sweep.visits import trained_work
 from peel_agent.probing import QUICK_FIT_TOKENS, QUICK_FIT_TOKENS_PER_COLUMN, quick_sizes
 from peel_agent.publish import headline, plain_text, publication, report_sheet
-from peel_agent.records import Estimate, PeelReport, Verdict
+from peel_agent.records import Estimate, PeelReport, Plan, Probe, Verdict
+from tests import zoo
+from tests.bench import depth
 from tests.rooms.test_probe_text import write_tokenizer
 
 VOCABULARY, CONTEXT = 61, 128
@@ -46,7 +56,61 @@ def test_a_fit_gets_whole_sequences_enough(width: int, row: int | None, tmp_path
     assert needed <= probe.fit.size < needed + probe.sequence_length
     assert len(probe.confirm) >= 8
     assert len(probe.select) >= 4
-    assert probe.sequence_length == (row or 128)
+    assert probe.sequence_length == min(row or 64, 64)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(69, 64), (68, 128), (36, 192), (19, 448), (4, 1024)])
+def test_long_rows_are_shortened_as_far_as_there_are_enough(rows: int, length: int) -> None:
+    """The first tokens of each row, so that no two sequences are of one row; an asked length changes nothing."""
+    sizes = quick_sizes(ProbeSizes(), 768)
+    assert sizes.row_length(rows, 1024) == length
+    assert dataclasses.replace(sizes, sequence_length=512).row_length(rows, 1024) == 1024
+    assert ProbeSizes().row_length(rows, 1024) == 1024
+
+
+# ---------------------------------------------------------------- work
+
+
+BLOCKS_OF_124M, WIDTH_OF_124M, INNER, VOCABULARY_OF_124M = 12, 768, 2048, 25_344
+QUICK = Plan(frozenset({"margin"}), ("skip", "affine"), "ends", parts=False, few_sequences=True)
+
+
+def of_124m(trace: BlockwiseTrace) -> Meter:
+    """Gives a trace the shapes of 124 M parameters, without their numbers: work is counted from shapes."""
+    (block,) = trace.blocks(stop=1)
+    trace.width = WIDTH_OF_124M
+    trace.block_names += tuple(f"deeper.{index}" for index in range(BLOCKS_OF_124M - len(trace.block_names)))
+    unread = torch.empty(WIDTH_OF_124M, VOCABULARY_OF_124M, device="meta")
+    trace.head = dataclasses.replace(trace.head, weight=unread)
+    shapes = [(WIDTH_OF_124M, WIDTH_OF_124M)] * 4 + [(INNER, WIDTH_OF_124M)] * 3
+    weights = {str(index): torch.empty(shape, device="meta") for index, shape in enumerate(shapes)}
+    shaped: Any = copy.copy(block)
+    shaped.parameters = weights
+    return Meter(trace, shaped)
+
+
+@pytest.mark.parametrize("row", [None, 16, 32, 33, 48, 64, 93, 128, 256, 512, 1024])
+def test_quick_costs_no_more_than_it_may(row: int | None, small: Path, tmp_path: Path) -> None:
+    """124 M parameters in 12 blocks, every block cleared by the first heat: at most so many tokens' worth of forward
+    passes, whatever the shape of the probe; and the first heat has an interval. With a block in the middle left open,
+    10,000 are enough.
+    """
+    path = tmp_path / "probe.npy"
+    np.save(path, IDS if row is None else IDS[: len(IDS) // row * row].reshape(-1, row))
+    sizes = quick_sizes(ProbeSizes(), WIDTH_OF_124M)
+    probe = load_probe(path, sizes, vocabulary=19, context=1024, tokenizer=None)
+    trace = zoo.trace_of(small, probe)
+    meter = of_124m(trace)
+    heat = first_heat(trace, meter, variants_per_block(QUICK), quick_passes(trace, QUICK, meter))
+    scored = probe.select.size + probe.confirm.size
+    trained = meter.depth * trained_work(trace, QUICK, meter) + meter.head(scored)
+    first = 2 * sum(meter.tail(block, heat.tokens, heat.length, meter.affine) for block in range(meter.depth))
+    passes = trained + first
+    assert 6_000 < passes * (probe.fit.size + scored) <= QUICK_TOKENS
+    passes += 2 * meter.tail(meter.depth // 2, probe.confirm.size, probe.sequence_length, meter.affine)
+    assert passes * (probe.fit.size + scored) <= 10_000
+    assert (heat.rows >= len(probe.select)).sum() >= 8
+    assert heat.length >= min(32, probe.sequence_length)
 
 
 @given(st.integers(1, 16_384), st.integers(2, 4096), st.integers(1, 100_000))
@@ -80,6 +144,19 @@ def test_quick_needs_no_larger_probe_than_standard(length: int, tmp_path: Path) 
         probe = load_probe(tmp_path / "probe.npy", sizes, vocabulary=19, context=1024, tokenizer=None)
         assert len(probe.confirm) >= 8
         assert len(probe.fit) > len(probe.confirm)
+
+
+def test_few_blocks_are_left_open_where_all_earn(tmp_path: Path) -> None:
+    """12 blocks that earn their place, few of which the first heat leaves open: with those measured in full, 10,000
+    tokens' worth of forward passes are enough to clear nearly all.
+    """
+    model = depth.Shape(12).model()
+    scored, fit = depth.sampled(model, 12, 64), np.random.default_rng(0).integers(0, 512, size=(48, 64))
+    trace = zoo.trace_of(zoo.save(model, tmp_path), Probe(fit, scored[:4], scored[4:], "earning"))
+    findings = peel(trace, QUICK, itertools.count().__next__)
+    assert findings.passes * (fit.size + scored.size) <= 10_000
+    assert [layer.status for layer in findings.layers].count("above") >= 10
+    assert {layer.status for layer in findings.layers} <= {"above", "undecided"}
 
 
 # ---------------------------------------------------------------- beside effort standard
@@ -123,17 +200,6 @@ def model_of(kind: str, width: int, steps: int, idle: Sequence[str] = ()) -> Any
     return model.eval()
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("llama", 32, 60), ("llama", 64, 60), ("llama", 128, 0), ("gpt2", 64, 60)],
-    ids=lambda case: "-".join(map(str, case)),
-)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    model_of(*request.param).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
@@ -145,12 +211,21 @@ def scanned(checkpoint: Path, probe: Path, effort: str) -> PeelReport:
     return peel_agent.scan(checkpoint, probe=probe, effort=effort, quantities=("margin",))
 
 
-def test_quick_intervals_hold_the_standard_margins(checkpoint: Path, tmp_path: Path) -> None:
+MODELS = (("llama", 32, 60), ("llama", 64, 60), ("llama", 128, 0), ("gpt2", 64, 60))
+"""Family, width, steps of training."""
+
+
+def test_quick_intervals_hold_the_standard_margins(tmp_path: Path) -> None:
     """For the references that both have: each quick interval meets that of effort standard, and nine of ten hold its
     value, which more tokens were spent on. Whatever the shape of the probe, nothing is left out for want of tokens.
+
+    Over all models together: of one model's twelve, two or more of 95 % miss in every eighth model.
     """
     held = []
-    for row in (None, 32, 64, 128):
+    for model, row in itertools.product(MODELS, (None, 32, 64, 128)):
+        checkpoint = tmp_path / "-".join(map(str, model))
+        if not checkpoint.exists():
+            model_of(*model).save_pretrained(checkpoint)
         ids = text(120, 1000)
         np.save(tmp_path / "probe.npy", ids.reshape(-1) if row is None else ids.reshape(-1, row))
         quick, standard = (scanned(checkpoint, tmp_path / "probe.npy", effort) for effort in ("quick", "standard"))
@@ -198,13 +273,22 @@ def test_the_interval_spans_what_may_be_the_best(other: Any, spans: bool) -> Non
     references = {"skip": TRAINED + 0.45 + 0.01 * NOISE, "affine": other}
     excesses = {name: Excess(losses - TRAINED) for name, losses in references.items()}
     alone = {name: margin({name: excess}, SELECTING, complete=True).estimate for name, excess in excesses.items()}
-    sure, unsure = (margin(excesses, SELECTING, complete=True, unsure_of_best=unsure) for unsure in (False, True))
+    sure, unsure = (margin(excesses, SELECTING, complete=True, few=few) for few in (None, Few()))
     assert sure.best == unsure.best == "skip"
     assert sure.estimate == alone["skip"]
     covered = alone.values() if spans else [alone["skip"]]
     assert unsure.estimate.value == alone["skip"].value
     assert unsure.estimate.low == min(estimate.low for estimate in covered)
     assert unsure.estimate.high == max(estimate.high for estimate in covered)
+
+
+@pytest.mark.parametrize("level", [0.5, -0.5])
+def test_an_affine_map_of_few_tokens_is_allowed_for(level: float) -> None:
+    """What it costs above 0 may be that much less with many tokens: the lower limit says so, and no other number."""
+    excesses = {"affine": Excess(level + 0.1 * NOISE)}
+    sure, unsure = (margin(excesses, SELECTING, complete=True, few=few) for few in (None, Few(0.75)))
+    assert unsure.estimate.low == unsure.least == sure.estimate.low * (0.75 if level > 0 else 1.0)
+    assert (unsure.estimate.value, unsure.estimate.high) == (sure.estimate.value, sure.estimate.high)
 
 
 # ---------------------------------------------------------------- a block far under its neighbours

@@ -21,8 +21,8 @@ def cut(tokens: Tokens, path: Path, sizes: ProbeSizes, context: int) -> tuple[Id
 
     A stream is cut into windows of the sizes' `sequence_length`, by default as `ProbeSizes` says. Rows
     keep their length, unless it is beyond the context or there are too few of them to split: then a `sequence_length`
-    cuts each of them. Pieces are cut each by itself, by default at the greatest length, of a row or of a sequence cut
-    from a stream, that leaves three quarters of their tokens in use.
+    cuts each of them; or the sizes shorten them. Pieces are cut each by itself, by default at the greatest length, of a
+    row or of a sequence cut from a stream, that leaves three quarters of their tokens in use.
     """
     ids, length = tokens.ids, sizes.sequence_length
     if isinstance(ids, tuple):
@@ -35,7 +35,7 @@ def cut(tokens: Tokens, path: Path, sizes: ProbeSizes, context: int) -> tuple[Id
     if length is not None and length < columns and (columns > context or len(ids) < sizes.least(columns)):
         return _of_pieces(tokens, tuple(ids), path, length=length, longest=columns, context=context)
     _fitting(columns, context)
-    return ids, tokens
+    return ids[:, : sizes.row_length(len(ids), columns)], tokens
 
 
 def _fitting(length: int, context: int) -> int:

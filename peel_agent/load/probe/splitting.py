@@ -37,6 +37,8 @@ class ProbeSizes:
     """Tokens that a fit needs: however long the sequences are, `fit` takes enough of them to hold so many."""
     least_select: int = 1
     """Sequences in select, however long they are."""
+    shorten_rows: bool = False
+    """Whether rows longer than `usual_length` are cut to their first tokens, if no `sequence_length` is asked for."""
 
     @property
     def total(self) -> int:
@@ -45,6 +47,13 @@ class ProbeSizes:
     def cut_length(self, context: int) -> int:
         """Tokens of a sequence that a stream is cut into, for a model of this context."""
         return min(context, self.usual_length) if self.sequence_length is None else self.sequence_length
+
+    def row_length(self, rows: int, columns: int) -> int:
+        """How many tokens of so many rows, `columns` long each, are used: all, or as few as give every part its own."""
+        if not self.shorten_rows or self.sequence_length is not None:
+            return columns
+        lengths = range(self.usual_length, columns, self.usual_length)
+        return next((length for length in lengths if sum(self.in_sequences(length)) <= rows), columns)
 
     def in_sequences(self, length: int) -> tuple[int, int, int]:
         """The sizes in whole sequences of `length` tokens; an interval needs a least number of them in confirm."""

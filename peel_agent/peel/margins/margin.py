@@ -71,14 +71,30 @@ class Margin:
         return max(doubt_of_excess(losses - limit) for losses in self.contending)
 
 
-def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, unsure_of_best: bool = False) -> Margin:
+@dataclass(frozen=True)
+class Few:
+    """Few tokens, as effort quick has them: on so few sequences another reference than the one picked may be the best.
+
+    `fit_share` is what share of what an affine stand-in costs it would cost at least, had it been fitted to many more
+    tokens. With n tokens and p columns least squares leaves 1 / (1 - p / n) times the squared error that it would leave
+    with endlessly many (for normal noise), and for small errors losses grow with the square.
+    """
+
+    fit_share: float = 1.0
+
+    def least(self, name: str, low: float) -> float:
+        """The lower limit of what a reference costs."""
+        return low * self.fit_share if name == "affine" and low > 0.0 else low
+
+
+def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, few: Few | None = None) -> Margin:
     """Margin from how much higher each reference's loss is than the trained model's, per score sequence; the first
     `selecting` sequences are `select`.
 
     The best is one of those measured on most tokens: the others dropped out earlier, being certainly worse. It is
     picked on `select`, or on confirm where nothing was measured on `select`. Where that was done on few sequences, and
-    with `unsure_of_best`, another reference may be the best in truth: then the interval spans those of all that may be,
-    by their paired differences. The interval of the picked one alone would say how sure its loss is, not how sure the
+    with `few` tokens, another reference may be the best in truth: then the interval spans those of all that may be, by
+    their paired differences. The interval of the picked one alone would say how sure its loss is, not how sure the
     margin is. Else it spans, besides the picked one, what confirm says is certainly better.
     """
     contenders = measured_on_most(references)
@@ -90,24 +106,25 @@ def margin(references: Mapping[str, Excess], selecting: int, *, complete: bool, 
         name: estimate(excess.losses[selecting:][excess.measured[selecting:]]) for name, excess in references.items()
     }
     whole = measured_most.cut is None and bool(measured_most.measured[selecting:].all())
-    few = unsure_of_best or not selected or not whole
+    unsure = few is not None or not selected or not whole
     rivals = [
         name
         for name in contenders
-        if (may_be_better(references[name], references[best]) if few else name == best)
+        if (may_be_better(references[name], references[best]) if unsure else name == best)
         or (whole and estimate(references[name].losses[selecting:] - references[best].losses[selecting:]).high < 0.0)
     ]
     rivals.sort(key=lambda name: name != best)
+    lows = {name: few.least(name, one.low) if few else one.low for name, one in differences.items()}
     spanned = replace(
         differences[best],
-        low=min(differences[name].low for name in rivals),
+        low=min(lows[name] for name in rivals),
         high=max(differences[name].high for name in rivals),
     )
     return Margin(
         estimate=spanned,
         best=best,
         references={name: difference.value for name, difference in differences.items()},
-        least=min(differences[name].low for name in contenders),
+        least=min(lows[name] for name in contenders),
         most=min(differences[name].high for name in contenders),
         complete=complete,
         whole=whole,
@@ -152,13 +169,11 @@ def may_be_better(rival: Excess, best: Excess, doubt: float = ONE_SIDE) -> bool:
 
 
 def margins_of(
-    variants: Mapping[Variant, Excess], references: Sequence[str], selecting: int, *, unsure_of_best: bool = False
+    variants: Mapping[Variant, Excess], references: Sequence[str], selecting: int, *, few: Few | None = None
 ) -> dict[Place, Margin]:
     """The margin of every block and part that has variants, by block and target."""
     return {
-        place: margin(
-            excesses, selecting, complete=set(excesses) >= reachable(*place, references), unsure_of_best=unsure_of_best
-        )
+        place: margin(excesses, selecting, complete=set(excesses) >= reachable(*place, references), few=few)
         for place, excesses in by_place(variants).items()
     }
 

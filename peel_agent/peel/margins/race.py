@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peel_agent.peel.elsewhere import ALONE
-from peel_agent.peel.margins.heats import first_heat, longer_heats, picking_rows
+from peel_agent.peel.margins.heats import first_heat, longer_heats, picking_rows, quick_passes
 from peel_agent.peel.margins.margin import (
     DROPPED,
+    Few,
     Margin,
     Place,
     Threshold,
@@ -50,6 +51,11 @@ blocks with their parts.
 CLEARING = 0.5
 """What does not seem to be below is measured while no more than this share of the budget is spent: most of the time the
 price of a peel is that share, and the rest is there for what may be found below.
+"""
+
+QUICK_GROWTH = 2.0
+"""What effort quick may cost in all, as a multiple of what it has cost with the first heat. All of it may be spent on
+what does not seem to be below.
 """
 
 CERTAIN = float("inf")
@@ -92,10 +98,13 @@ def race(
     The sweep keeps the hidden states `keep`.
     """
     meter = Meter(trace, next(iter(trace.blocks(stop=1))), plan.passes)
-    shortest = first_heat(trace, meter, variants_per_block(plan))
+    shortest = first_heat(trace, meter, variants_per_block(plan), quick_passes(trace, plan, meter))
     swept = sweep(trace, plan, shortest, keep, stopwatch, meter=meter, comparison=comparison, helpers=helpers)
     if not np.isfinite(swept.trained).all():
         return Raced(swept, {}, {}, {}, {}, meter.by_stage)  # there is nothing to hold against anything
+    if plan.few_sequences:
+        why = "effort quick measures the rest for as much again as its first look costs; effort standard goes on"
+        meter.limit(QUICK_GROWTH * meter.spent, why)
     standings = _Standings(trace, plan, swept, stopwatch, meter, helpers=helpers)
     first = standings.margins()
     for longer in longer_heats(trace.probe, shortest):
@@ -124,11 +133,12 @@ class _Standings:
         self._selecting = len(trace.probe.select)
         self._helpers = helpers
         self._refused: dict[Place, str] = {}
+        self._clearing = 1.0 if plan.few_sequences else CLEARING
+        columns, fit = trace.width + 1, trace.probe.fit.size
+        self._few = Few(max(0.0, 1.0 - columns / fit)) if plan.few_sequences else None
 
     def margins(self) -> dict[Place, Margin]:
-        return margins_of(
-            self.stand_ins, self._plan.references, self._selecting, unsure_of_best=self._plan.few_sequences
-        )
+        return margins_of(self.stand_ins, self._plan.references, self._selecting, few=self._few)
 
     def progress(self) -> dict[Place, Estimate]:
         measured = {variant: excess.losses[self._selecting :] for variant, excess in self.earlier.items()}
@@ -148,7 +158,7 @@ class _Standings:
         straddling = [place for place in still_open(margins) if place not in suspects]
         straddling.sort(key=lambda place: -margins[place].estimate.value)
         entries = [(place, heat, self._contending(place, margins)) for place in straddling]
-        self._carry([(CLEARING, entries)], "longer cuts")
+        self._carry([(self._clearing, entries)], "longer cuts")
 
     def measure_in_full(self) -> None:
         """Measures open places on whole sequences, as far as the budget goes: after what is certain to be measured, the
@@ -165,7 +175,7 @@ class _Standings:
         groups = [
             (CERTAIN, certain),
             (1.0, self._whole([place for place in rest if place in low], margins)),
-            (CLEARING, self._whole([place for place in rest if place not in low], margins)),
+            (self._clearing, self._whole([place for place in rest if place not in low], margins)),
         ]
         self._refused = self._carry(groups, "whole sequences")
 
@@ -211,7 +221,8 @@ class _Standings:
         for place in places:
             contending = self._contending(place, margins)
             rows = everything if margins[place].cut is None else np.concatenate([few, confirm])
-            rows = rows if len(contending) > 1 else confirm
+            # With few tokens the interval spans all contenders, whichever is picked.
+            rows = rows if len(contending) > 1 and self._few is None else confirm
             entries.append((place, self._unmeasured(self.stand_ins[contending[0]], rows), contending))
         return entries
 

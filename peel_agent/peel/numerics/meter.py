@@ -36,8 +36,8 @@ class Meter:
         tokens = probe.fit.size + probe.select.size + probe.confirm.size
         per_token = self.depth * (self._matrices + self._width * probe.sequence_length) + self._head
         self._per_pass = float(tokens * per_token)
-        self._asked = budget
         self._budget = None if budget is None else budget * max(1.0, USUAL_TOKENS / tokens)
+        self._refusal = f"the budget of {budget or 0:g} forward passes does not suffice ([peel] budget_passes)"
 
     def spend(self, passes: float, stage: str) -> None:
         self._stages[stage] = self._stages.get(stage, 0.0) + passes
@@ -56,7 +56,12 @@ class Meter:
 
     def refusal(self) -> str:
         """Why work that is not afforded is left out."""
-        return f"the budget of {self._asked:g} forward passes does not suffice ([peel] budget_passes)"
+        return self._refusal
+
+    def limit(self, budget: float, why: str) -> None:
+        """Lowers the budget, if it is higher; `why` is then why work is left out."""
+        if self._budget is None or budget < self._budget:
+            self._budget, self._refusal = budget, why
 
     def blocks(self, tokens: int, length: int, count: float = 1) -> float:
         """So many tokens, in sequences of a length, through so many blocks."""
