@@ -8,18 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from peel_agent.errors import TornCheckpoint, printable
+from peel_agent.errors import NoRoom, TornCheckpoint, printable
 from peel_agent.journal import Journal
 from peel_agent.ledger import RunLedger
 from peel_agent.records import CheckpointRef, EventKind, FileStamp, Level
-from peel_agent.watch import Earlier, Folder, NoRoom, Observed, Pins, Queue, Source, Unread
+from peel_agent.watch import ROOM, Earlier, Folder, Observed, Pins, Queue, Source, Unread
 from peel_agent.work import lost_of, name_of
 
 COMPARED_BY_SKETCHES = (
     "the last checkpoint is not kept for comparison; how far weights changed is estimated from sketches"
 )
-
-ROOM = "make room there, or lower [watch] keep_free_gb"
 
 
 class Tell(Protocol):

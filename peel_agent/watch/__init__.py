@@ -4,9 +4,9 @@ from peel_agent.watch.earlier import Earlier
 from peel_agent.watch.events import Hints
 from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror
-from peel_agent.watch.pins import NoRoom, Pins
+from peel_agent.watch.pins import Pins
 from peel_agent.watch.queue import Queue
-from peel_agent.watch.reserve import Reserve
+from peel_agent.watch.reserve import ROOM, Reserve
 from peel_agent.watch.scan import Sighting, inspected, scan
 from peel_agent.watch.settle import GIVE_UP_SECONDS, Observed, Settling, Unread, checkpoint_ref, fingerprint
 from peel_agent.watch.source import Bucket, Folder, Source
@@ -14,12 +14,12 @@ from peel_agent.watch.store import Store, is_url
 
 __all__ = [
     "GIVE_UP_SECONDS",
+    "ROOM",
     "Bucket",
     "Earlier",
     "Folder",
     "Hints",
     "Mirror",
-    "NoRoom",
     "Observed",
     "Pins",
     "Queue",

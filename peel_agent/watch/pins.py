@@ -18,10 +18,10 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from peel_agent.errors import TornCheckpoint
+from peel_agent.errors import NoRoom, TornCheckpoint
 from peel_agent.mounts import same_mount
 from peel_agent.records import CheckpointRef, FileStamp, plain, restored
-from peel_agent.watch.reserve import Reserve
+from peel_agent.watch.reserve import ROOM, Reserve
 
 FOLDER = "_peel_agent_pins"
 """Inside the watched root, when state and root are on different file systems. transformers uploads no name with `_`."""
@@ -40,10 +40,6 @@ _FICLONE = 0x40049409  # linux/fs.h: the new file shares the old one's blocks un
 
 Keep = Callable[[int, Path, Path], None]
 """Makes the third path hold what the open file, which is at the second path, holds now."""
-
-
-class NoRoom(Exception):
-    """A copy would leave too little of the file system to the training."""
 
 
 class Pins:
@@ -106,7 +102,7 @@ class Pins:
                 return
             has_room = has_room or self._reserve.leaves_room(target.parent, size)
             if not has_room:
-                raise NoRoom
+                raise NoRoom(f"{self.folder} has no room for a copy of {ref.label}", remedy=ROOM)
             _copy(descriptor, target, stopping)
 
         return keep

@@ -10,6 +10,9 @@ GIB = 2**30
 
 USUAL_MOST = 50 * GIB
 
+ROOM = "make room there, or lower [watch] keep_free_gb"
+"""What to do where it would not stay free."""
+
 
 @dataclass(frozen=True)
 class Reserve:

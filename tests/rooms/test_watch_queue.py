@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from peel_agent.errors import TornCheckpoint
+from peel_agent.errors import NoRoom, TornCheckpoint
 from peel_agent.pipeline import locate
 from peel_agent.records import CheckpointRef, LocalListing
-from peel_agent.watch import NoRoom, Pins, Queue, Reserve, fingerprint, pins, scan
+from peel_agent.watch import Pins, Queue, Reserve, fingerprint, pins, scan
 from tests.rooms.test_watch_scan import FORMATS, write_checkpoint
 
 

@@ -234,8 +234,9 @@ def test_the_server_and_its_workers_end_with_the_agent() -> None:
     """When the agent is killed neither goes on."""
     program = (
         "import os, sys, time\n"
-        "from peel_plugins.engines.forked import WorkerServers\n"
-        "servers = WorkerServers()\n"
+        "from peel_plugins.engines import forked\n"
+        "forked.ROOM_BYTES = 0  # however little memory this machine has free\n"
+        "servers = forked.WorkerServers()\n"
         "worker = servers.start(dict(os.environ), 0)\n"
         "print(worker.pid, flush=True)\n"
         "time.sleep(600)\n"
