@@ -1,4 +1,5 @@
-"""`make bench`: what a peel costs, as ratios measured in one run, printed and written to bench.json.
+"""`make bench`: what a peel costs, as ratios measured in one run, printed beside those of costs.json, and written to
+bench.json.
 
 The unit is one plain forward pass of the same model over the whole probe, on the same device and dtype. On shared
 machines only the ratios mean anything.
@@ -34,7 +35,6 @@ from peel_agent.records import PeelSettings, Plan, Probe, ProbeSettings
 from tests.bench import device as device_bench
 from tests.bench.naive import naive_chain
 from tests.bench.shapes import (
-    SEQUENCE,
     Shape,
     compared,
     earning,
@@ -44,8 +44,10 @@ from tests.bench.shapes import (
     synchronise,
     trace_at,
 )
+from tests.bench.stored import over_stored
 
-MARGINS = Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends")
+STORED = Path(__file__).with_name("costs.json")
+MARGINS = Plan(frozenset({"margin"}), ("skip", "affine", "previous"), "ends", passes=PeelSettings().budget_passes)
 HEADROOM = Plan(frozenset({"headroom"}), (), "ends")
 REDUNDANCY = Plan(frozenset({"redundancy"}), (), "ends")
 BOUNDS = Plan(frozenset({"bounds"}), (), "ends")
@@ -172,15 +174,27 @@ def quick(device: str, shape: Shape) -> dict[str, float]:
     return {"parameters": parameters, "seconds": spent, "tokens' worth": spent / a_token}
 
 
-def scaling(device: str) -> dict[str, float]:
-    """Forward passes that margins cost, as tokens, width and depth double from one shape."""
+def by_stage(device: str, shape: Shape) -> dict[str, float]:
+    """Counted forward passes of each stage of margins, when every block earns."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        probe = earning(path, shape, device)
+        return dict(peel(trace_at(path, probe, device), MARGINS, time.perf_counter).work)
+
+
+def scaling(device: str) -> dict[str, Any]:
+    """Forward passes that margins cost, and headroom over margins, as tokens, width and depth double from one shape."""
     shapes = {
         "base": SMALL,
         "tokens x2": replace(SMALL, tokens=2 * SMALL.tokens),
         "width x2": replace(SMALL, width=2 * SMALL.width),
         "depth x2": replace(SMALL, blocks=2 * SMALL.blocks),
     }
-    return {name: costs(device, shape, {"margins": MARGINS})["margins"] for name, shape in shapes.items()}
+    found = {name: costs(device, shape, {"margins": MARGINS, "headroom": HEADROOM}) for name, shape in shapes.items()}
+    return {
+        name: {"margins": spent["margins"], "headroom / margins": spent["headroom"] / spent["margins"]}
+        for name, spent in found.items()
+    }
 
 
 def is_of_a_device(arguments: Sequence[str]) -> bool:
@@ -204,17 +218,31 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=Shape.blocks)
     parser.add_argument("--tokens", type=int, default=Shape.tokens)
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--write", action="store_true", help=f"keep them in {STORED.name}, to compare with later")
     options = parser.parse_args()
-    device = options.device
+    shape = Shape(width=options.width, blocks=options.blocks, tokens=options.tokens)
+    results = ratios(options.device, shape)
+    for file in (options.out, *([STORED] if options.write else [])):
+        file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def ratios(device: str, shape: Shape) -> dict[str, Any]:
+    """All of it, told as it comes, beside what is stored of the same shape and device."""
     results: dict[str, Any] = {}
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    of_this = asdict(shape) | {"device": device}
+    if stored.get("shape") != of_this:
+        stored = {}
 
     def told(name: str, value: Any) -> None:
         results[name] = value
         print(f"{name}: {json.dumps(value, default=float)}", flush=True)
+        beside = over_stored(value, stored.get(name))
+        if beside is not None:
+            print(f"    over those stored: {json.dumps(beside)}", flush=True)
 
-    shape = Shape(width=options.width, blocks=options.blocks, tokens=options.tokens)
-    told("shape", asdict(shape) | {"sequence": SEQUENCE})
-    told("Gram rate / matmul rate", gram_rate(device, options.width))
+    told("shape", of_this)
+    told("Gram rate / matmul rate", gram_rate(device, shape.width))
     plans = {
         "margins of all blocks and parts": MARGINS,
         "default suite of bounds": BOUNDS,
@@ -222,16 +250,17 @@ def main() -> None:
         "redundancy": REDUNDANCY,
     }
     told("forward passes, every block earning", costs(device, shape, plans))
+    told("forward passes of margins by stage, counted", by_stage(device, shape))
     told("forward passes, with the checkpoint before", comparison_costs(device, shape))
-    told("forward passes for margins, no block earning", worst_case(device, replace(SMALL, blocks=options.blocks)))
+    told("forward passes for margins, no block earning", worst_case(device, replace(SMALL, blocks=shape.blocks)))
     told("the paper's 5-of-26 maps", trie_against_naive(device))
     if device == "cpu":
         peaks = {blocks: peak_memory(blocks) for blocks in (4, 8, 16)}
         told("peak MiB by blocks", peaks)
         told("peak memory, 16 blocks / 4 blocks", peaks[16] / peaks[4])
     told("quick effort, 124 M parameters", quick(device, Shape(width=768, blocks=12, vocabulary=16_384)))
-    told("forward passes for margins as a shape doubles", scaling(device))
-    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    told("forward passes for margins, and headroom, as a shape doubles", scaling(device))
+    return results
 
 
 if __name__ == "__main__":

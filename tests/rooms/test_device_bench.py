@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from tests.bench import device, random_llama
 from tests.bench.__main__ import is_of_a_device
+from tests.bench.stored import over_stored
 
 
 def results(out: Path, *arguments: str) -> dict[str, Any]:
@@ -96,3 +97,20 @@ def test_what_is_not_known_is_refused(option: str, value: str, capsys: pytest.Ca
         device.main([option, value])
     assert ended.value.code == 2
     assert value.rsplit(",", maxsplit=1)[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("figures", "stored", "ratios"),
+    [
+        (3.0, 4.0, 0.75),
+        ({"margins": 3.0, "bounds": 5.0}, {"margins": 4.0}, {"margins": 0.75}),
+        ({4: {"peak": 8.0}}, {"4": {"peak": 2}}, {"4": {"peak": 4.0}}),
+        ({"margins": 3.0}, {"headroom": 3.0}, None),
+        (3.0, {"margins": 3.0}, None),
+        (3.0, 0.0, None),
+        ({"name": "llama"}, {"name": "llama"}, None),
+    ],
+)
+def test_figures_are_held_against_those_stored(figures: Any, stored: Any, ratios: Any) -> None:
+    """Number by number; what is new, or was of another shape, has nothing to be held against."""
+    assert over_stored(figures, stored) == ratios
