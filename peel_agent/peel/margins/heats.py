@@ -28,8 +28,8 @@ CUT_PASSES = 0.75
 """What the first heat may cost on a cut, in the same unit."""
 
 QUICK_TOKENS = 8_500
-"""Effort quick costs plain forward passes over so many tokens, where the first heat clears every block. The two or
-three blocks that it leaves open of twelve, measured in full, cost some 1,000 more.
+"""Effort quick costs plain forward passes over so many tokens, where the first heat clears every block. One block of
+twelve that it leaves open, measured in full, costs some 1,100 more.
 """
 
 CUT_SEQUENCES = 16
