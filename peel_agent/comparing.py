@@ -27,7 +27,7 @@ from peel_agent.records import (
     Progress,
     Snapshot,
 )
-from peel_agent.watch import Reserve
+from peel_agent.watch import USUAL, Reserve
 
 if TYPE_CHECKING:
     from peel_agent.load import ProbeSizes
@@ -45,7 +45,7 @@ def compare_checkpoints(
     model: ModelSettings | None = None,
     device: str = "cpu",
     clock: Callable[[], float],
-    reserve: Reserve | None = None,
+    reserve: Reserve = USUAL,
     progress: Progress | None = None,
 ) -> DifferenceReport:
     """Both measured on the same tokens in this process, and paired by sequence; b - a.

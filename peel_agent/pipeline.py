@@ -49,7 +49,7 @@ from peel_agent.records import (
     Weights,
 )
 from peel_agent.spi import Format
-from peel_agent.watch import Reserve, checkpoint_ref, fetch, fingerprint, inspected, is_url
+from peel_agent.watch import USUAL, Reserve, checkpoint_ref, fetch, fingerprint, inspected, is_url
 
 
 def locate(path: Path, format_name: str = "auto") -> CheckpointRef:
@@ -303,7 +303,7 @@ def scan(
     device: str = "cpu",
     format_name: str = "auto",
     since: str | Path | None = None,
-    reserve: Reserve | None = None,
+    reserve: Reserve = USUAL,
     clock: Callable[[], float],
     progress: Progress | None = None,
 ) -> PeelReport:
@@ -334,7 +334,7 @@ def scan(
 
 
 @contextmanager
-def located(path: str | Path, format_name: str = "auto", reserve: Reserve | None = None) -> Iterator[CheckpointRef]:
+def located(path: str | Path, format_name: str = "auto", reserve: Reserve = USUAL) -> Iterator[CheckpointRef]:
     """The checkpoint at a path, or at a URL: then a copy for the length of the `with`, which leaves the `reserve` free.
 
     Raises as `locate` and `fetch`.

@@ -30,7 +30,7 @@ from peel_agent.records import (
     Request,
 )
 from peel_agent.signals import Interrupted
-from peel_agent.watch import Reserve
+from peel_agent.watch import USUAL, Reserve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def witness(
     device: str,
     clock: Callable[[], float],
     earlier: str | Path | None = None,
-    reserve: Reserve | None = None,
+    reserve: Reserve = USUAL,
     progress: Progress | None = None,
 ) -> Witness:
     """Writes better weights for block `layer` (0-based) to `out`, and measures them from there in a fresh process.

@@ -6,7 +6,7 @@ from peel_agent.watch.fetch import fetch
 from peel_agent.watch.mirror import Mirror
 from peel_agent.watch.pins import Pins
 from peel_agent.watch.queue import Queue
-from peel_agent.watch.reserve import ROOM, Reserve
+from peel_agent.watch.reserve import ROOM, USUAL, Reserve
 from peel_agent.watch.scan import Sighting, inspected, scan
 from peel_agent.watch.settle import GIVE_UP_SECONDS, Observed, Settling, Unread, checkpoint_ref, fingerprint
 from peel_agent.watch.source import Bucket, Folder, Source
@@ -15,6 +15,7 @@ from peel_agent.watch.store import Store, is_url
 __all__ = [
     "GIVE_UP_SECONDS",
     "ROOM",
+    "USUAL",
     "Bucket",
     "Earlier",
     "Folder",

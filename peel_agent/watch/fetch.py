@@ -9,7 +9,7 @@ from pathlib import Path
 from peel_agent.errors import CheckpointError, ConfigurationError, IncompleteCheckpoint, NoRoom
 from peel_agent.spi import Format
 from peel_agent.watch.pins import COMPANIONS
-from peel_agent.watch.reserve import GIB, Reserve
+from peel_agent.watch.reserve import GIB, USUAL, Reserve
 from peel_agent.watch.store import RemoteObject, Store, torn
 from peel_agent.watch.units import RENAME, ROOT, Division, Unit, companions_of
 
@@ -19,7 +19,7 @@ def fetch(
     folder: Path,
     formats: Sequence[Format],
     options: Mapping[str, str] | None = None,
-    reserve: Reserve | None = None,
+    reserve: Reserve = USUAL,
 ) -> Path:
     """Copies one checkpoint, a folder or a single file, into an empty `folder`; returns where it is then.
 
@@ -37,7 +37,7 @@ def fetch(
     try:
         unit, companions = _one(store, name, formats)
         objects = {remote.name: remote for remote in (*companions, *unit.objects)}.values()
-        check_space(reserve or Reserve(), folder, sum(remote.size for remote in objects), url)
+        check_space(reserve, folder, sum(remote.size for remote in objects), url)
         part = folder / "part"
         for remote in objects:
             (part / remote.name).parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from peel_agent.spi import Format
 from peel_agent.watch.fetch import check_space, check_unchanged, download
 from peel_agent.watch.objects import ObjectListing
 from peel_agent.watch.pins import COMPANIONS
-from peel_agent.watch.reserve import Reserve
+from peel_agent.watch.reserve import USUAL, Reserve
 from peel_agent.watch.settle import GIVE_UP_SECONDS, Unread, waits_for
 from peel_agent.watch.store import RemoteObject, Store, torn
 from peel_agent.watch.units import ROOT, Division, Unit, companions_of, identity
@@ -73,10 +73,10 @@ class Mirror:
         markers: Sequence[str] = (),
         marker_seconds: float = math.inf,
         *,
-        reserve: Reserve | None = None,
+        reserve: Reserve = USUAL,
     ) -> None:
         self._store = store
-        self._reserve = reserve or Reserve()
+        self._reserve = reserve
         self._markers = tuple(markers)
         self._marker_seconds = marker_seconds
         folder = folder.resolve()

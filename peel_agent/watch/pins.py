@@ -21,7 +21,7 @@ from pathlib import Path
 from peel_agent.errors import NoRoom, TornCheckpoint
 from peel_agent.mounts import same_mount
 from peel_agent.records import CheckpointRef, FileStamp, plain, restored
-from peel_agent.watch.reserve import ROOM, Reserve
+from peel_agent.watch.reserve import ROOM, USUAL, Reserve
 
 FOLDER = "_peel_agent_pins"
 """Inside the watched root, when state and root are on different file systems. transformers uploads no name with `_`."""
@@ -49,10 +49,8 @@ class Pins:
     else it is in the root itself. What was held for the state folder `earlier` is taken over.
     """
 
-    def __init__(
-        self, root: Path, state_dir: Path, earlier: Path | None = None, reserve: Reserve | None = None
-    ) -> None:
-        self._reserve = reserve or Reserve()
+    def __init__(self, root: Path, state_dir: Path, earlier: Path | None = None, reserve: Reserve = USUAL) -> None:
+        self._reserve = reserve
         is_apart = root.exists() and not same_mount(state_dir, root)
         if is_apart and os.access(_folder_of(root), os.W_OK):
             self.folder = _beside(root, state_dir)

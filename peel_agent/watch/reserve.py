@@ -28,3 +28,6 @@ class Reserve:
         """Whether it stays free of the folder's file system beside `size` bytes more. Raises OSError."""
         usage = shutil.disk_usage(folder)
         return usage.free - size >= self.of(usage.total)
+
+
+USUAL = Reserve()

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peel_agent.records import Findings, PeelSettings, Plan, Probe, Status
 from tests.bench.shapes import compared, forward_seconds, step_back
+from tests.bench.stored import over_stored
 
 STORED = Path(__file__).with_name("depth.json")
 LENGTH = 1024
@@ -199,7 +200,7 @@ def tell(shape: Shape, case: str, budget: float, *, write: bool) -> None:
     found = measured(shape, CASES[case], replace(MARGINS, passes=budget or None))
     name, stored = name_of(shape, case), json.loads(STORED.read_text()) if STORED.exists() else {}
     if name in stored:
-        found["passes over those stored"] = round(found["passes"] / stored[name]["passes"], 3)
+        found["passes over those stored"] = over_stored(found["passes"], stored[name]["passes"])
     print(f"{name}: {json.dumps(found)}", flush=True)
     if write:
         kept = {key: value for key, value in found.items() if key != "passes over those stored"}

@@ -309,37 +309,31 @@ def still_open(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
     """The blocks and parts that were not measured in full, and that some reference which may be the best leaves not
     certainly above their threshold.
     """
-    opened: list[Place] = []
-    for target in TARGETS:
-        by_block = of_target(margins, target)
-        cleared = over(list(by_block.values()))
-        opened += [
-            (index, target)
-            for (index, margin), clear in zip(by_block.items(), cleared, strict=True)
-            if not (clear or margin.whole)
-        ]
-    return tuple(opened)
+    return tuple(place for place, margin, _, is_over in _judged(margins) if not (is_over or margin.whole))
 
 
 def seeming_below(margins: Mapping[Place, Margin]) -> tuple[Place, ...]:
     """The open blocks and parts that are under their threshold as far as they were measured."""
     return tuple(
-        place for place, margin, limits in _with_thresholds(margins) if margin.most < limits.above and not margin.whole
+        place for place, margin, limits, _ in _judged(margins) if margin.most < limits.above and not margin.whole
     )
 
 
 def not_surely_over(margins: Mapping[Place, Margin]) -> frozenset[Place]:
     """The blocks and parts that may be below their threshold for all that is known."""
-    return frozenset(place for place, margin, limits in _with_thresholds(margins) if margin.least <= limits.below)
+    return frozenset(place for place, margin, limits, _ in _judged(margins) if margin.least <= limits.below)
 
 
-def _with_thresholds(margins: Mapping[Place, Margin]) -> list[tuple[Place, Margin, Threshold]]:
-    """Every place with its margin and what that is held against: blocks against blocks, parts against the same part."""
-    held: list[tuple[Place, Margin, Threshold]] = []
+def _judged(margins: Mapping[Place, Margin]) -> list[tuple[Place, Margin, Threshold, bool]]:
+    """Every place with its margin, what that is held against, and whether it is over that: blocks against blocks, parts
+    against the same part.
+    """
+    judged: list[tuple[Place, Margin, Threshold, bool]] = []
     for target in TARGETS:
         by_block = of_target(margins, target)
-        held += [
-            ((index, target), by_block[index], limits)
-            for index, limits in zip(by_block, thresholds(list(by_block.values())), strict=True)
+        held = list(by_block.values())
+        judged += [
+            ((index, target), margin, limits, is_over)
+            for index, margin, limits, is_over in zip(by_block, held, thresholds(held), over(held), strict=True)
         ]
-    return held
+    return judged
